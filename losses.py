@@ -1,0 +1,355 @@
+"""Losses for word-region alignment: pure functions, tensors in, tensor out. Copy any one of them with the helpers it names.
+
+Letters: B pairs, N_L words, N_V regions, N and M either of them, H heads, D width, C classes, K masked words or regions.
+S_LV = logits of one attention layer, words ask and regions answer; P_LV = the same after the softmax over its columns.
+A mask is bool and True means real; each row of a mask has at least one True. Finite rubbish in padding changes nothing.
+Everything is computed in float32 (float64 stays), also under autocast.
+
+    masked modelling       mlm  mrfr  mrc  mrc_kl                               UNITER eq. 1, 4
+    matching               itm                                                  UNITER eq. 2
+                           ranking                                              UNITER sec. 4.1
+    optimal transport      cosine_cost  ipot  ot_distance  wra                  UNITER eq. 3, Algorithm 1
+    relation alignment     matrix_kl                                            CACR eq. 4
+                           cacr  cacr_side                                      CACR eq. 3, 5, 6
+                           soft_relation_alignment                              CACR Algorithm 1, with loops
+                           iais_singular  iais_singular_side                    IAIS sec. 3.1 (Ren et al. 2021)
+                           iais_singular_released                               the same, as in the authors' code
+                           iais_distributed  iais_distributed_side              IAIS sec. 3.2
+    helpers                wide  mean_over  masked_softmax  block_softmax  strongest_partner  row_mean_kl
+"""
+import torch
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+def wide(x):
+    """At least float32: bf16 and half are widened, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def mean_over(x, count):
+    """sum(x) / count, and 0 (with a gradient of 0) instead of nan where nothing was counted."""
+    return x.sum() / max(count, 1)
+
+
+def masked_softmax(S, column_mask):
+    """softmax over the real columns; padded columns get probability 0.
+
+    S (B, ..., N, M) logits; column_mask (B, M), at least one True in each row; returns (B, ..., N, M), float32
+    Helpers: wide.
+    """
+    pad = ~column_mask.view(len(column_mask), *[1] * (S.dim() - 2), -1)
+    return wide(S).masked_fill(pad, float("-inf")).softmax(dim=-1)
+
+
+def block_softmax(S, column_mask):
+    """The probabilities that IAIS aligns: each head's softmax over the columns of this block alone, then the head mean.
+
+    S (B, H, N, M) logits of one block; column_mask (B, M); returns P (B, N, M): rows sum to 1 inside the block
+    Source: IAIS code. It is no slice of the layer's own attention, whose rows sum to 1 over both modalities.
+    Helpers: wide, masked_softmax.
+    """
+    return masked_softmax(S, column_mask).mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------- masked modelling (UNITER 3.2)
+
+def mlm(logits, target):
+    """Masked language modelling: name the hidden words.    loss = -mean_k log softmax(logits_k)[target_k]     UNITER eq. (1)
+
+    logits (K, V), target (K,) int64: the K masked words of all pairs; K may be 0, then the loss is 0
+    returns  scalar >= 0, nats per masked word
+    Source: UNITER eq. (1). Here: the mean over words, as the authors' code; the equation sums over the words of a pair.
+    Helpers: wide, mean_over.
+    """
+    return mean_over(F.cross_entropy(wide(logits), target, reduction="none"), len(target))
+
+
+def mrfr(prediction, features):
+    """Masked region feature regression.    loss = mean_k || prediction_k - features_k ||^2                       UNITER eq. (4)
+
+    prediction, features (K, D_V): the K masked regions and what the detector had given for them; K may be 0
+    returns  scalar >= 0, squared feature units per masked region
+    Source: UNITER sec. 3.2, MRM 1). The authors' code also averages over dimensions: divide the result by D_V.
+    Helpers: wide, mean_over.
+    """
+    return mean_over((wide(prediction) - wide(features)).square(), len(features))
+
+
+def mrc(logits, region_probs):
+    """Masked region classification.    loss = -mean_k log softmax(logits_k)[argmax_{c >= 1} probs_kc]              UNITER eq. (4)
+
+    logits, region_probs (K, C): class 0 is the background, which is never a target; K may be 0
+    returns  scalar >= 0, nats per masked region
+    Source: UNITER sec. 3.2, MRM 2); leaving out the background is the authors' code, the paper is silent.
+    Helpers: wide, mean_over.
+    """
+    target = region_probs[:, 1:].argmax(dim=-1) + 1
+    return mean_over(F.cross_entropy(wide(logits), target, reduction="none"), len(target))
+
+
+def mrc_kl(logits, region_probs):
+    """Masked region classification, soft.    loss = mean_k KL( region_probs_k || softmax(logits_k) )              UNITER eq. (4)
+
+    logits, region_probs (K, C): the detector's distribution, background included; K may be 0
+    returns  scalar >= 0, nats per masked region
+    Source: UNITER sec. 3.2, MRM 3). The authors' code averages over the classes too: divide the result by C.
+    Helpers: wide, mean_over.
+    """
+    log_q = wide(logits).log_softmax(dim=-1)
+    return mean_over(F.kl_div(log_q, wide(region_probs), reduction="none"), len(logits))
+
+
+# --------------------------------------------------------------------------------------------------------- matching
+
+def itm(logits, match):
+    """Image-text matching.    loss = -mean_b log softmax(logits_b)[match_b]                                       UNITER eq. (2)
+
+    logits (B, 2): column 1 = "they match"; match (B,) bool or int
+    returns  scalar >= 0, nats per pair
+    Source: UNITER eq. (2), whose score s is sigmoid(logits[:, 1] - logits[:, 0]): the same number.
+    Helpers: wide.
+    """
+    return F.cross_entropy(wide(logits), match.long())
+
+
+def ranking(scores, margin=0.2):
+    """Triplet loss on sigmoids.    loss = mean_{g,k} max(0, margin + sigmoid(scores_gk) - sigmoid(scores_g0))
+
+    scores (G, 1 + K): a group is one matched pair, first, and its K mismatched ones
+    returns  scalar in [0, 1 + margin]
+    Source: UNITER sec. 4.1 ("maximise the margin ... through triplet loss"); sigmoid and margin are the authors' code.
+    Helpers: wide.
+    """
+    s = wide(scores).sigmoid()
+    return (margin + s[:, 1:] - s[:, :1]).clamp(min=0).mean()
+
+
+# ------------------------------------------------------------------------------------------- optimal transport (WRA)
+
+def cosine_cost(words, regions, text_mask, region_mask):
+    """c_ij = 1 - cos(w_i, v_j), 0 where either is padding.
+
+    words (B, N_L, D), regions (B, N_V, D); returns (B, N_L, N_V) in [0, 2]
+    Source: UNITER sec. 3.2. Norms count as at least 1e-5 (authors' code), so a zero vector has cost 1 to everything.
+    Helpers: wide.
+    """
+    with torch.autocast(words.device.type, enabled=False):
+        cost = 1 - F.normalize(wide(words), dim=-1, eps=1e-5) @ F.normalize(wide(regions), dim=-1, eps=1e-5).mT
+    return cost.masked_fill(~(text_mask[:, :, None] & region_mask[:, None, :]), 0)
+
+
+@torch.no_grad()
+def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
+    """Inexact proximal point method for optimal transport: the plan T that carries words to regions cheaply.
+
+        Q = exp(-cost / beta) * T;   delta = 1 / (m Q^T sigma),  sigma = 1 / (n Q delta);   T = diag(sigma) Q diag(delta)
+
+    cost (B, N_L, N_V); text_mask, region_mask; inner = steps of the middle line for each of the outer `iterations`
+    returns  T (B, N_L, N_V) >= 0 without gradient: sums to 1, rows to 1/n exactly, columns to 1/m in the limit;
+             n and m count the real words and regions, [CLS] and [SEP] included; 0 in padding
+    Source: UNITER Algorithm 1, with its defaults. The authors' code stops with an error for inner > 1.
+    Helpers: wide.
+    """
+    with torch.autocast(cost.device.type, enabled=False):
+        real = text_mask[:, :, None] & region_mask[:, None, :]
+        A = (-wide(cost) / beta).exp().masked_fill(~real, 0)
+        n, m = text_mask.sum(dim=1)[:, None, None], region_mask.sum(dim=1)[:, None, None]
+        word_pad, region_pad = ~text_mask[:, :, None], ~region_mask[:, None, :]
+        sigma = (1 / n).to(A.dtype).expand(-1, cost.shape[1], 1).masked_fill(word_pad, 0)          # (B, N_L, 1)
+        T = A.clone()                                                                             # A * (T = all ones)
+        for step in range(iterations):
+            if step:
+                T *= A                                                                            # Q, in T's memory
+            for _ in range(inner):
+                delta = (1 / (m * (sigma.mT @ T))).masked_fill_(region_pad, 0)                    # (B, 1, N_V)
+                sigma = (1 / (n * (T @ delta.mT))).masked_fill_(word_pad, 0)                      # (B, N_L, 1)
+            T *= sigma
+            T *= delta
+    return T
+
+
+def ot_distance(words, regions, text_mask, region_mask, beta=0.5, iterations=50):
+    """What it costs to turn the words into the regions.    distance_b = min_T sum_ij T_ij c(w_i, v_j)             UNITER eq. (3)
+
+    words (B, N_L, D), regions (B, N_V, D): last hidden states
+    returns  (B,) in [0, 2], cosine distance; gradient through the cost, none through the plan
+    Helpers: wide, cosine_cost, ipot.
+    """
+    cost = cosine_cost(words, regions, text_mask, region_mask)
+    return (ipot(cost, text_mask, region_mask, beta, iterations) * cost).sum(dim=(1, 2))
+
+
+def wra(words, regions, text_mask, region_mask, match=None, beta=0.5, iterations=50):
+    """Word-region alignment: words and regions of a matched pair should lie close.                               UNITER eq. (3)
+
+        loss = mean_b distance_b                        every pair is matched (match=None): the paper
+        loss = mean_b (distance_b if match_b else -distance_b)      with match: the authors' code, which weighs it by 0.1
+
+    words (B, N_L, D), regions (B, N_V, D), text_mask, region_mask; match (B,) bool
+    returns  scalar in [0, 2], with match in [-2, 2]; cosine distance per pair
+    Source: UNITER eq. (3). The paper does not tell that the released code pushes mismatched pairs apart.
+    Helpers: wide, cosine_cost, ipot, ot_distance.
+    """
+    distance = ot_distance(words, regions, text_mask, region_mask, beta, iterations)
+    return (distance if match is None else torch.where(match.bool(), distance, -distance)).mean()
+
+
+# --------------------------------------------------------------------------------------- relation alignment (CACR)
+
+def matrix_kl(p, q, row_mask, eps=1e-6):
+    """How far two attention maps are apart, row by row.    sum_i KL(p_i || q_i) + KL(q_i || p_i)                   CACR eq. (4)
+
+    p, q (B, N, M): rows are distributions, 0 in padded columns; row_mask (B, N)
+    returns  scalar >= 0 in nats: sum over the real rows of a pair, mean over pairs
+    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes the mean over rows: see iais_singular.
+    Helpers: wide.
+    """
+    p, q = wide(p), wide(q)
+    rows = ((p - q) * ((p + eps).log() - (q + eps).log())).sum(dim=-1)              # (B, N), both KLs in one product
+    return rows.masked_fill(~row_mask, 0).sum(dim=-1).mean()
+
+
+def cacr_side(S_own, S_cross, S_other, own_mask, other_mask):
+    """One side of CACR: the own modality should attend as the other does, seen through the cross-modal attention.
+
+        language:  m-KL( softmax(S_LV S_VV S_LV^T), softmax(S_LL) )  = cacr_side(S_LL, S_LV, S_VV, text, region)   CACR eq. (3)
+        vision:    m-KL( softmax(S_VL S_LL S_VL^T), softmax(S_VV) )  = cacr_side(S_VV, S_VL, S_LL, region, text)   CACR eq. (5)
+
+    S_own (B, N, N), S_cross (B, N, M), S_other (B, M, M): blocks of one layer, mean over heads; own_mask (B, N), other_mask (B, M)
+    returns  scalar >= 0 in nats per pair (rows summed); gradient to all three blocks
+    Source: CACR sec. 3.2. Here: the equations' index order; the last line of sec. 3.4 prints the transpose.
+    Helpers: wide, masked_softmax, matrix_kl.
+    """
+    with torch.autocast(S_own.device.type, enabled=False):
+        S_cross = wide(S_cross).masked_fill(~other_mask[:, None, :], 0)             # padding stands for nothing
+        seen = S_cross @ wide(S_other) @ S_cross.mT                                 # (B, N, N) the other's relations, own basis
+    return matrix_kl(masked_softmax(seen, own_mask), masked_softmax(S_own, own_mask), own_mask)
+
+
+def cacr(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
+    """Cross-modal attention congruence regularisation.    loss = language side + vision side                       CACR eq. (6)
+
+    S_LL (B, N_L, N_L), S_LV (B, N_L, N_V), S_VL (B, N_V, N_L), S_VV (B, N_V, N_V): blocks of the last layer, mean over heads:
+        logits as eq. (1) writes them (here scaled by 1/sqrt(d), as the layer uses them), or probabilities, which the
+        text of sec. 3.1 describes ("a distribution over columns")
+    text_mask (B, N_L), region_mask (B, N_V): the words and regions that take part
+    returns  scalar >= 0 in nats per pair (rows summed); gradient to all four blocks
+    Source: CACR sec. 3.2. No code was released.
+    Helpers: wide, masked_softmax, matrix_kl, cacr_side.
+    """
+    return (cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask)
+            + cacr_side(S_VV, S_VL, S_LL, region_mask, text_mask))
+
+
+def soft_relation_alignment(S_own, S_cross, S_other, own_mask, other_mask):
+    """Algorithm 1 with its loops, for reading and for the proof: cacr_side gives the same number.
+
+        a*_ij = sum_kp S_cross[i,k] S_cross[j,p] S_other[k,p];    m-KL( softmax(a*), softmax(S_own) )           CACR Algorithm 1
+
+    Arguments and result as cacr_side; one pair at a time, one relation i -> j at a time: hundreds of times slower.
+    Source: CACR sec. 3.3. Here: a weighted sum, as sec. 3.4 proves; Algorithm 1 writes "mean", which the softmax would see.
+    Helpers: wide, matrix_kl.
+    """
+    losses = []
+    for b in range(len(S_own)):
+        own, other = own_mask[b].nonzero()[:, 0].tolist(), other_mask[b].nonzero()[:, 0]
+        relations = wide(S_other)[b][other][:, other]                               # (M', M') real ones only
+        seen = []
+        for i in own:
+            for j in own:
+                W = torch.outer(wide(S_cross)[b, i, other], wide(S_cross)[b, j, other])   # soft weighting
+                seen.append((W * relations).sum())
+        seen = torch.stack(seen).view(1, len(own), len(own)).softmax(dim=-1)
+        said = wide(S_own)[b][own][:, own][None].softmax(dim=-1)
+        losses.append(matrix_kl(seen, said, own_mask[b, own][None]))
+    return torch.stack(losses).mean()
+
+
+# --------------------------------------------------------------------------------------- relation alignment (IAIS)
+
+def strongest_partner(cross, other, other_mask):
+    """IAIS's hard change of basis: G_ij = other[c(i), c(j)] with c(i) = argmax of row i of cross; the first of a tie.
+
+    cross (B, N, M), other (B, M, M), other_mask (B, M); returns G (B, N, N); gradient to other, none to cross
+    """
+    partner = cross.masked_fill(~other_mask[:, None, :], float("-inf")).argmax(dim=-1)             # (B, N)
+    pair = torch.arange(len(cross), device=cross.device)[:, None, None]
+    return other[pair, partner[:, :, None], partner[:, None, :]]
+
+
+def row_mean_kl(p, q, row_mask, eps=0.0):
+    """IAIS's m-KL:  mean_b mean_i sum_j p_ij (log p_ij - log(q_ij + eps)) + q_ij (log q_ij - log(p_ij + eps))
+
+    p, q (B, N, M), rows are distributions; row_mask (B, N); returns a scalar in nats per row. The authors' code gives inf
+    or nan where a probability is exactly 0; here log never sees less than 1e-30, so value and gradient stay finite.
+    Helpers: wide.
+    """
+    p, q = wide(p), wide(q)
+    log = lambda x: x.clamp(min=1e-30).log()
+    rows = (p * (log(p) - log(q + eps)) + q * (log(q) - log(p + eps))).sum(dim=-1)                # (B, N)
+    return (rows.masked_fill(~row_mask, 0).sum(dim=-1) / row_mask.sum(dim=-1)).mean()
+
+
+def iais_singular_side(S_own, S_cross, S_other, own_mask, other_mask):
+    """One side of IAIS: CACR with one hard counterpart for each token, and the mean over rows.
+
+        m-KL( softmax(S_other[c, c]), softmax(S_own) ),   c(i) = argmax of row i of S_cross                       IAIS sec. 3.1
+
+    Arguments and the roles of language and vision as cacr_side; returns a scalar >= 0 in nats per row;
+    gradient to S_own and S_other, none to S_cross.
+    Source: Ren et al. 2021, sec. 3.1: both sides normalised alike, from logits. The authors' code: iais_singular_released.
+    Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
+    """
+    seen = masked_softmax(strongest_partner(S_cross, S_other, other_mask), own_mask)
+    return row_mean_kl(seen, masked_softmax(S_own, own_mask), own_mask)
+
+
+def iais_singular(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
+    """Intra-modal self-attention alignment, singular: language side + vision side.                               IAIS sec. 3.1
+
+    Arguments as cacr, logits; the authors leave [CLS] and [SEP] out of text_mask. Returns a scalar >= 0, nats per row.
+    Helpers: wide, masked_softmax, strongest_partner, row_mean_kl, iais_singular_side.
+    """
+    return (iais_singular_side(S_LL, S_LV, S_VV, text_mask, region_mask)
+            + iais_singular_side(S_VV, S_VL, S_LL, region_mask, text_mask))
+
+
+def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
+    """iais_singular_side as the authors' code computes it: from probabilities, with a second softmax on one side only.
+
+        m-KL( softmax(P_other[c, c]), P_own ),   so that the left side is close to uniform
+
+    P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side.
+    Source: IAIS code. Here: finite where a probability is 0 (row_mean_kl).
+    Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
+    """
+    seen = masked_softmax(strongest_partner(P_cross, P_other, other_mask), own_mask)
+    return row_mean_kl(seen, wide(P_own).masked_fill(~own_mask[:, None, :], 0), own_mask)
+
+
+def iais_distributed_side(P_own, P_cross, P_back, own_mask, other_mask, eps=1e-6):
+    """One side of distributed IAIS: attention to the other modality and back again should be the own attention.
+
+        m-KL( P_cross P_back, P_own )    language: (P_LL, P_LV, P_VL), vision: (P_VV, P_VL, P_LV)                 IAIS sec. 3.2
+
+    P_own (B, N, N), P_cross (B, N, M), P_back (B, M, N): block_softmax of each block; own_mask (B, N), other_mask (B, M)
+    returns  scalar in nats per row, >= -2e-6 N: eps stands in the second logarithm of each KL only (authors' code)
+    Source: Ren et al. 2021, sec. 3.2, and the IAIS code. Here: finite where a probability is 0 (row_mean_kl).
+    Helpers: wide, row_mean_kl.
+    """
+    own, other = own_mask[:, None, :], other_mask[:, None, :]
+    with torch.autocast(P_own.device.type, enabled=False):
+        seen = wide(P_cross).masked_fill(~other, 0) @ wide(P_back).masked_fill(~own, 0)          # (B, N, N)
+    return row_mean_kl(seen, wide(P_own).masked_fill(~own, 0), own_mask, eps)
+
+
+def iais_distributed(P_LL, P_LV, P_VL, P_VV, text_mask, region_mask):
+    """Intra-modal self-attention alignment, distributed: language side + vision side.                            IAIS sec. 3.2
+
+    P_LL ... P_VV: block_softmax of each block; masks without [CLS] and [SEP]; returns a scalar in nats per row.
+    Helpers: wide, row_mean_kl, iais_distributed_side.
+    """
+    return (iais_distributed_side(P_LL, P_LV, P_VL, text_mask, region_mask)
+            + iais_distributed_side(P_VV, P_VL, P_LV, region_mask, text_mask))

@@ -1,0 +1,382 @@
+"""Encoders for word-region alignment. This file: the single-stream encoder of UNITER, its heads, and official checkpoints.
+
+Letters: B pairs, N_L words, N_V regions, L longest words + regions of the batch, H heads, D width, D_V width of a region
+feature, V vocabulary, C region classes, K masked words or regions. A mask is bool, True = real; real entries come first.
+
+    Attention        softmax(S) V with S = Q K^T / sqrt(d); fused, or written out where the maps S are asked for
+    Layer            attention and MLP, each followed by layer norm (BERT)
+    TextEmbedding    word + position + type                                      UNITER sec. 3.1
+    RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1
+    Uniter           encoder and heads; forward() returns an Output              UNITER sec. 3.1, 3.2
+    load_pretrained  BERT, UNITER and our own checkpoints
+"""
+import json
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SIZES = {                                           # UNITER footnote 12; toy [ours]
+    "toy":   dict(width=128, layers=4, heads=4, inner=512),
+    "base":  dict(width=768, layers=12, heads=12, inner=3072),
+    "large": dict(width=1024, layers=24, heads=16, inner=4096),
+}
+EPS = 1e-12                                         # layer norm, as BERT
+
+
+class Maps(NamedTuple):
+    """The four blocks of one layer's attention logits: rows ask, columns answer; rubbish where either is padding."""
+    S_LL: torch.Tensor                              # (B, H, N_L, N_L)
+    S_LV: torch.Tensor                              # (B, H, N_L, N_V)
+    S_VL: torch.Tensor                              # (B, H, N_V, N_L)
+    S_VV: torch.Tensor                              # (B, H, N_V, N_V)
+
+
+class Output(NamedTuple):
+    """What Uniter.forward returns; None for what was not asked for."""
+    words: torch.Tensor                             # (B, N_L, D) last hidden states, rubbish in padding
+    regions: torch.Tensor                           # (B, N_V, D)
+    maps: tuple = ()                                # one Maps for each layer asked for
+    word_logits: torch.Tensor = None                # (K, V) of the masked words
+    region_features: torch.Tensor = None            # (K, D_V) what the masked regions' features are guessed to be
+    region_logits: torch.Tensor = None              # (K, C) of the masked regions
+    pooled: torch.Tensor = None                     # (B, D)
+    match: torch.Tensor = None                      # (B, 2) logits; column 1 = they match
+    rank: torch.Tensor = None                       # (B,) how well they match, for ranking
+
+
+class Attention(nn.Module):
+    """One stream asks (queries), the other answers (keys, values).
+
+    x        (B, N, D)  asks
+    context  (B, M, D)  answers; pass x itself for self-attention
+    mask     (B, M)     True = may be attended to; at least one True in each row
+    returns  out (B, N, D), S: logits (B, H, N, M) with gradient if need_maps, else None
+    """
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} does not divide into {heads} heads; try heads={math.gcd(width, heads)}")
+        self.heads, self.dropout = heads, dropout
+        self.to_q, self.to_k = nn.Linear(width, width), nn.Linear(width, width)
+        self.to_v, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def split(self, z):                                             # (B, N, D) -> (B, H, N, D/H)
+        return z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x, context, mask, need_maps=False):
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+        may_see = mask[:, None, None, :]                            # (B, 1, 1, M)
+        drop = self.dropout if self.training else 0.0
+        if need_maps:                                               # written out: slower, keeps the logits
+            S = q @ k.mT / math.sqrt(q.shape[-1])                   # (B, H, N, M)
+            P = S.masked_fill(~may_see, float("-inf")).softmax(dim=-1)
+            out = F.dropout(P, drop).to(v.dtype) @ v                # a loss sees S before dropout
+        else:                                                       # fused: same numbers, no maps
+            S, out = None, F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, dropout_p=drop)
+        return self.to_out(out.transpose(1, 2).flatten(2)), S
+
+
+class Layer(nn.Module):
+    """x = norm(x + attention(x));  x = norm(x + narrow(gelu(widen(x)))).     Vaswani et al. 2017, as BERT: norm comes last"""
+    def __init__(self, width, heads, inner, dropout):
+        super().__init__()
+        self.attention, self.attention_norm = Attention(width, heads, dropout), nn.LayerNorm(width, EPS)
+        self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.mlp_norm, self.dropout = nn.LayerNorm(width, EPS), nn.Dropout(dropout)
+
+    def forward(self, x, mask, need_maps=False):
+        attended, S = self.attention(x, x, mask, need_maps)
+        x = self.attention_norm(x + self.dropout(attended))
+        x = self.mlp_norm(x + self.dropout(self.narrow(F.gelu(self.widen(x)))))
+        return x, S
+
+
+class TextEmbedding(nn.Module):
+    """norm(word + position + type): (B, N_L) ids -> (B, N_L, D). Type 0 is text; type 1 marks regions in UNITER."""
+    def __init__(self, vocab, width, positions=512, types=2, dropout=0.1):
+        super().__init__()
+        self.word, self.position = nn.Embedding(vocab, width), nn.Embedding(positions, width)
+        self.token_type, self.norm = nn.Embedding(types, width), nn.LayerNorm(width, EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text):
+        if text.shape[1] > self.position.num_embeddings:
+            raise ValueError(f"a sentence of {text.shape[1]} tokens; this model has {self.position.num_embeddings} positions")
+        x = self.word(text) + self.position.weight[:text.shape[1]] + self.token_type.weight[0]
+        return self.dropout(self.norm(x))
+
+
+class RegionEmbedding(nn.Module):
+    """norm( norm(W feature) + norm(W box) + type ): UNITER's embedding of a region                             UNITER sec. 3.1
+
+    regions (B, N_V, D_V), boxes (B, N_V, 4) = x1 y1 x2 y2 in [0, 1], seven numbers of them enter (footnote 3)
+    hidden  (K,) int64 places in B*N_V of masked regions: feature zeroed, then a learned vector added; the box stays
+    type    (D,) the text table's row 1 (authors' code; the paper only says "a special modality embedding")
+    returns (B, N_V, D)
+    """
+    def __init__(self, features, width, dropout=0.1):
+        super().__init__()
+        self.feature, self.feature_norm = nn.Linear(features, width), nn.LayerNorm(width, EPS)
+        self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width, EPS)
+        self.mask, self.norm = nn.Parameter(torch.zeros(features)), nn.LayerNorm(width, EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, regions, boxes, type, hidden=None):
+        regions = regions.to(self.feature.weight.dtype)
+        if hidden is not None:
+            shape = regions.shape
+            regions = regions.flatten(0, 1).index_copy(0, hidden, self.mask.expand(len(hidden), -1)).view(shape)
+        wh = boxes[..., 2:] - boxes[..., :2]                                            # (B, N_V, 2)
+        where = torch.cat([boxes, wh, wh.prod(dim=-1, keepdim=True)], dim=-1)           # (B, N_V, 7)
+        x = self.feature_norm(self.feature(regions)) + self.box_norm(self.box(where)) + type
+        return self.dropout(self.norm(x))
+
+
+class Transform(nn.Sequential):
+    """linear, GELU, norm: the first half of each prediction head."""
+    def __init__(self, width, out=None):
+        super().__init__(nn.Linear(width, out or width), nn.GELU(), nn.LayerNorm(out or width, EPS))
+
+
+class Uniter(nn.Module):
+    """Single-stream encoder: words and regions in one sequence, every token attends to every other.     UNITER sec. 3.1, 3.2
+
+    vocab, features (D_V), classes (C, background included): sizes of the data; width ... inner: SIZES["base"]
+    """
+    def __init__(self, vocab, features=2048, classes=1601, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1):
+        super().__init__()
+        self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
+        self.region_embedding = RegionEmbedding(features, width, dropout)
+        self.layers = nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(layers)])
+        self.pooler = nn.Linear(width, width)
+        self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
+        self.feature_head, self.feature_bias = Transform(width), nn.Parameter(torch.zeros(features))
+        self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
+        self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
+        self.apply(init_weights)
+        self.start_rank_from_match()
+
+    @torch.no_grad()
+    def start_rank_from_match(self):
+        """The ranking score starts as the matching head's column 1: a copy (the authors' code shares the storage)."""
+        self.rank.weight.copy_(self.match.weight[1:])
+        self.rank.bias.copy_(self.match.bias[1:])
+
+    def forward(self, text, text_mask, regions, boxes, region_mask, *, masked_words=None, masked_regions=None,
+                hidden_regions=None, heads=(), maps=(), length=None):
+        """
+        text (B, N_L) int64, text_mask (B, N_L); regions (B, N_V, D_V), boxes (B, N_V, 4) in [0, 1], region_mask (B, N_V)
+        masked_words    (K,) int64, places in B*N_L whose word to guess: word_logits are made there and only there
+        masked_regions  (K,) int64, places in B*N_V whose feature and class to guess
+        hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions unless given)
+        heads           of "features", "classes" (both for masked_regions), "pooled", "match", "rank"
+        maps            layers whose attention logits to return, e.g. (-1,); the others run fused
+        length          L, if known: without it a GPU has to be waited for
+        """
+        B, N_L = text.shape
+        N_V = regions.shape[1]
+        n_words, n_regions = text_mask.sum(dim=1, keepdim=True), region_mask.sum(dim=1, keepdim=True)     # (B, 1)
+        if length is None:
+            length = int((n_words + n_regions).max())
+        hidden = masked_regions if hidden_regions is None else hidden_regions
+        x = torch.cat([self.text_embedding(text),
+                       self.region_embedding(regions, boxes, self.text_embedding.token_type.weight[1], hidden)], dim=1)
+
+        # Compact: row b becomes its words, then its regions, then padding, so that no layer pays for two paddings.
+        slot = torch.arange(length, device=text.device)[None]                                             # (1, L)
+        source = torch.where(slot < n_words, slot, slot - n_words + N_L).clamp(max=N_L + N_V - 1)         # (B, L)
+        mask = slot < n_words + n_regions                                                                 # (B, L)
+        x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))                                    # (B, L, D)
+
+        wanted, logits = {i % len(self.layers) for i in maps}, {}
+        for i, layer in enumerate(self.layers):
+            x, logits[i] = layer(x, mask, need_maps=i in wanted)
+
+        place = (n_words + torch.arange(N_V, device=text.device)).clamp(max=length - 1)                   # (B, N_V)
+        out = Output(words=x[:, :N_L], regions=x.gather(1, place[..., None].expand(-1, -1, x.shape[-1])),
+                     maps=tuple(blocks(logits[i % len(self.layers)], N_L, place) for i in maps))
+        return self.add_heads(out, x[:, 0], masked_words, masked_regions, heads)
+
+    def add_heads(self, out, first, masked_words, masked_regions, heads):
+        made = {}
+        if masked_words is not None:
+            h = self.word_head(out.words.flatten(0, 1)[masked_words])                                     # (K, D)
+            made["word_logits"] = F.linear(h, self.text_embedding.word.weight, self.word_bias)            # (K, V), tied
+        if masked_regions is not None:
+            h = out.regions.flatten(0, 1)[masked_regions]                                                 # (K, D)
+            if "features" in heads:                                                                       # (K, D_V), tied
+                made["region_features"] = F.linear(self.feature_head(h), self.region_embedding.feature.weight.mT, self.feature_bias)
+            if "classes" in heads:
+                made["region_logits"] = self.classifier(self.class_head(h))                               # (K, C)
+        if {"pooled", "match", "rank"} & set(heads):
+            made["pooled"] = pooled = self.pooler(first).tanh()                                           # (B, D)
+            if "match" in heads:
+                made["match"] = self.match(pooled)
+            if "rank" in heads:
+                made["rank"] = self.rank(pooled)[:, 0]
+        return out._replace(**made)
+
+
+def blocks(S, N_L, place):
+    """Cut compacted logits S (B, H, L, L) into Maps; place (B, N_V) tells each region's row."""
+    B, H, L, _ = S.shape
+    N_V = place.shape[1]
+    rows_V = S.gather(2, place[:, None, :, None].expand(B, H, N_V, L))
+    return Maps(S_LL=S[:, :, :N_L, :N_L], S_LV=S[:, :, :N_L].gather(3, place[:, None, None].expand(B, H, N_L, N_V)),
+                S_VL=rows_V[..., :N_L], S_VV=rows_V.gather(3, place[:, None, None].expand(B, H, N_V, N_V)))
+
+
+def init_weights(module, std=0.02):
+    """BERT's start: normal(0, 0.02) matrices, zero biases, unit norms."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------------------------ official checkpoints
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit; the message says what to do."""
+
+
+RENAMES = [                                         # official name -> ours, tried in this order, each where it matches
+    (r"^module\.", ""),                             # saved from DataParallel
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),        # BERT's first files
+    (r"^(bert|uniter)\.", ""),
+    (r"^embeddings\.word_embeddings", "text_embedding.word"),
+    (r"^embeddings\.position_embeddings", "text_embedding.position"),
+    (r"^embeddings\.token_type_embeddings", "text_embedding.token_type"),
+    (r"^embeddings\.LayerNorm", "text_embedding.norm"),
+    (r"^img_embeddings\.img_linear", "region_embedding.feature"),
+    (r"^img_embeddings\.img_layer_norm", "region_embedding.feature_norm"),
+    (r"^img_embeddings\.pos_linear", "region_embedding.box"),
+    (r"^img_embeddings\.pos_layer_norm", "region_embedding.box_norm"),
+    (r"^img_embeddings\.mask_embedding\.weight", "region_embedding.mask"),
+    (r"^img_embeddings\.LayerNorm", "region_embedding.norm"),
+    (r"^encoder\.layer\.", "layers."),
+    (r"attention\.self\.query", "attention.to_q"), (r"attention\.self\.key", "attention.to_k"),
+    (r"attention\.self\.value", "attention.to_v"), (r"attention\.output\.dense", "attention.to_out"),
+    (r"attention\.output\.LayerNorm", "attention_norm"), (r"intermediate\.dense", "widen"),
+    (r"^(layers\.\d+)\.output\.dense", r"\1.narrow"), (r"^(layers\.\d+)\.output\.LayerNorm", r"\1.mlp_norm"),
+    (r"^pooler\.dense", "pooler"),
+    (r"^cls\.predictions\.transform\.dense", "word_head.0"), (r"^cls\.predictions\.transform\.LayerNorm", "word_head.2"),
+    (r"^cls\.predictions\.bias", "word_bias"),
+    (r"^feat_regress\.net\.", "feature_head."), (r"^feat_regress\.bias", "feature_bias"),
+    (r"^region_classifier\.net\.3", "classifier"), (r"^region_classifier\.net\.", "class_head."),
+    (r"^itm_output", "match"), (r"^rank_output", "rank"),
+]
+TIED = {"cls.predictions.decoder.weight": "text_embedding.word", "cls.predictions.decoder.bias": "word_bias",
+        "feat_regress.weight": "region_embedding.feature"}          # second names of a tensor that we hold once
+
+
+class Report(NamedTuple):
+    """What load_pretrained did: names of our parameters loaded or missing, names in the file renamed, tied or unused."""
+    loaded: list
+    renamed: list
+    tied: list
+    missing: list
+    unused: list
+
+    def __str__(self):
+        def some(names):
+            return "none" if not names else ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        return (f"loaded {len(self.loaded)} tensors ({len(self.renamed)} renamed, {len(self.tied)} tied copies)\n"
+                f"  missing, left at their start: {some(self.missing)}\n  in the file but unused: {some(self.unused)}")
+
+
+def our_name(name):
+    for pattern, new in RENAMES:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def read_tensors(path):
+    """{name: tensor} of a .safetensors, .pt, .pth or .bin file. Code in a pickle is never run; a training file's "model" is taken."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there\n  Wanted: a checkpoint (BERT, UNITER or one of ours). Check the path.")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder\n  Wanted: the checkpoint file inside it, e.g. {path}/last.pt")
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and is refused: loading it could run code in it\n  {first_line(error)}\n"
+                              "  Fetch it from its official address, or save its state_dict() alone with torch.save.") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({path.stat().st_size:,} bytes): {first_line(error)}\n"
+                              "  Most often a download or a copy that stopped half way: fetch it again.") from None
+    if isinstance(found, dict) and isinstance(found.get("model"), dict):
+        found = found["model"]
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise CheckpointError(f"{path} holds {type(found).__name__} and not a table of named tensors\n"
+                              "  Wanted: a state_dict, or a training file with one under \"model\".")
+    return found
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def read_safetensors(path):
+    """The format in four lines: 8 bytes header length, JSON header, then raw little-endian numbers at the header's offsets."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    start = 8 + int(raw[:8].view("<u8")[0])
+    if start > len(raw):
+        raise ValueError(f"the header should end at byte {start:,}")
+    tensors = {}
+    for name, entry in json.loads(raw[8:start].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        a, b = entry["data_offsets"]
+        if start + b > len(raw):
+            raise ValueError(f"{name} should end at byte {start + b:,}")
+        tensors[name] = torch.from_numpy(np.array(raw[start + a:start + b])).view(dtypes[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+@torch.no_grad()
+def load_pretrained(model, path):
+    """Fill a model from a BERT, UNITER or own checkpoint; returns a Report (print it: it says what was left out).
+
+    Names are translated (RENAMES), numbers cast to the model's type, and the ranking head started from the matching head
+    where the file has none. A tensor of another shape is an error, so a wrong size or vocabulary cannot pass unnoticed.
+    """
+    own, report, wrong = model.state_dict(), Report([], [], [], [], []), []
+    for name, tensor in read_tensors(path).items():
+        bare = re.sub(r"^module\.", "", name)
+        if bare in TIED:
+            report.tied.append(name)
+            continue
+        ours = our_name(name)
+        if ours not in own:
+            report.unused.append(name)
+            continue
+        if ours == "region_embedding.mask" and tensor.dim() == 2:
+            tensor = tensor[1]                      # row 0 stands for "not masked" and is always zero
+        if tensor.shape != own[ours].shape:
+            wrong.append(f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[ours].shape)} in the model")
+            continue
+        own[ours].copy_(tensor)
+        report.loaded.append(ours)
+        if ours != name:
+            report.renamed.append(name)
+    report.missing.extend(sorted(set(own) - set(report.loaded)))
+    if wrong or not report.loaded:
+        raise CheckpointError(f"{path} does not fit this model: {len(wrong)} tensors of another size, {len(report.loaded)} that fit\n  "
+                              + "\n  ".join(wrong[:4] or report.unused[:4])
+                              + "\n  Another --size, another vocabulary or region features of another width: compare with the file's own recipe.")
+    if "rank.weight" in report.missing and "match.weight" in report.loaded:
+        model.start_rank_from_match()
+    return report

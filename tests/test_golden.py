@@ -1,0 +1,306 @@
+"""Our numbers against those of the authors' code (random weights and inputs). Every size is read from the files.
+
+GOLDEN_DIR=/another/set python -m pytest tests/test_golden.py     checks another set of the same files
+"""
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import losses
+from model import Uniter, load_pretrained
+
+FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+def golden(name):
+    if not (FOLDER / f"{name}.npz").exists():
+        pytest.fail(f"{FOLDER}/{name}.npz is missing: GOLDEN_DIR must hold ipot, iais, uniter_small, uniter_heads and schedules")
+    return np.load(FOLDER / f"{name}.npz", allow_pickle=False)
+
+
+def tensors(z, prefix=""):
+    return {k[len(prefix):]: torch.tensor(z[k]) for k in z.files if k.startswith(prefix) and z[k].dtype.kind in "fiub"}
+
+
+def close(ours, theirs, atol, rtol=0.0):
+    torch.testing.assert_close(torch.as_tensor(ours).float(), torch.as_tensor(theirs).float(), atol=atol, rtol=rtol)
+
+
+def prefix_mask(lengths, width):
+    return torch.arange(width)[None] < lengths[:, None]
+
+
+# ------------------------------------------------------------------------------------------------- optimal transport
+
+@pytest.mark.parametrize("setting", range(3))
+def test_ipot(setting):
+    z = golden("ipot")
+    x = tensors(z)
+    beta, iterations, inner = z["settings"][setting]
+    masks = ~x["txt_pad"], ~x["img_pad"]
+    words, regions = x["txt_emb"].requires_grad_(), x["img_emb"].requires_grad_()
+    close(losses.cosine_cost(words, regions, *masks).detach(), x["cost"], 1e-6)
+    T = losses.ipot(x["cost"], *masks, beta=beta, iterations=int(iterations), inner=int(inner))
+    close(T, x[f"s{setting}/T"].mT, 1e-6)                                           # theirs is region x word
+    distance = losses.ot_distance(words, regions, *masks, beta=beta, iterations=int(iterations))
+    close(distance.detach(), x[f"s{setting}/distance"], 1e-6)
+    distance.sum().backward()
+    close(words.grad, x[f"s{setting}/grad_txt"], 1e-6)
+    close(regions.grad, x[f"s{setting}/grad_img"], 1e-6)
+
+
+def test_ipot_with_norms_below_eps():
+    x = tensors(golden("ipot"), "edge/")
+    masks = ~x["txt_pad"], ~x["img_pad"]
+    close(losses.cosine_cost(x["txt_emb"], x["img_emb"], *masks), x["cost"], 1e-6)
+    close(losses.ot_distance(x["txt_emb"], x["img_emb"], *masks), x["distance"], 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- IAIS
+
+BLOCKS = {"L": ("txt_attn", "t2i_attn", "img_attn", "i2t_attn"), "V": ("img_attn", "i2t_attn", "txt_attn", "t2i_attn")}
+
+
+def iais_loss(mode, blocks, text_mask, region_mask):
+    side, kind = mode.split("-")
+    own, cross, other, back = (blocks[name] for name in BLOCKS[side])
+    masks = (text_mask, region_mask) if side == "L" else (region_mask, text_mask)
+    if kind == "singular":
+        return losses.iais_singular_released(own, cross, other, *masks)
+    return losses.iais_distributed_side(own, cross, back, *masks)
+
+
+def iais_cases():
+    z = golden("iais")
+    return [f"ex{e}" for e in range(int(z["n_examples"]))] + sorted({k.split("/")[0] for k in z.files if k.startswith("edge_")})
+
+
+@pytest.mark.parametrize("mode", ["L-singular", "V-singular", "L-distributed", "V-distributed"])
+@pytest.mark.parametrize("case", iais_cases())
+def test_iais(case, mode):
+    x = tensors(golden("iais"), case + "/")
+    blocks = {name: x[name][None].clone().requires_grad_() for name in BLOCKS["L"]}
+    n, m = x["t2i_attn"].shape
+    loss = iais_loss(mode, blocks, torch.ones(1, n, dtype=torch.bool), torch.ones(1, m, dtype=torch.bool))
+    loss.backward()
+    assert math.isfinite(loss.item())
+    finite = torch.isfinite(x[f"{mode}/loss"])
+    if finite:
+        close(loss.detach(), x[f"{mode}/loss"], 2e-6)
+    for name, block in blocks.items():
+        wanted = x.get(f"{mode}/grad_{name}")
+        if wanted is None:
+            assert block.grad is None or not block.grad.any(), f"{name} should get no gradient"
+            continue
+        assert torch.isfinite(block.grad).all()
+        if finite and torch.isfinite(wanted).all():
+            close(block.grad[0], wanted, 1e-5, 1e-4)
+
+
+def test_iais_blocks_are_softmaxed_within_themselves():
+    z = golden("iais")
+    for e in range(int(z["n_examples"])):
+        x = tensors(z, f"ex{e}/")
+        n, m = int(z["txt_len_with_cls_sep"][e]), int(z["num_regions"][e])
+        word = torch.zeros(1, n, dtype=torch.bool)
+        word[:, 1:-1] = True
+        S, region = x["logits"][None], torch.ones(1, m, dtype=torch.bool)
+        P = dict(txt_attn=losses.block_softmax(S[..., :n, :n], word), t2i_attn=losses.block_softmax(S[..., :n, n:], region),
+                 i2t_attn=losses.block_softmax(S[..., n:, :n], word), img_attn=losses.block_softmax(S[..., n:, n:], region))
+        rows = {"t": word[0], "i": region[0]}
+        for name, block in P.items():
+            a, b = name[0], name[2] if "2" in name else name[0]
+            close(block[0][rows[a]][:, rows[b]], x[name], 3e-6)
+
+
+@pytest.mark.parametrize("mode", ["L-singular", "V-singular", "L-distributed", "V-distributed"])
+def test_iais_in_a_whole_retrieval_model(mode):
+    """Values, and the gradient of every parameter, through our compaction and our maps."""
+    z = golden("iais")
+    model, batch = uniter(z, "e2e/"), inputs(z, "e2e/in/")
+    group = int(z["e2e/in/sample_size"])
+    out = model(**batch, heads=("rank",))
+    close(out.rank.detach(), torch.tensor(z["e2e/rank_scores"])[:, 0], 2e-5, 1e-5)
+    close(losses.ranking(out.rank.view(-1, group)).detach(), z["e2e/rank_loss"].mean(), 2e-5, 1e-5)
+
+    positive = {k: v[::group] for k, v in batch.items()}
+    maps = model(**positive, maps=(-1,)).maps[0]
+    word = positive["text_mask"].clone()
+    word[:, 0] = False
+    word[torch.arange(len(word)), positive["text_mask"].sum(dim=1) - 1] = False
+    region = positive["region_mask"]
+    blocks = dict(txt_attn=losses.block_softmax(maps.S_LL, word), t2i_attn=losses.block_softmax(maps.S_LV, region),
+                  i2t_attn=losses.block_softmax(maps.S_VL, word), img_attn=losses.block_softmax(maps.S_VV, region))
+    loss = iais_loss(mode, blocks, word, region)
+    close(loss.detach(), z[f"e2e/{mode}/loss"], 2e-6)
+    loss.backward()
+    check_gradient_norms(model, z["e2e/param_names"], z[f"e2e/{mode}/gradnorm"])
+    for key in (k for k in z.files if k.startswith(f"e2e/{mode}/grad/")):
+        close(parameter(model, key.split("/grad/")[1]).grad, z[key], 1e-5, 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- UNITER
+
+def uniter(z, prefix="", extra=()):
+    """Our model of a golden file's sizes with its weights, through load_pretrained and a file on disk, as a user would."""
+    config = json.loads(str(z[prefix + "config"]))
+    weights = tensors(z, prefix + "sd/")
+    for other in extra:
+        weights.update(tensors(z, other))
+    model = Uniter(config["vocab_size"], config.get("img_dim", 32), config.get("img_label_dim", 5), width=config["hidden_size"],
+                   layers=config["num_hidden_layers"], heads=config["num_attention_heads"], inner=config["intermediate_size"],
+                   positions=config["max_position_embeddings"], types=config["type_vocab_size"])
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(weights, f"{folder}/uniter.pt")
+        report = load_pretrained(model, f"{folder}/uniter.pt")
+    assert not report.unused, report
+    return model.eval()
+
+
+def inputs(z, prefix="in/", text=None, feat=None):
+    x = tensors(z, prefix)
+    ids, boxes = x["input_ids"], x["img_pos_feat"][..., :4]
+    B, (N_L, N_V) = max(len(ids), len(boxes)), (ids.shape[1], boxes.shape[1])
+    if "txt_lens" in x:
+        n_words, n_regions = x["txt_lens"], x["num_bbs"]
+    else:                                                           # gather_index: a row's words, then its regions
+        real = x["attn_masks"].bool()
+        n_regions = ((x["gather_index"] >= N_L) & real).sum(dim=1)
+        n_words = real.sum(dim=1) - n_regions
+    return dict(text=ids.expand(B, -1), text_mask=prefix_mask(n_words, N_L), regions=x["img_feat"].expand(B, -1, -1),
+                boxes=boxes.expand(B, -1, -1), region_mask=prefix_mask(n_regions, N_V))
+
+
+def parameter(model, official):
+    from model import our_name
+    name = {"feat_regress.weight": "region_embedding.feature.weight"}.get(official, our_name(official))
+    return dict(model.named_parameters())[name]
+
+
+def check_gradient_norms(model, names, norms):
+    for name, norm in zip(names, norms):
+        gradient = parameter(model, str(name)).grad
+        ours = 0.0 if gradient is None else gradient.norm().item()
+        assert ours == pytest.approx(max(float(norm), 0.0), rel=1e-4, abs=1e-5), name
+
+
+def compacted(out, batch):
+    """Our words and regions put back into the order of the authors' rows: words, then regions."""
+    return [torch.cat([w[t], r[m]]) for w, r, t, m in zip(out.words, out.regions, batch["text_mask"], batch["region_mask"])]
+
+
+def test_uniter_hidden_states_and_maps():
+    z = golden("uniter_small")
+    model, batch = uniter(z), inputs(z)
+    with torch.no_grad():
+        out = model(**batch, heads=("match",), maps=(-1,))
+    for ours, theirs in zip(compacted(out, batch), z["out/sequence_output"]):
+        close(ours, theirs[:len(ours)], 2e-5)
+    close(out.pooled, z["out/pooled_output"], 2e-5)
+    close(out.match, z["out/itm/logits"], 2e-5)
+    S = out.maps[0]
+    for b, (t, r) in enumerate(zip(batch["text_mask"], batch["region_mask"])):
+        n = int(t.sum() + r.sum())
+        ours = torch.cat([torch.cat([S.S_LL[b][:, t][:, :, t], S.S_LV[b][:, t][:, :, r]], -1),
+                          torch.cat([S.S_VL[b][:, r][:, :, t], S.S_VV[b][:, r][:, :, r]], -1)], -2)
+        close(ours, z["out/attn_last/logits"][b][:, :n, :n], 3e-5)
+        close(ours.softmax(-1), z["out/attn_last/probs"][b][:, :n, :n], 3e-6)
+
+
+def test_uniter_on_one_modality():
+    z = golden("uniter_small")
+    model, batch = uniter(z), inputs(z)
+    none_V = {k: batch[k][:, :0] for k in ("regions", "boxes", "region_mask")}
+    none_L = {k: batch[k][:, :0] for k in ("text", "text_mask")}
+    with torch.no_grad():
+        words, regions = model(**{**batch, **none_V}).words, model(**{**batch, **none_L}).regions
+    close(words[batch["text_mask"]], z["out/text_only/sequence_output"][batch["text_mask"].numpy()], 2e-5)
+    close(regions[batch["region_mask"]], z["out/image_only/sequence_output"][batch["region_mask"].numpy()], 2e-5)
+
+
+def test_uniter_mlm():
+    z = golden("uniter_small")
+    model, batch = uniter(z), {**inputs(z), "text": torch.tensor(z["mlm/input_ids"])}
+    labels = torch.tensor(z["mlm/txt_labels"]).flatten()
+    masked = (labels >= 0).nonzero()[:, 0]
+    out = model(**batch, masked_words=masked)
+    close(out.word_logits.detach(), z["out/mlm/logits"], 5e-5)
+    loss = losses.mlm(out.word_logits, labels[masked])
+    close(loss.detach(), z["out/mlm/loss"].mean(), 2e-5, 1e-5)
+    loss.backward()
+    check_gradient_norms(model, z["param_names"], z["out/gradnorm/mlm"])
+
+
+@pytest.mark.parametrize("task", ["mrfr", "mrc", "mrckl"])
+def test_uniter_masked_regions(task):
+    z = golden("uniter_small")
+    model, batch = uniter(z), {**inputs(z), "regions": torch.tensor(z["mrm/img_feat"])}
+    masked = torch.tensor(z["mrm/img_masks"]).flatten().nonzero()[:, 0]
+    out = model(**batch, masked_regions=masked, heads=("features",) if task == "mrfr" else ("classes",))
+    features, probs = torch.tensor(z["mrm/feat_targets"]), torch.tensor(z["mrm/label_targets"])
+    if task == "mrfr":
+        close(out.region_features.detach(), z["out/mrfr/pred"], 2e-5)
+        loss = losses.mrfr(out.region_features, features) / features.shape[-1]     # their mean runs over dimensions too
+        close(loss.detach(), z["out/mrfr/loss"].mean(), 1e-4, 1e-5)
+    else:
+        close(out.region_logits.detach(), z["out/mrc/logits"], 2e-5)
+        loss = losses.mrc(out.region_logits, probs) if task == "mrc" else losses.mrc_kl(out.region_logits, probs) / probs.shape[-1]
+        close(loss.detach(), z[f"out/{task}/loss"].mean(), 2e-5, 1e-5)
+    loss.backward()
+    check_gradient_norms(model, z["param_names"], z[f"out/gradnorm/{task}"])
+
+
+def test_uniter_itm_and_wra():
+    z = golden("uniter_small")
+    match = torch.tensor(z["in/targets"])
+    model, batch = uniter(z), inputs(z)
+    out = model(**batch, heads=("match",))
+    loss = losses.itm(out.match, match)
+    close(loss.detach(), z["out/itm/loss"].mean(), 2e-5, 1e-5)
+    loss.backward()
+    check_gradient_norms(model, z["param_names"], z["out/gradnorm/itm"])
+
+    model.zero_grad(set_to_none=True)
+    out = model(**batch)
+    pair = out.words, out.regions, batch["text_mask"], batch["region_mask"]
+    distance = losses.ot_distance(*pair).detach()
+    close(distance[match == 1], z["out/itm/ot_pos_dist"].ravel(), 2e-5)
+    close(distance[match == 0], z["out/itm/ot_neg_dist"].ravel(), 2e-5)
+    loss = losses.wra(*pair, match=match)
+    close(loss.detach(), z["out/itm/ot_loss"], 2e-5)
+    loss.backward()
+    check_gradient_norms(model, z["param_names"], z["out/gradnorm/ot"])
+
+
+def test_uniter_ranking_head():
+    z = golden("uniter_heads")
+    model, batch = uniter(z, extra=["itm_rank/sd/"]), inputs(z, "itm_rank/in/")
+    out = model(**batch, heads=("rank",))
+    close(out.rank.detach(), z["itm_rank/out/scores"][:, 0], 2e-5, 1e-5)
+    loss = losses.ranking(out.rank.view(-1, int(z["itm_rank/in/sample_size"])))
+    close(loss.detach(), z["itm_rank/out/loss"].mean(), 2e-5, 1e-5)
+    assert model.rank.weight.untyped_storage().data_ptr() != model.match.weight.untyped_storage().data_ptr()
+    model.start_rank_from_match()
+    close(model.rank.weight.detach(), z["itm_rank/sd/itm_output.weight"][1:], 0)
+
+
+@pytest.mark.parametrize("side", ["hardneg_t", "hardneg_i"])
+def test_uniter_hard_negatives(side):
+    """One text x images and one image x texts: scores, the hardest two, and their ranking loss."""
+    z = golden("uniter_heads")
+    model, batch = uniter(z, extra=["itm_rank/sd/"]), inputs(z, side + "/in/")
+    with torch.no_grad():
+        scores = model(**batch, heads=("rank",)).rank
+    close(scores, z[side + "/out/scores"][:, 0], 2e-5, 1e-5)
+    k = z[side + "/out/rank_loss"].shape[1]
+    hardest = scores[1:].topk(k).indices + 1
+    if side + "/out/hard_indices" in z.files:
+        assert sorted(hardest.tolist()) == sorted(z[side + "/out/hard_indices"].ravel().tolist())
+    ours = losses.ranking(torch.cat([scores[:1], scores[hardest]])[None])
+    close(ours, z[side + "/out/rank_loss"].mean(), 2e-5, 1e-5)
