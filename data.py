@@ -584,11 +584,12 @@ class PairBatches:
 
     units        positions (words + regions, padding counted) of a batch over all processes
     part, parts  this process takes every parts-th pair of it
-    [k]          the model's input, what the task predicts, and "names" of the samples
+    labels       of the captions, for tasks that have them (NLVR): they take the place of "match"
+    [k]          "input" for the model, what the task predicts, and "names" of the samples
     """
-    def __init__(self, pairs, task, units, seed, part=0, parts=1, mask_rate=0.15):
+    def __init__(self, pairs, task, units, seed, part=0, parts=1, mask_rate=0.15, labels=None):
         self.pairs, self.task, self.units, self.seed = pairs, task, units, seed
-        self.part, self.parts, self.mask_rate = part, parts, mask_rate
+        self.part, self.parts, self.mask_rate, self.labels = part, parts, mask_rate, labels
         self.epoch, self.first, self.batches = -1, 0, []            # the epoch at hand and its first batch's number
 
     def rng(self, *numbers):
@@ -597,7 +598,7 @@ class PairBatches:
     def items(self, rng):
         """One epoch's pairs: (captions, images, match)."""
         captions = rng.permutation(len(self.pairs.captions))
-        images, match = self.pairs.image[captions], np.ones(len(captions), bool)
+        images, match = self.pairs.image[captions], np.ones(len(captions), bool) if self.labels is None else self.labels[captions]
         if self.task == "itm":                                      # half of them: another image or another caption
             match = rng.random(len(captions)) < 0.5
             swap_image = rng.random(len(captions)) < 0.5
@@ -636,7 +637,7 @@ class PairBatches:
         captions, images = captions[mine], images[mine]
         batch = {"task": self.task, "names": self.pairs.names(captions, images), "match": torch.from_numpy(match[mine])}
         if mask is None:
-            return batch | self.pairs.batch(captions, images)
+            return batch | {"input": self.pairs.batch(captions, images)}
         hidden, replace = (m[mine] for m in mask)
         if self.task == "mlm":
             text, real = self.pairs.text(captions)
@@ -644,9 +645,9 @@ class PairBatches:
             batch["masked_words"] = torch.from_numpy(np.flatnonzero(hidden))
             batch["word_targets"] = torch.from_numpy(text[hidden])
             replaced = np.where(hidden, np.where(replace[:, :text.shape[1]] < 0, text, replace[:, :text.shape[1]]), text)
-            return batch | self.pairs.batch(captions, images, replaced)
-        batch |= self.pairs.batch(captions, images)
-        hidden = hidden[:, :batch["regions"].shape[1]]
+            return batch | {"input": self.pairs.batch(captions, images, replaced)}
+        batch["input"] = self.pairs.batch(captions, images)
+        hidden = hidden[:, :batch["input"]["regions"].shape[1]]
         batch["masked_regions"] = torch.from_numpy(np.flatnonzero(hidden))
         if self.task in ("mrc", "mrckl"):
             probs = self.pairs.store.read(images, "cls_prob")
@@ -658,7 +659,7 @@ class PairBatches:
 
         Of the masked words 80 % become [MASK], 10 % another word, 10 % stay; at least one each, [CLS] and [SEP] never.  UNITER fn. 7
         """
-        if self.task == "itm":
+        if self.task in ("itm", "nlvr"):
             return None
         words = self.task == "mlm"
         n = self.pairs.n_words[captions] if words else self.pairs.store.n_regions[images]
@@ -885,16 +886,16 @@ def render(things):
     for t in reversed(things):
         x1, y1, x2, y2 = t.box
         if t.shape == "circle":
-            pen.ellipse(t.box, fill=COLOURS[t.colour])
+            pen.ellipse(t.box, fill=COLOURS[t.colour], outline="white")
         elif t.shape == "square":
-            pen.rectangle(t.box, fill=COLOURS[t.colour])
+            pen.rectangle(t.box, fill=COLOURS[t.colour], outline="white")
         else:
             turn = np.arange(10 if t.shape == "star" else 3) / (10 if t.shape == "star" else 3) * 2 * np.pi - np.pi / 2
             radius = np.where(np.arange(len(turn)) % 2, 0.4, 1.0) if t.shape == "star" else np.ones(3)
             points = np.stack([np.cos(turn) * radius, np.sin(turn) * radius], 1)
             low, high = points.min(0), points.max(0)                # stretched to fill the box
             points = (points - low) / (high - low) * [x2 - x1, y2 - y1] + [x1, y1]
-            pen.polygon([tuple(p) for p in points], fill=COLOURS[t.colour])
+            pen.polygon([tuple(p) for p in points], fill=COLOURS[t.colour], outline="white")
     return picture
 
 

@@ -15,7 +15,7 @@ Everything is computed in float32 (float64 stays), also under autocast.
                            iais_singular  iais_singular_side                    IAIS sec. 3.1 (Ren et al. 2021)
                            iais_singular_released                               the same, as in the authors' code
                            iais_distributed  iais_distributed_side              IAIS sec. 3.2
-    helpers                wide  mean_over  masked_softmax  block_softmax  strongest_partner  row_mean_kl
+    helpers                wide  mean_over  masked_softmax  block_softmax  joint_softmax  strongest_partner  row_mean_kl
 """
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,18 @@ def block_softmax(S, column_mask):
     Helpers: wide, masked_softmax.
     """
     return masked_softmax(S, column_mask).mean(dim=1)
+
+
+def joint_softmax(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
+    """The layer's own attention probabilities, cut into blocks: each row's softmax runs over words and regions together.
+
+    S_LL (B, H, N_L, N_L) ... S_VV (B, H, N_V, N_V) logits; returns P_LL, P_LV, P_VL, P_VV; rows of [P_LL P_LV] sum to 1
+    Helpers: wide, masked_softmax.
+    """
+    N_L, column = len(text_mask[0]), torch.cat([text_mask, region_mask], dim=1)
+    P_L = masked_softmax(torch.cat([S_LL, S_LV], dim=-1), column)
+    P_V = masked_softmax(torch.cat([S_VL, S_VV], dim=-1), column)
+    return P_L[..., :N_L], P_L[..., N_L:], P_V[..., :N_L], P_V[..., N_L:]
 
 
 # ------------------------------------------------------------------------------------- masked modelling (UNITER 3.2)
