@@ -6,13 +6,13 @@ A batch is a dict of tensors with fixed names; masks are bool, True = real; boxe
     1. Errors and files     DataError  write_atomic  read_json
     2. Text                 WordPiece                                           as BERT, cased or uncased
     3. Region features      RegionStore  StoreWriter  pack                      memory-mapped; from TSV and npz files
-    4. Readers              coco  flickr30k  winoground  nlvr                   official files -> records
+    4. Readers              coco  coco_karpathy  flickr30k  winoground  nlvr                  official files -> records
     5. Pairs                Pairs  load_pairs                                   captions and regions, ready for batches
     6. Batches              unit_batches  PairBatches  RankingBatches  Mix      every batch is a function of (seed, number)
     7. ShapesWorld          make_toy  ensure_toy                                a toy world in the official formats
     8. Command line         python data.py toy | pack
 
-python data.py toy --out data/toy --seed 0 --scenes 4000
+python data.py toy --out data/toy --seed 0 --scenes 6000
 python data.py pack train2014_obj36.tsv --out DATA/regions/coco
 """
 import argparse
@@ -445,6 +445,15 @@ def coco(data, split):
     return out
 
 
+def coco_karpathy(data, split):
+    """COCO captions in Karpathy's split: train (with restval, as every paper), val, test; the first five captions of an image."""
+    path = Path(data) / "coco" / "dataset_coco.json"
+    images = field(read_json(path, "Karpathy's split of COCO"), "images", path)
+    wanted = ("train", "restval") if split == "train" else (split,)
+    return [Caption(Path(field(i, "filename", path)).stem, field(s, "raw", path), str(s.get("sentid")))
+            for i in images if field(i, "split", path) in wanted for s in field(i, "sentences", path)[:5]]
+
+
 def flickr30k(data, split):
     """Flickr30k in Karpathy's split: train, val, test. Image id = file stem."""
     path = Path(data) / "flickr30k" / "dataset_flickr30k.json"
@@ -763,11 +772,16 @@ class Mix(torch.utils.data.Dataset):
 # the official formats, so no reader knows that it is a toy.
 
 TOY_VERSION = 1                                     # raised whenever the bytes change; an older tree is made again
-SHAPES = "circle", "square", "triangle", "star"
+SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
 COLOURS = {"red": (214, 48, 40), "green": (46, 160, 67), "blue": (0, 120, 230), "yellow": (245, 205, 30), "black": (25, 25, 25), "purple": (140, 60, 180)}
 SIZES = {"small": 26, "medium": 42, "large": 64}    # pixels
 WIDTH, HEIGHT = 240, 180
 CLASSES = ("background", *SHAPES, "box")            # the detector's; "box" is NLVR's grey container
+OUTLINES = {                                        # corners in the unit square
+    "triangle": np.array([(0.5, 0), (1, 1), (0, 1)]), "diamond": np.array([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)]),
+    "star": np.array([(0.5, 0), (0.62, 0.38), (1, 0.38), (0.69, 0.6), (0.81, 1), (0.5, 0.75), (0.19, 1), (0.31, 0.6), (0, 0.38), (0.38, 0.38)]),
+    "cross": np.array([(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65), (0.65, 1), (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)]),
+}
 RELATIONS = "left of", "right of", "above", "below", "inside", "in front of"
 OTHER_WORDS = """the an and of on in at to is are it its there with that this one two three four five six seven eight nine ten no not none all
 each every both only exactly least most more than less same different other another any some many few several number total box boxes grey gray
@@ -828,11 +842,15 @@ def placed(rng, kinds, touching):
 
 
 def draw_kinds(rng, n):
-    return [(SHAPES[k // len(COLOURS)], list(COLOURS)[k % len(COLOURS)]) for k in rng.choice(len(SHAPES) * len(COLOURS), n, replace=False)]
+    """n things of n shapes and n colours, so that "a red circle" is never in doubt; some are common and some rare (1 / rank), as words
+    are, so that another picture often has the same things elsewhere."""
+    rare = 1 / np.arange(1, len(SHAPES) + 1)
+    pick = lambda names: rng.choice(list(names), n, replace=False, p=rare / rare.sum())
+    return [(str(s), str(c)) for s, c in zip(pick(SHAPES), pick(COLOURS))]
 
 
 def draw_scene(rng):
-    n = int(rng.choice([2, 3, 4, 5, 6], p=[0.2, 0.35, 0.25, 0.15, 0.05]))
+    n = int(rng.choice([2, 3, 4, 5, 6], p=[0.3, 0.4, 0.2, 0.07, 0.03]))
     return placed(rng, draw_kinds(rng, n), str(rng.choice(["", "inside", "in front of"], p=[0.8, 0.1, 0.1])))
 
 
@@ -843,7 +861,7 @@ def phrase(thing, sized=False):
 def describe(rng, things):
     """One true caption as a list of parts: text, or (text, index of the thing it names)."""
     order = [int(i) for i in rng.permutation(len(things))]
-    form = rng.choice(["place", "relation", "list"], p=[0.45, 0.45, 0.1])
+    form = rng.choice(["place", "places", "relation", "list"], p=[0.5, 0.05, 0.4, 0.05])
     if form == "relation":
         known = [(i, j, relation(things[i], things[j])) for i in order for j in order if i != j]
         known = [r for r in known if r[2]]
@@ -854,10 +872,14 @@ def describe(rng, things):
     if form == "list":
         i, j = order[:2]
         return [(phrase(things[i], rng.random() < 0.5), i), " and ", (phrase(things[j]), j)]
-    i = order[0]
-    x, y = (things[i].box[0] + things[i].box[2]) / 2 / WIDTH, (things[i].box[1] + things[i].box[3]) / 2 / HEIGHT
+    first = [(phrase(things[order[0]], rng.random() < 0.25), order[0]), whereabouts(rng, things[order[0]])]
+    return first if form == "place" else [*first, " and ", (phrase(things[order[1]]), order[1]), whereabouts(rng, things[order[1]])]
+
+
+def whereabouts(rng, thing):
+    x, y = (thing.box[0] + thing.box[2]) / 2 / WIDTH, (thing.box[1] + thing.box[3]) / 2 / HEIGHT
     where = [w for w, true in (("on the left", x < 0.36), ("on the right", x > 0.64), ("at the top", y < 0.36), ("at the bottom", y > 0.64)) if true]
-    return [(phrase(things[i], rng.random() < 0.25), i), " " + (str(rng.choice(where)) if where else "in the middle")]
+    return " " + (str(rng.choice(where)) if where else "in the middle")
 
 
 def spoken(parts):
@@ -890,11 +912,7 @@ def render(things):
         elif t.shape == "square":
             pen.rectangle(t.box, fill=COLOURS[t.colour], outline="white")
         else:
-            turn = np.arange(10 if t.shape == "star" else 3) / (10 if t.shape == "star" else 3) * 2 * np.pi - np.pi / 2
-            radius = np.where(np.arange(len(turn)) % 2, 0.4, 1.0) if t.shape == "star" else np.ones(3)
-            points = np.stack([np.cos(turn) * radius, np.sin(turn) * radius], 1)
-            low, high = points.min(0), points.max(0)                # stretched to fill the box
-            points = (points - low) / (high - low) * [x2 - x1, y2 - y1] + [x1, y1]
+            points = OUTLINES[t.shape] * [x2 - x1, y2 - y1] + [x1, y1]
             pen.polygon([tuple(p) for p in points], fill=COLOURS[t.colour], outline="white")
     return picture
 
@@ -937,10 +955,10 @@ def detect(rng, things, looks):
     return {name: column[order] for name, column in row.items()}
 
 
-def make_toy(out, seed=0, scenes=4000):
+def make_toy(out, seed=0, scenes=6000):
     """Write the toy tree: COCO, Flickr30k with Entities, Winoground, region stores, vocabularies. Same seed, same bytes.
 
-    scenes are shared out: 65 % COCO train, 5 % COCO val, 20 % Flickr30k train, 5 % val, 5 % test; Winoground gets a tenth as many
+    scenes are shared out: 65 % COCO train, 3 % COCO val, 26 % Flickr30k train, 3 % val, 3 % test; Winoground gets a fifteenth as many
     examples, of scenes of its own.
     """
     out = Path(out)
@@ -949,9 +967,9 @@ def make_toy(out, seed=0, scenes=4000):
     if scenes < 40:
         raise DataError(f"--scenes {scenes}\n  Wanted: at least 40, so that every split gets some.")
     tmp = Path(f"{out}.tmp{os.getpid()}")
-    cuts = dict(zip(("train2014", "val2014", "train", "val", "test"), np.diff(np.round(np.cumsum([0, 0.65, 0.05, 0.2, 0.05, 0.05]) * scenes).astype(int))))
+    cuts = dict(zip(("train2014", "val2014", "train", "val", "test"), np.diff(np.round(np.cumsum([0, 0.65, 0.03, 0.26, 0.03, 0.03]) * scenes).astype(int))))
     try:
-        jobs = toy_coco(tmp, seed, cuts) + toy_flickr30k(tmp, seed, cuts) + toy_winoground(tmp, seed, scenes // 10)
+        jobs = toy_coco(tmp, seed, cuts) + toy_flickr30k(tmp, seed, cuts) + toy_winoground(tmp, seed, scenes // 15)
         for folder in {path.parent for path, _ in jobs}:
             folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -980,7 +998,7 @@ def toy_store(tmp, name, scenes, ids, seed):
 
 
 def toy_coco(tmp, seed, cuts):
-    rng, jobs, every, ids = np.random.default_rng([seed, 1]), [], [], []
+    rng, jobs, every, ids, karpathy = np.random.default_rng([seed, 1]), [], [], [], []
     for split in ("train2014", "val2014"):
         images, annotations = [], []
         for _ in range(cuts[split]):
@@ -988,9 +1006,13 @@ def toy_coco(tmp, seed, cuts):
             name = f"COCO_{split}_{number:012d}.jpg"
             images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
             annotations += [{"image_id": number, "id": 10 * number + k, "caption": spoken(describe(rng, things))} for k in range(5)]
+            karpathy.append({"filepath": split, "filename": name, "cocoid": number, "imgid": number - 1,
+                             "split": "train" if split == "train2014" else ("val", "test")[number % 2],
+                             "sentences": [{"raw": a["caption"], "tokens": a["caption"].split(), "imgid": number - 1, "sentid": a["id"]} for a in annotations[-5:]]})
             every.append(things), ids.append(name[:-4]), jobs.append((tmp / "coco" / split / name, things))
         write_atomic(tmp / "coco" / "annotations" / f"captions_{split}.json",
                      json.dumps({"info": {"description": "ShapesWorld"}, "licenses": [], "images": images, "annotations": annotations}))
+    write_atomic(tmp / "coco" / "dataset_coco.json", json.dumps({"images": karpathy, "dataset": "coco"}))
     toy_store(tmp, "coco", every, ids, seed)
     return jobs
 
@@ -1100,7 +1122,7 @@ def main():
     toy = commands.add_parser("toy", help="write the toy tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     toy.add_argument("--out", default="data/toy", help="a new folder")
     toy.add_argument("--seed", type=int, default=0, help="another seed is another world of scenes; the same seed gives the same bytes")
-    toy.add_argument("--scenes", type=int, default=4000, help="scenes of COCO and Flickr30k together; Winoground adds a fifth")
+    toy.add_argument("--scenes", type=int, default=6000, help="scenes of COCO and Flickr30k together; Winoground adds two for each 15")
     packing = commands.add_parser("pack", help="convert region features into a store", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                   description=pack.__doc__)
     packing.add_argument("source", help="an LXMERT or bottom-up-attention .tsv file, or a folder of UNITER .npz files")

@@ -74,13 +74,14 @@ class Attention(nn.Module):
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
         may_see = mask[:, None, None, :]                            # (B, 1, 1, M)
         drop = self.dropout if self.training else 0.0
-        if need_maps:                                               # written out: slower, keeps the logits
+        if need_maps or q.dtype == torch.bfloat16 and not q.is_cuda:    # written out: keeps the logits; and the fused bf16
+                                                                    # kernel's backward is several times slower on CPUs
             S = q @ k.mT / math.sqrt(q.shape[-1])                   # (B, H, N, M)
             P = S.masked_fill(~may_see, float("-inf")).softmax(dim=-1)
             out = F.dropout(P, drop).to(v.dtype) @ v                # a loss sees S before dropout
         else:                                                       # fused: same numbers, no maps
-            S, out = None, F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, dropout_p=drop)
-        return self.to_out(out.transpose(1, 2).flatten(2)), S
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, dropout_p=drop)
+        return self.to_out(out.transpose(1, 2).flatten(2)), S if need_maps else None
 
 
 class Layer(nn.Module):
@@ -160,7 +161,10 @@ class Uniter(nn.Module):
         self.feature_head, self.feature_bias = Transform(width), nn.Parameter(torch.zeros(features))
         self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
         self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
-        self.apply(init_weights)
+        self.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
+        with torch.no_grad():                       # boxes enter around their middle: else the mean box drowns the differences
+            middle = torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
+            self.region_embedding.box.bias.copy_(-self.region_embedding.box.weight @ middle)
         self.start_rank_from_match()
 
     @torch.no_grad()
@@ -234,7 +238,7 @@ def blocks(S, N_L, place):
 
 
 def init_weights(module, std=0.02):
-    """BERT's start: normal(0, 0.02) matrices, zero biases, unit norms."""
+    """BERT's start: normal(0, 0.02) matrices at width 768 (wider for narrower models, so that all start alike), zero biases, unit norms."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
@@ -321,6 +325,25 @@ def read_tensors(path):
         raise CheckpointError(f"{path} holds {type(found).__name__} and not a table of named tensors\n"
                               "  Wanted: a state_dict, or a training file with one under \"model\".")
     return found
+
+
+class Saved(NamedTuple):
+    """A training file of ours: train.py writes it, everything in it is plain."""
+    model: dict
+    optimizer: dict
+    step: int
+    config: dict                                    # the run's settings
+    sizes: dict                                     # vocab, features, classes; size: a key of SIZES
+
+
+def read_checkpoint(path):
+    """One of our own training files; anything else is a CheckpointError."""
+    read_tensors(path)                              # its errors are better than torch's
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if not set(Saved._fields) <= set(found):
+        raise CheckpointError(f"{path} is not a training file of ours: it lacks {', '.join(sorted(set(Saved._fields) - set(found)))}\n"
+                              "  Wanted: a last.pt that train.py wrote. Official checkpoints: --init to train from one, --size to evaluate one.")
+    return Saved(*(found[name] for name in Saved._fields))
 
 
 def first_line(error):

@@ -29,7 +29,7 @@ import losses
 from data import (DataError, Mix, PairBatches, Pairs, RankingBatches, RegionStore, WordPiece, coco, ensure_toy, flickr30k,
                   nlvr_pairs, write_atomic)
 from evaluate import to
-from model import SIZES, CheckpointError, Uniter, load_pretrained
+from model import SIZES, CheckpointError, Uniter, load_pretrained, read_checkpoint
 
 # 1. Recipes --------------------------------------------------------------------------------------------------------
 # One dict per experiment: only what differs from the defaults of Config. "init" may name another recipe: it is run first.
@@ -59,7 +59,7 @@ class Config:
     recipe: str = opt("toy", "which experiment: its settings replace the defaults below; what you type replaces both")
     loss: str = opt("none", "alignment losses, joined by +: none, cacr, iais, iais-released, iais-distributed, wra")
     task: str = opt("retrieval", "what to learn", ("retrieval", "pretrain", "nlvr"))
-    pretrain: str = opt("mlm+itm", "pre-training tasks, joined by +: mlm, itm, mrfr, mrc, mrckl, wra (wra goes with itm) [UNITER table 2]")
+    pretrain: str = opt("mlm+itm", "pre-training tasks, joined by +: mlm, itm, mrfr, mrc, mrckl, wra (goes with itm) [UNITER table 2]; mlm:3 triples a share")
     data: str = opt("data/toy", "the data tree; data/toy is made on first use")
     regions: str = opt("", "folder of the region stores; DATA/regions unless given")
     out: str = opt("", "where the run goes; out/<recipe>-<loss>-seed<seed> unless given")
@@ -79,6 +79,7 @@ class Config:
     eps: float = opt(1e-6, "AdamW's epsilon [authors' code]")
     clip: float = opt(2.0, "largest gradient norm [authors' code]; 0 turns it off")
     dropout: float = opt(0.1, "on hidden states and attention [BERT]")
+    mask_rate: float = opt(0.15, "share of words or regions masked in pre-training [UNITER sec. 3.2]")
     negatives: int = opt(2, "mismatched pairs a matched one in ranking: 2 [UNITER sec. 4.1], 31 [CACR sec. 4]")
     candidates: int = opt(0, "score so many negatives and train on the hardest: 399 [IAIS code]; 0 draws them at random")
     alternate: bool = opt(False, "text anchors and the language side one batch, image anchors and the vision side the next [IAIS code]")
@@ -128,13 +129,13 @@ def parse(argv):
     typed = vars(typed)
     if typed.get("task") == "nlvr":
         typed.setdefault("recipe", "toy-nlvr")
-    recipe = typed.get("recipe", Config.recipe)
+    recipe = typed.pop("recipe", Config.recipe)
     return make_config(recipe, **typed)
 
 
 def make_config(recipe, **changes):
     cfg = Config(**{**RECIPES[known(recipe, RECIPES, "recipe")], **changes, "recipe": recipe})
-    alignment_names(cfg), pretrain_names(cfg)
+    alignment_names(cfg), pretrain_shares(cfg)
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
     cfg.init = cfg.init.replace("{data}", cfg.data)
     cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}-seed{cfg.seed}"
@@ -150,8 +151,17 @@ def alignment_names(cfg):
     return [known(name, [*ALIGNMENTS, "none"], "--loss") for name in cfg.loss.split("+") if name != "none"]
 
 
-def pretrain_names(cfg):
-    return [known(name, ["mlm", "itm", "mrfr", "mrc", "mrckl", "wra"], "--pretrain") for name in cfg.pretrain.split("+")]
+def pretrain_shares(cfg):
+    """{task: share of the steps} from --pretrain; UNITER's own shares are the default."""
+    usual, shares = {"mlm": 2, "itm": 2, "mrfr": 1, "mrc": 1, "mrckl": 1, "wra": 0}, {}     # [UNITER's code]
+    for part in cfg.pretrain.split("+"):
+        name, _, share = part.partition(":")
+        known(name, list(usual), "--pretrain")
+        try:
+            shares[name] = float(share or usual[name])
+        except ValueError:
+            raise UserError(f"--pretrain {part}: wanted a name, or name:share as in mlm:3") from None
+    return shares
 
 
 # 3. Where it runs --------------------------------------------------------------------------------------------------
@@ -223,9 +233,9 @@ def load_streams(cfg, place, tokenizer):
     if cfg.task == "pretrain":
         store = RegionStore(Path(cfg.regions) / "coco")
         train, val = (pairs(coco(cfg.data, s), store, f"COCO {s}") for s in ("train2014", "val2014"))
-        shares = {"mlm": 2, "itm": 2, "mrfr": 1, "mrc": 1, "mrckl": 1}              # [UNITER's code]
-        tasks = [t for t in pretrain_names(cfg) if t != "wra"]
-        streams = [PairBatches(train, t, units, cfg.seed, **share) for t in tasks]
+        shares = pretrain_shares(cfg)
+        tasks = [t for t in shares if t != "wra"]
+        streams = [PairBatches(train, t, units, cfg.seed, **share, mask_rate=cfg.mask_rate) for t in tasks]
         return streams, [shares[t] for t in tasks], {t: PairBatches(val, t, cfg.units, cfg.seed) for t in tasks}, store
     store = RegionStore(Path(cfg.regions) / "flickr30k")
     train, val = (pairs(flickr30k(cfg.data, s), store, f"Flickr30k {s}") for s in ("train", "val"))
@@ -333,7 +343,7 @@ def objective_itm(cfg, model, batch):
     out = model(**batch["input"], heads=("match",), maps=maps_wanted(cfg))
     masks = batch["input"]["text_mask"], batch["input"]["region_mask"]
     found = {batch["task"]: losses.itm(out.match, batch["match"])}
-    if cfg.task == "pretrain" and "wra" in pretrain_names(cfg):
+    if cfg.task == "pretrain" and "wra" in pretrain_shares(cfg):
         found["wra/pretrain"] = losses.wra(out.words, out.regions, *masks, match=batch["match"])
     if alignment_names(cfg):
         rows = batch["match"].nonzero()[:, 0]
@@ -410,16 +420,6 @@ def save_checkpoint(path, cfg, model, optimizer, step, sizes):
         beside.unlink(missing_ok=True)
         kept = f"the checkpoint of an earlier step is still whole: {path}" if path.exists() else "there is no earlier one"
         raise UserError(f"{path} could not be saved at step {step}: {error}\n  {kept}\n  Free some space, then go on with --resume") from None
-
-
-def read_checkpoint(path):
-    """One of our own checkpoints."""
-    from model import first_line
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        return found["model"], found["optimizer"], found["step"], found["config"], found["sizes"]
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a checkpoint of train.py: {first_line(error)}\n  Choose another --out or --ckpt.") from None
 
 
 # 9. The loop -------------------------------------------------------------------------------------------------------
@@ -514,12 +514,12 @@ def prepare_out(cfg, place):
             out.mkdir(parents=True, exist_ok=True)
         return None
     saved = read_checkpoint(out / "last.pt")
-    was, now = dict(saved[3]), dataclasses.asdict(cfg)
+    was, now = saved.config, dataclasses.asdict(cfg)
     other = [f"--{k.replace('_', '-')} {was[k]} there, {now[k]} here" for k in now if k not in PLACE and was.get(k) != now[k]]
     if other:
         raise UserError(f"{out} holds a run of another configuration: {'; '.join(other)}\n  Choose another --out, or delete that folder.")
     if not cfg.resume:
-        raise UserError(f"{out} holds this run already, {'finished' if saved[2] == cfg.steps else f'at step {saved[2]} of {cfg.steps}'}\n"
+        raise UserError(f"{out} holds this run already, {'finished' if saved.step == cfg.steps else f'at step {saved.step} of {cfg.steps}'}\n"
                         "  Go on with --resume (a finished run tells its numbers again), or choose another --out.")
     return saved
 
@@ -538,9 +538,9 @@ def train(cfg, place):
     optimizer, start = make_optimizer(cfg, model), 0
     sizes = {"vocab": len(tokenizer), "features": store_width(store), "classes": store.classes or 1601, "size": cfg.size}
     if saved:
-        model.load_state_dict(saved[0])
-        optimizer.load_state_dict(saved[1])
-        start = saved[2]
+        model.load_state_dict(saved.model)
+        optimizer.load_state_dict(saved.optimizer)
+        start = saved.step
         place.say(f"  going on after step {start}")
     place.say(f"  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {cfg.steps} steps -> {cfg.out}")
     step = compiled = torch.compile(model, dynamic=True) if cfg.compile else model
@@ -600,10 +600,15 @@ def last_words(cfg, place, model, tokenizer, log):
     numbers = {k: v for k, v in log.last.items() if k.startswith("val/")}
     if place.main:
         if (Path(cfg.data) / "winoground").exists() and cfg.task != "nlvr":
-            numbers |= evaluate.winoground(model, cfg.data, tokenizer, Path(cfg.regions), autocast=place.autocast,
+            numbers |= evaluate.winoground(model, cfg.data, tokenizer, cfg.regions, autocast=place.autocast,
                                            head="rank" if cfg.task == "retrieval" else "match")
+            if cfg.task == "retrieval":
+                evaluate.figures({f"{cfg.recipe} {cfg.loss}": model}, cfg.data, tokenizer, cfg.regions, Path(cfg.out) / "figures")
+        if cfg.task == "nlvr":
+            numbers |= evaluate.nlvr(model, cfg.data, tokenizer, autocast=place.autocast)
+        evaluate.training_curve(log.path, Path(cfg.out) / "figures" / "curve.png")
         write_atomic(Path(cfg.out) / "done.json", json.dumps(numbers, indent=1))
-        place.say(f"  {cfg.out}: last.pt, log.jsonl, done.json")
+        place.say(f"  {cfg.out}: last.pt, log.jsonl, done.json, figures/")
     if place.world > 1:
         dist.barrier()
     return numbers

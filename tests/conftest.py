@@ -15,3 +15,12 @@ def shared(path):
     if not (SHARED / path).exists():
         pytest.skip(f"needs third-party data: {SHARED / path} (set SHARED_DIR)")
     return SHARED / path
+
+
+@pytest.fixture(scope="session")
+def toy_tree(tmp_path_factory):
+    """A small ShapesWorld for the whole session."""
+    import data
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    data.make_toy(folder, scenes=300)
+    return folder

@@ -1,0 +1,348 @@
+"""Readers, store, tokenizer and batches; and every kind of bad file a user may have."""
+import base64
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from conftest import ROOT, shared
+from data import DataError, PairBatches, Pairs, RankingBatches, RegionStore, WordPiece
+
+
+@pytest.fixture(scope="session")
+def toy(toy_tree):
+    return toy_tree
+
+
+@pytest.fixture(scope="session")
+def pairs(toy):
+    return Pairs(data.coco(toy, "train2014"), RegionStore(toy / "regions/coco"), WordPiece(toy / "bert-base-cased/vocab.txt", lower=False))
+
+
+def digest(folder):
+    import hashlib
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+@pytest.mark.parametrize("name, lower", [("wordpiece", True), ("wordpiece_cased", False)])
+def test_tokenizer_is_berts(name, lower):
+    """300 strings through HuggingFace's tokenizer with BERT's vocabulary; the strings are hard ones."""
+    tokenizer = WordPiece(shared("real/bert/vocab.txt"), lower)
+    golden = json.loads(shared(f"golden/{name}.json").read_text(encoding="utf-8"))
+    wrong = [s["text"] for s in golden["strings"] if [tokenizer.cls, *tokenizer(s["text"]), tokenizer.sep] != s["ids"]]
+    assert not wrong, wrong[:5]
+    assert len(golden["strings"]) >= 300
+
+
+def test_tokenizer_without_third_party_data(toy):
+    t = WordPiece(toy / "bert-base-uncased/vocab.txt", lower=True)
+    assert [t.pieces[i] for i in t("A RED circle, [MASK]zq")] == ["a", "red", "circle", ",", "[MASK]", "z", "##q"]
+    assert t("") == [] and t("北" ) == [t.unk] and t("x" * 101) == [t.unk]
+    cased = WordPiece(toy / "bert-base-cased/vocab.txt", lower=False)
+    assert cased("RED") == [cased.unk]
+
+
+# --------------------------------------------------------------------------------------------------------- toy world
+
+def test_same_seed_same_bytes(tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        data.make_toy(tmp_path / name, seed=seed, scenes=60)
+    a, b, c = (digest(tmp_path / n) for n in "abc")
+    assert a == b
+    assert sum(a[k] != c.get(k) for k in a) > len(a) / 2
+
+
+def test_splits_share_no_scene_and_captions_are_true(toy):
+    images = {s: {c.image for c in data.flickr30k(toy, s)} for s in ("train", "val", "test")}
+    assert not images["train"] & images["val"] and not images["val"] & images["test"] and all(images.values())
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        things = data.draw_scene(rng)
+        text = data.spoken(data.describe(rng, things))
+        for how in data.RELATIONS:
+            if f" {how} " in text:
+                a, b = (next(t for t in things if f"{t.colour} {t.shape}" in side) for side in text.replace(" to the", "").split(f" {how} "))
+                assert data.relation(a, b) == how, text
+
+
+def test_winoground_pairs_are_swaps(toy):
+    for e in data.winoground(toy):
+        assert sorted(e.captions[0].split()) == sorted(e.captions[1].split()) and e.captions[0] != e.captions[1]
+
+
+def test_toy_is_left_alone_or_made_again(tmp_path):
+    data.make_toy(tmp_path / "toy", scenes=60)
+    before = (tmp_path / "toy/toy.json").stat().st_mtime_ns
+    data.ensure_toy(tmp_path / "toy")
+    assert (tmp_path / "toy/toy.json").stat().st_mtime_ns == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    data.ensure_toy(mine)
+    assert list(mine.iterdir()) == []
+    with pytest.raises(DataError, match="exists already"):
+        data.make_toy(mine)
+
+
+def test_killed_toy_leaves_nothing(tmp_path):
+    code = f"import data, os, time\ndata.toy_winoground = lambda *a: os.kill(os.getpid(), 9)\ndata.make_toy({str(tmp_path / 'toy')!r}, scenes=60)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
+    assert not (tmp_path / "toy").exists()
+
+
+# --------------------------------------------------------------------------------------------------- store and pack
+
+def row(image, n=36, width=8, w=640, h=480, kind="lxmert", seed=0):
+    rng = np.random.default_rng(seed)
+    corner = rng.random((n, 2)) * [w / 2, h / 2]
+    boxes = np.concatenate([corner, corner + rng.random((n, 2)) * [w / 2, h / 2]], 1).astype("<f4")
+    features = rng.random((n, width)).astype("<f4")
+    b = lambda x, t: base64.b64encode(np.ascontiguousarray(x, t).tobytes()).decode()
+    ids, conf = rng.integers(0, 1600, n), rng.random(n)
+    cells = ([image, h, w, b(ids, "<i8"), b(conf, "<f4"), b(ids % 400, "<i8"), b(conf, "<f4"), n, b(boxes, "<f4"), b(features, "<f4")]
+             if kind == "lxmert" else [image, w, h, n, b(boxes, "<f4"), b(features, "<f4")])
+    return "\t".join(map(str, cells)), boxes, features
+
+
+@pytest.mark.parametrize("kind", ["lxmert", "butd"])
+def test_pack_tsv(tmp_path, kind):
+    rows = [row(f"img{i}", n=36 if kind == "lxmert" else 10 + i, kind=kind, seed=i) for i in range(5)]
+    (tmp_path / "f.tsv").write_text("\n".join(r[0] for r in rows) + "\n")
+    data.pack(tmp_path / "f.tsv", tmp_path / "store")
+    store = RegionStore(tmp_path / "store")
+    assert store.image_ids == [f"img{i}" for i in range(5)] and store.wh.tolist() == [[640, 480]] * 5
+    got = store.read(np.array([3, 1]))
+    for b, i in enumerate((3, 1)):
+        np.testing.assert_array_equal(got[b, :len(rows[i][2])], rows[i][2].astype(np.float16))
+        np.testing.assert_allclose(store.relative_boxes(np.array([i]))[0] * [640, 480, 640, 480], rows[i][1], rtol=1e-5, atol=1e-3)
+    assert ("cls_id" in store.arrays) == (kind == "lxmert")
+
+
+def test_pack_uniter_npz(tmp_path):
+    (tmp_path / "npz").mkdir(), (tmp_path / "jpg").mkdir()
+    Image.new("RGB", (200, 100)).save(tmp_path / "jpg/COCO_train2014_000000000007.jpg")
+    conf = np.array([0.9] * 12 + [0.1] * 8, np.float32)
+    boxes = np.tile(np.array([0.1, 0.2, 0.5, 0.6, 0.4, 0.4], np.float16), (20, 1))
+    probs = np.random.default_rng(0).dirichlet(np.ones(6), 20).astype(np.float16)
+    for name in ("coco_train2014_000000000007", "flickr30k_000000001234"):
+        np.savez(tmp_path / f"npz/{name}.npz", features=np.ones((20, 8), np.float16), norm_bb=boxes, conf=conf, soft_labels=probs)
+    data.pack(tmp_path / "npz", tmp_path / "store", tmp_path / "jpg")
+    store = RegionStore(tmp_path / "store")
+    assert store.image_ids == ["COCO_train2014_000000000007", "1234"] and store.wh.tolist() == [[200, 100], [1, 1]]
+    assert store.n_regions.tolist() == [12, 12] and store.classes == 6                      # those above 0.2, at least 10
+    np.testing.assert_allclose(store.boxes[0], [20, 20, 100, 60], rtol=1e-2)
+
+
+def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
+    (tmp_path / "f.tsv").write_text("\n".join(row(f"img{i}", seed=i)[0] for i in range(40)) + "\n")
+    data.pack(tmp_path / "f.tsv", tmp_path / "whole")
+    writer = data.StoreWriter
+    monkeypatch.setattr(data, "StoreWriter", lambda *a: writer(*a, every=7))
+    add, count = writer.add, [0]
+
+    def dying(self, *a, **k):
+        count[0] += 1
+        if count[0] in (17, 30):
+            raise KeyboardInterrupt
+        add(self, *a, **k)
+    monkeypatch.setattr(writer, "add", dying)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            data.pack(tmp_path / "f.tsv", tmp_path / "pieces")
+    data.pack(tmp_path / "f.tsv", tmp_path / "pieces")
+    assert count[0] > 40 and digest(tmp_path / "whole") == digest(tmp_path / "pieces")
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+def test_at_most_five_percent_is_padding(toy, pairs):
+    flickr = Pairs(data.flickr30k(toy, "train"), RegionStore(toy / "regions/flickr30k"), pairs.tokenizer)
+    for stream in (PairBatches(pairs, "mlm", 2048, 0), PairBatches(pairs, "itm", 2048, 0), RankingBatches(flickr, 1536, 0)):
+        real = paid = 0
+        for k in range(20):
+            batch = stream[k]
+            for b in [batch["input"]] if "input" in batch else [batch["positive"], *batch["negatives"]]:
+                real += int(b["text_mask"].sum() + b["region_mask"].sum())
+                paid += len(b["text"]) * b["length"]
+                assert b["length"] == int((b["text_mask"].sum(1) + b["region_mask"].sum(1)).max())
+        assert real / paid >= 0.95, f"{stream.task}: {100 - 100 * real / paid:.1f} % padding"
+
+
+def test_a_batch_is_a_function_of_seed_and_number(pairs):
+    a, b, other = PairBatches(pairs, "mlm", 512, 3), PairBatches(pairs, "mlm", 512, 3), PairBatches(pairs, "mlm", 512, 4)
+    a[0], a[100]
+    assert torch.equal(a[5]["input"]["text"], b[5]["input"]["text"]) and a[5]["names"] != other[5]["names"]
+
+
+@pytest.mark.parametrize("task", ["mlm", "itm", "mrckl"])
+def test_parts_make_up_the_whole_batch(pairs, task):
+    whole = PairBatches(pairs, task, 512, 0)[7]
+    parts = [PairBatches(pairs, task, 512, 0, part, 2)[7] for part in (0, 1)]
+    assert sorted(whole["names"]) == sorted(parts[0]["names"] + parts[1]["names"])
+    for key, of in (("word_targets", "mlm"), ("region_probs", "mrckl")):
+        if task == of:
+            assert sum(len(p[key]) for p in parts) == len(whole[key])
+            assert sum(p[key].double().sum() for p in parts) == pytest.approx(whole[key].double().sum().item())
+
+
+def test_an_epoch_holds_every_caption_once(pairs):
+    stream = PairBatches(pairs, "mlm", 512, 0)
+    seen = np.concatenate([captions for captions, _, _ in stream.plan(0)])
+    assert sorted(seen) == list(range(len(pairs.captions)))
+
+
+def test_mlm_masks_as_bert(pairs):
+    stream, tok = PairBatches(pairs, "mlm", 4096, 0), pairs.tokenizer
+    masked = kept = total = 0
+    for k in range(10):
+        b = stream[k]
+        ids, places = b["input"]["text"].flatten(), b["masked_words"]
+        assert not torch.isin(b["word_targets"], torch.tensor([tok.cls, tok.sep, tok.pad])).any()
+        rows = torch.unique(places // b["input"]["text"].shape[1])
+        assert len(rows) == len(b["input"]["text"]), "at least one word of each caption"
+        masked += int((ids[places] == tok.mask).sum())
+        kept += int((ids[places] == b["word_targets"]).sum())
+        total += len(places)
+    assert masked / total == pytest.approx(0.8, abs=0.04) and kept / total == pytest.approx(0.1, abs=0.03)
+
+
+def test_negatives_are_mismatched(pairs):
+    for k in range(5):
+        b = PairBatches(pairs, "itm", 1024, 0)[k]
+        assert 0.2 < b["match"].float().mean() < 0.8
+    stream = RankingBatches(pairs, 2048, 0, negatives=4)
+    captions, images, _ = stream.whole(0)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert (data.other(rng, pairs.images, images) != images).all()
+        assert (pairs.image[data.other_caption(rng, pairs, images)] != images).all()
+
+
+def test_hardest_negatives_come_from_the_candidates(pairs):
+    for k, same in ((0, "captions"), (1, "images")):                  # a caption with other images, then an image with other captions
+        stream = RankingBatches(pairs, 512, 0, negatives=2, candidates=9, alternate=True)
+        captions, images = stream[k]["candidates"]
+        assert captions.shape[1] == 9
+        assert (np.ptp(captions if same == "captions" else images, axis=1) == 0).all()
+        chosen = stream.choose(captions[:, :2], images[:, :2])
+        assert chosen["order"].shape == captions[:, :2].shape and sum(len(b["text"]) for b in chosen["negatives"]) == captions[:, :2].size
+
+
+# --------------------------------------------------------------------------------------------------------- real NLVR
+
+def test_real_nlvr(tmp_path_factory, toy):
+    import tarfile
+    folder = tmp_path_factory.mktemp("real")
+    with tarfile.open(shared("real/nlvr.tar.gz")) as tar:
+        tar.extractall(folder, filter="data", members=[m for m in tar if m.name.endswith(".json")])
+    dev, test = data.nlvr(folder, "dev"), data.nlvr(folder, "test")
+    assert (len(dev), sum(e.label for e in dev), len(test), sum(e.label for e in test)) == (989, 547, 990, 556)
+    pairs, labels = data.nlvr_pairs(folder, "dev", WordPiece(toy / "bert-base-cased/vocab.txt", lower=False))
+    assert len(pairs.captions) == len(labels) == 5934 and pairs.store.image_ids[3] == f"{dev[0].id}-3"
+    first, k3 = pairs.store.relative_boxes(np.array([0]))[0] * [400, 100, 400, 100], pairs.store.relative_boxes(np.array([3]))[0] * [400, 100, 400, 100]
+    assert first[1].round().tolist() == [80, 80, 100, 100]             # box 0 shows the first item at 80, 80
+    n = [len(b) for b in dev[0].boxes]
+    assert k3[1].round()[0] == dev[0].boxes[1][0][3] and sum(n) + 3 == len(first)           # order 3 shows boxes 1, 2, 0
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+def copy_store(toy, tmp_path):
+    import shutil
+    return shutil.copytree(toy / "regions/coco", tmp_path / "coco")
+
+
+def fails(match, f, *args, **kwargs):
+    with pytest.raises(DataError, match=match) as error:
+        f(*args, **kwargs)
+    assert len(str(error.value)) < 1200
+    return str(error.value)
+
+
+def test_bad_stores(toy, tmp_path):
+    fails("is missing", RegionStore, tmp_path / "nothing")
+    folder = copy_store(toy, tmp_path)
+    whole = (folder / "features.npy").read_bytes()
+    (folder / "features.npy").write_bytes(whole[:len(whole) // 2])
+    fails("cannot be read", RegionStore, folder)
+    (folder / "features.npy").write_bytes(whole)
+    broken = np.lib.format.open_memmap(folder / "features.npy", mode="r+")
+    broken[3, 5] = np.nan
+    broken.flush()
+    store = RegionStore(folder)
+    image = int(np.searchsorted(store.offsets, 3, side="right") - 1)
+    assert store.image_ids[image] in fails("nan or inf", store.read, np.array([image]))
+
+
+@pytest.mark.parametrize("box", [(100, 10, 50, 40), (10, 10, 900, 40), (-30, 10, 50, 40), (float("nan"), 1, 2, 3)])
+def test_bad_boxes(toy, tmp_path, box):
+    folder = copy_store(toy, tmp_path)
+    boxes = np.lib.format.open_memmap(folder / "boxes.npy", mode="r+")
+    boxes[2] = box
+    boxes.flush()
+    fails("bad boxes", RegionStore, folder)
+
+
+def test_bad_tsv(tmp_path):
+    line = row("img0")[0]
+    cells = line.split("\t")
+    half = base64.b64encode(base64.b64decode(cells[-1])[:100]).decode()
+    for bad, match in ((line[:1000] + "\n", "columns"), ("\t".join(cells[:-1] + [half]), "bytes of features"),
+                       ("\t".join(cells[:8] + [cells[8][:40]] + cells[9:]), "expected"), ("\t".join([cells[0], "x"] + cells[2:]), "whole number"), ("", "holds no")):
+        (tmp_path / "f.tsv").write_text(bad)
+        fails(match, data.pack, tmp_path / "f.tsv", tmp_path / "store")
+        assert not (tmp_path / "store").exists()
+
+
+def test_tsv_rows_of_another_width(tmp_path):
+    (tmp_path / "f.tsv").write_text(row("a", width=8)[0] + "\n" + row("b", width=6)[0] + "\n")
+    assert "b" in fails("features is", data.pack, tmp_path / "f.tsv", tmp_path / "store")
+
+
+def test_bad_npz(tmp_path):
+    (tmp_path / "npz").mkdir()
+    (tmp_path / "npz/a.npz").write_bytes(b"PK half a file")
+    fails("cannot be read", data.pack, tmp_path / "npz", tmp_path / "store")
+
+
+def test_bad_captions(toy, tmp_path, pairs):
+    from shutil import copytree
+    tree = copytree(toy / "coco/annotations", tmp_path / "coco/annotations").parent.parent
+    path = tree / "coco/annotations/captions_train2014.json"
+    text = path.read_text()
+    path.write_text(text[:len(text) // 2])
+    fails("not whole JSON", data.coco, tree, "train2014")
+    path.write_text(text.replace('"caption"', '"captoin"'))
+    assert "captoin" in fails("no field 'caption'", data.coco, tree, "train2014")
+    fails("is missing", data.coco, tmp_path / "nowhere", "train2014")
+    captions = data.coco(toy, "train2014")
+    stray = [*captions, data.Caption("COCO_train2014_999999999999", "a cat", "9")]
+    assert "--skip-missing" in fails("has captions but no features", Pairs, stray, pairs.store, pairs.tokenizer)
+    kept = Pairs(stray, pairs.store, pairs.tokenizer, skip_missing=True)
+    assert kept.dropped == 1 and "left out" in str(kept)
+
+
+def test_empty_and_endless_captions_are_kept_and_counted(pairs):
+    odd = [data.Caption(pairs.store.image_ids[0], text, str(i)) for i, text in enumerate(("", "red " * 10_000, "a red circle"))]
+    p = Pairs(odd, pairs.store, pairs.tokenizer)
+    assert (p.empty, p.cut) == (1, 1) and p.n_words.tolist() == [2, 62, 5]
+    assert "1 captions cut" in str(p) and "1 captions empty" in str(p)
+
+
+def test_vocabulary_without_mask(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n")
+    fails(r"has no \[MASK\]", WordPiece, tmp_path / "vocab.txt", True)
+
+
+@pytest.mark.parametrize("argv, match", [(["pack", "nothing.tsv", "--out", "x"], "is missing"), (["toy", "--out", "README.md"], "exists already"),
+                                         (["toy", "--out", "x", "--scenes", "3"], "at least 40")])
+def test_command_line_errors_are_one_message(argv, match):
+    run = subprocess.run([sys.executable, "data.py", *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    assert run.returncode == 1 and match in run.stderr and "Traceback" not in run.stderr

@@ -1,0 +1,301 @@
+"""Each loss against its definition, one number at a time; then padding, precision, edge cases, and life outside this repository."""
+import ast
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+
+torch.manual_seed(0)
+
+
+def prefix_mask(lengths):
+    return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+
+
+def random_blocks(words=(5, 3, 1), regions=(4, 2, 3), dtype=torch.float64, seed=0):
+    """S_LL, S_LV, S_VL, S_VV and both masks; three pairs of different sizes; leaves that want a gradient"""
+    g = torch.Generator().manual_seed(seed)
+    B, N, M = len(words), max(words), max(regions)
+    make = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    return make(B, N, N), make(B, N, M), make(B, M, N), make(B, M, M), prefix_mask(words), prefix_mask(regions)
+
+
+def spoil(x, row_mask, column_mask, rubbish):
+    """Other rubbish in every padded place: equal rubbish can cancel."""
+    noise = rubbish * (1 + torch.arange(x.numel(), dtype=x.dtype).view_as(x) / x.numel())
+    return torch.where(row_mask[:, :, None] & column_mask[:, None, :], x.detach(), noise).requires_grad_()
+
+
+RELATION = {
+    "cacr": losses.cacr, "iais_singular": losses.iais_singular, "iais_distributed": losses.iais_distributed,
+    "iais_singular_released": lambda LL, LV, VL, VV, t, r: losses.iais_singular_released(LL, LV, VV, t, r) + losses.iais_singular_released(VV, VL, LL, r, t),
+}
+
+
+def as_inputs(name, blocks):
+    """Logits, or what the loss wants instead: probabilities within each block."""
+    *S, text, region = blocks
+    if name in ("cacr", "iais_singular"):
+        return S, text, region
+    return [losses.masked_softmax(s.detach(), m).to(s.dtype).requires_grad_() for s, m in zip(S, (text, region, text, region))], text, region
+
+
+# ---------------------------------------------------------------------------------------------- definitions, by hand
+
+def softmax(row):
+    return [math.exp(x) / sum(math.exp(y) for y in row) for x in row]
+
+
+def slow_side(own, cross, other, own_mask, other_mask, rule, eps=1e-6):
+    """Algorithm 1 and IAIS with Python numbers only; rule(relation, own row) -> loss of one pair."""
+    total = 0.0
+    for b in range(len(own)):
+        rows = [i for i, real in enumerate(own_mask[b]) if real]
+        others = [r for r, real in enumerate(other_mask[b]) if real]
+        total += rule(own[b].tolist(), cross[b].tolist(), other[b].tolist(), rows, others, eps)
+    return total / len(own)
+
+
+def cacr_rule(own, cross, other, rows, others, eps):
+    loss = 0.0
+    for i in rows:
+        seen = softmax([sum(cross[i][r] * other[r][s] * cross[j][s] for r in others for s in others) for j in rows])
+        said = softmax([own[i][j] for j in rows])
+        loss += sum((p - q) * (math.log(p + eps) - math.log(q + eps)) for p, q in zip(seen, said))
+    return loss
+
+
+def iais_rule(own, cross, other, rows, others, eps):
+    partner = {i: max(others, key=lambda r: cross[i][r]) for i in rows}
+    loss = 0.0
+    for i in rows:
+        seen = softmax([other[partner[i]][partner[j]] for j in rows])
+        said = softmax([own[i][j] for j in rows])
+        loss += sum((p - q) * (math.log(p) - math.log(q)) for p, q in zip(seen, said))
+    return loss / len(rows)
+
+
+@pytest.mark.parametrize("name, rule", [("cacr", cacr_rule), ("iais_singular", iais_rule)])
+def test_relation_losses_are_their_definitions(name, rule):
+    LL, LV, VL, VV, text, region = random_blocks()
+    slow = slow_side(LL, LV, VV, text, region, rule) + slow_side(VV, VL, LL, region, text, rule)
+    assert RELATION[name](LL, LV, VL, VV, text, region).item() == pytest.approx(slow, rel=1e-9)
+
+
+def test_cacr_is_soft_relation_alignment():
+    """CACR sec. 3.4, the proof as a test: closed form and Algorithm 1 give one number, and one gradient."""
+    LL, LV, VL, VV, text, region = blocks = random_blocks(words=(6, 3, 1, 4), regions=(5, 2, 3, 1), seed=3)
+    loops = (losses.soft_relation_alignment(LL, LV, VV, text, region) + losses.soft_relation_alignment(VV, VL, LL, region, text))
+    closed = losses.cacr(*blocks)
+    assert closed.item() == pytest.approx(loops.item(), rel=1e-9)
+    for a, b in zip(torch.autograd.grad(closed, blocks[:4]), torch.autograd.grad(loops, blocks[:4])):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_cacr_follows_the_equations_index_order():
+    """The last line of sec. 3.4 prints the transpose of S_LL; eq. (5) is S_VL S_LL S_VL^T."""
+    LL, LV, VL, VV, text, region = random_blocks()
+    asymmetric = losses.cacr_side(VV, VL, LL, region, text)
+    assert abs((losses.cacr_side(VV, VL, LL.mT, region, text) - asymmetric).item()) > 1e-3
+
+
+def test_iais_is_cacr_with_a_one_hot_cross_block():
+    """CACR sec. 3.3: forcing the cross attention to be one-hot makes CACR the singular IAIS, but for the mean over rows."""
+    LL, LV, _, VV, text, region = random_blocks(words=(4, 4), regions=(5, 5))
+    one_hot = F.one_hot(LV.argmax(-1), LV.shape[-1]).double()
+    assert losses.cacr_side(LL, one_hot, VV, text, region).item() / 4 == pytest.approx(losses.iais_singular_side(LL, LV, VV, text, region).item(), rel=1e-4)
+
+
+def test_matrix_kl_by_hand():
+    p, q = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]]), torch.tensor([[[0.25, 0.75], [0.5, 0.5]]])
+    assert losses.matrix_kl(p, q, torch.tensor([[True, True]])).item() == pytest.approx(math.log(3), rel=1e-4)
+    assert losses.matrix_kl(p, q, torch.tensor([[False, True]])).item() == 0
+
+
+def test_small_losses_by_hand():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+    nll = lambda row, t: math.log(sum(math.exp(x) for x in row)) - row[t]
+    assert losses.mlm(logits, torch.tensor([0, 2])).item() == pytest.approx((nll([2, 0, -1], 0) + nll([0, 1, 0], 2)) / 2, rel=1e-6)
+    assert losses.mrfr(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]])).item() == 5
+    probs = torch.tensor([[0.9, 0.04, 0.06], [0.1, 0.8, 0.1]])                       # background is largest, but no target
+    assert losses.mrc(logits, probs).item() == pytest.approx((nll([2, 0, -1], 2) + nll([0, 1, 0], 1)) / 2, rel=1e-6)
+    kl = sum(p * (math.log(p) + nll(row, c)) for row, ps in zip(logits.tolist(), probs.tolist()) for c, p in enumerate(ps))
+    assert losses.mrc_kl(logits, probs).item() == pytest.approx(kl / 2, rel=1e-5)
+    assert losses.itm(torch.tensor([[0.0, 1.0]]), torch.tensor([True])).item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-6)
+    s = lambda x: 1 / (1 + math.exp(-x))
+    scores = torch.tensor([[0.3, 0.5, -2.0]])
+    assert losses.ranking(scores).item() == pytest.approx((0.2 + s(0.5) - s(0.3)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [losses.mlm, losses.mrfr, losses.mrc, losses.mrc_kl])
+def test_nothing_masked_is_zero_with_a_gradient(loss):
+    x = torch.zeros(0, 4, requires_grad=True)
+    value = loss(x, torch.zeros(0, dtype=torch.long) if loss is losses.mlm else torch.zeros(0, 4))
+    value.backward()
+    assert value.item() == 0
+
+
+def slow_ipot(C, beta, iterations):
+    """UNITER Algorithm 1 with lists, for one pair without padding: plan word x region."""
+    n, m = len(C), len(C[0])
+    T, sigma = [[1.0] * m for _ in range(n)], [1 / n] * n
+    for _ in range(iterations):
+        Q = [[math.exp(-C[i][j] / beta) * T[i][j] for j in range(m)] for i in range(n)]
+        delta = [1 / (m * sum(Q[i][j] * sigma[i] for i in range(n))) for j in range(m)]
+        sigma = [1 / (n * sum(Q[i][j] * delta[j] for j in range(m))) for i in range(n)]
+        T = [[sigma[i] * Q[i][j] * delta[j] for j in range(m)] for i in range(n)]
+    return T
+
+
+def test_ipot_is_algorithm_1():
+    text, region = prefix_mask([4, 2]), prefix_mask([3, 5])
+    words, regions = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    cost = losses.cosine_cost(words, regions, text, region)
+    T = losses.ipot(cost, text, region, iterations=20)
+    for b, (n, m) in enumerate(((4, 3), (2, 5))):
+        torch.testing.assert_close(T[b, :n, :m], torch.tensor(slow_ipot(cost[b, :n, :m].tolist(), 0.5, 20), dtype=torch.float64), rtol=1e-9, atol=1e-12)
+        assert T[b].sum().item() == pytest.approx(1, abs=1e-9)
+        torch.testing.assert_close(T[b, :n].sum(1), torch.full((n,), 1 / n, dtype=torch.float64))
+
+
+def test_ipot_with_inner_steps_still_transports():
+    """The authors' code stops with a shape error for inner > 1."""
+    cost = torch.rand(2, 4, 5)
+    full = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
+    T = losses.ipot(cost, *full, inner=3)
+    torch.testing.assert_close(T.sum(1), torch.full((2, 5), 1 / 5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(T, losses.ipot(cost, *full, iterations=200), atol=0.02, rtol=0)
+
+
+def test_wra_of_identical_sets_is_zero_and_sign_follows_match():
+    x, mask = torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
+    assert losses.wra(x, x, mask, mask).item() < 0.02
+    y = torch.randn(2, 3, 8)
+    d = losses.ot_distance(x, y, mask, mask)
+    assert losses.wra(x, y, mask, mask, torch.tensor([True, False])).item() == pytest.approx(((d[0] - d[1]) / 2).item(), rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- padding
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", RELATION)
+def test_rubbish_in_padding_changes_nothing(name, dtype):
+    (LL, LV, VL, VV), text, region = as_inputs(name, random_blocks(dtype=dtype))
+    clean = LL, LV, VL, VV
+    dirty = spoil(LL, text, text, 7.0), spoil(LV, text, region, 5.0), spoil(VL, region, text, -4.0), spoil(VV, region, region, 300.0)
+    a, b = RELATION[name](*clean, text, region), RELATION[name](*dirty, text, region)
+    torch.testing.assert_close(a, b)
+    masks = (text, text), (text, region), (region, text), (region, region)
+    for x, y, (rows, columns) in zip(torch.autograd.grad(a, clean, allow_unused=True), torch.autograd.grad(b, dirty, allow_unused=True), masks):
+        if x is not None:
+            inside = rows[:, :, None] & columns[:, None, :]
+            torch.testing.assert_close(x[inside], y[inside])
+            assert not y[~inside].any(), "padding gets no gradient"
+
+
+@pytest.mark.parametrize("name", RELATION)
+def test_every_pair_counts_alike_whatever_the_batch(name):
+    (LL, LV, VL, VV), text, region = as_inputs(name, random_blocks())
+    whole = RELATION[name](LL, LV, VL, VV, text, region).item()
+    alone = []
+    for b in range(len(text)):
+        n, m = int(text[b].sum()), int(region[b].sum())
+        alone.append(RELATION[name](LL[b:b + 1, :n, :n], LV[b:b + 1, :n, :m], VL[b:b + 1, :m, :n], VV[b:b + 1, :m, :m], text[b:b + 1, :n], region[b:b + 1, :m]).item())
+    assert whole == pytest.approx(sum(alone) / len(alone), rel=1e-9)
+
+
+def test_holes_in_a_mask_are_padding_too():
+    """[CLS] and [SEP] are left out by a mask that starts with False."""
+    LL, LV, VL, VV, text, region = random_blocks(words=(5, 5), regions=(4, 4))
+    holes = text.clone()
+    holes[:, 0] = holes[:, 4] = False
+    cut = [LL[:, 1:4, 1:4], LV[:, 1:4], VL[:, :, 1:4], VV]
+    assert losses.cacr(LL, LV, VL, VV, holes, region).item() == pytest.approx(losses.cacr(*cut, text[:, 1:4], region).item(), rel=1e-9)
+
+
+def test_wra_ignores_padding():
+    text, region = prefix_mask([4, 2]), prefix_mask([3, 5])
+    w, v = torch.randn(2, 4, 6), torch.randn(2, 5, 6)
+    w2, v2 = torch.where(text[..., None], w, 50.0).requires_grad_(), torch.where(region[..., None], v, -9.0).requires_grad_()
+    loss = losses.wra(w2, v2, text, region)
+    torch.testing.assert_close(loss, losses.wra(w, v, text, region))
+    loss.backward()
+    assert not w2.grad[~text].any() and not v2.grad[~region].any() and w2.grad[text].any()
+
+
+# --------------------------------------------------------------------------------------------- precision and edges
+
+@pytest.mark.parametrize("name", RELATION)
+def test_losses_compute_in_float32_under_autocast(name):
+    (LL, LV, VL, VV), text, region = as_inputs(name, random_blocks(dtype=torch.float32))
+    plain = RELATION[name](LL, LV, VL, VV, text, region)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = RELATION[name](LL, LV, VL, VV, text, region)
+        half = RELATION[name](*(x.bfloat16() for x in (LL, LV, VL, VV)), text, region)
+    assert cast.dtype == half.dtype == torch.float32
+    torch.testing.assert_close(cast, plain)
+    assert torch.isfinite(half)
+
+
+def test_wra_computes_in_float32_under_autocast():
+    mask, w, v = torch.ones(2, 3, dtype=torch.bool), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(losses.wra(w, v, mask, mask), losses.ot_distance(w, v, mask, mask).mean())
+        cast = losses.wra(w, v, mask, mask)
+    torch.testing.assert_close(cast, losses.wra(w, v, mask, mask))
+
+
+@pytest.mark.parametrize("name", RELATION)
+def test_huge_logits_stay_finite(name):
+    (LL, LV, VL, VV), text, region = as_inputs(name, [x if x.dtype == torch.bool else (50 * x).detach().requires_grad_() for x in random_blocks(dtype=torch.float32)])
+    loss = RELATION[name](LL, LV, VL, VV, text, region)
+    loss.backward()
+    assert torch.isfinite(loss) and all(x.grad is None or torch.isfinite(x.grad).all() for x in (LL, LV, VL, VV))
+
+
+def test_joint_softmax_rows_sum_to_one_over_both_modalities():
+    LL, LV, VL, VV, text, region = random_blocks()
+    P = losses.joint_softmax(*(x[:, None] for x in (LL, LV, VL, VV)), text, region)
+    torch.testing.assert_close(P[0].sum(-1) + P[1].sum(-1), torch.ones(3, 1, 5, dtype=torch.float64))
+    torch.testing.assert_close(P[2].sum(-1) + P[3].sum(-1), torch.ones(3, 1, 4, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------- copyable and told
+
+PUBLIC = [name for name, f in vars(losses).items() if inspect.isfunction(f)]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_function_runs_when_copied_with_the_helpers_its_docstring_names(name):
+    tree, source = ast.parse(inspect.getsource(losses)), inspect.getsource(losses)
+    parts = {n.name: ast.get_source_segment(source, n) for n in tree.body if isinstance(n, ast.FunctionDef)}
+    decorators = {n.name: ["@" + ast.get_source_segment(source, d) for d in n.decorator_list] for n in tree.body if isinstance(n, ast.FunctionDef)}
+    doc = getattr(losses, name).__doc__
+    named = [h.strip(" .\n") for h in doc.split("Helpers:")[1].split(",")] if "Helpers:" in doc else []
+    space = {"torch": torch, "F": F}
+    for part in [*named, name]:
+        assert part in parts, f"{name} names a helper {part} that is not there"
+        exec("\n".join([*decorators[part], parts[part]]), space)
+    text, region = prefix_mask([3, 2]), prefix_mask([4, 1])
+    x = dict(words=torch.randn(2, 3, 8), regions=torch.randn(2, 4, 8), text_mask=text, region_mask=region, logits=torch.randn(5, 2), target=torch.ones(5).long(),
+             prediction=torch.randn(5, 2), features=torch.randn(5, 2), region_probs=torch.rand(5, 2), match=torch.tensor([True, False, True, True, False]),
+             scores=torch.randn(2, 3), cost=torch.rand(2, 3, 4), S_LL=torch.randn(2, 3, 3), S_LV=torch.randn(2, 3, 4), S_VL=torch.randn(2, 4, 3), S_VV=torch.randn(2, 4, 4),
+             x=torch.randn(4).bfloat16(), count=4, S=torch.randn(2, 1, 3, 4), column_mask=region, own_mask=text, other_mask=region, row_mask=text)
+    x |= dict(S_own=x["S_LL"], S_cross=x["S_LV"], S_other=x["S_VV"], cross=x["S_LV"], other=x["S_VV"])
+    x |= {k.replace("S_", "P_"): v.softmax(-1) for k, v in x.items() if k.startswith("S_")} | dict(P_back=x["S_VL"].softmax(-1), p=x["S_LL"].softmax(-1), q=x["S_LL"].mT.softmax(-1))
+    needed = [p.name for p in inspect.signature(getattr(losses, name)).parameters.values() if p.default is p.empty]
+    if name == "joint_softmax":
+        x |= {k: v[:, None] for k, v in x.items() if k in ("S_LL", "S_LV", "S_VL", "S_VV")}
+    space[name](*(x[k] for k in needed))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_tell_what_a_reader_needs(name):
+    doc = getattr(losses, name).__doc__
+    assert doc and len(doc) > 50
+    if name not in ("wide", "mean_over", "masked_softmax", "block_softmax", "joint_softmax", "strongest_partner", "row_mean_kl"):
+        assert "return" in doc.lower() and ("UNITER" in doc or "CACR" in doc or "IAIS" in doc), name

@@ -1,0 +1,188 @@
+"""The encoder's promises (fused = written out, padding, tying) and what happens to checkpoints good and bad."""
+import json
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+import losses
+from model import SIZES, Attention, CheckpointError, Uniter, load_pretrained, read_checkpoint, read_safetensors
+
+TINY = dict(width=32, layers=2, heads=4, inner=64)
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return Uniter(50, 16, 7, **{**TINY, **changes}).eval()
+
+
+def batch(words=(5, 3, 7), regions=(4, 6, 1), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    B, N, M = len(words), max(words), max(regions)
+    corner = torch.rand(B, M, 2, generator=g) / 2
+    return dict(text=torch.randint(5, 50, (B, N), generator=g), text_mask=torch.arange(N)[None] < torch.tensor(words)[:, None],
+                regions=torch.rand(B, M, 16, generator=g), boxes=torch.cat([corner, corner + 0.3], -1),
+                region_mask=torch.arange(M)[None] < torch.tensor(regions)[:, None])
+
+
+def test_fused_and_written_out_attention_agree():
+    torch.manual_seed(0)
+    attention, x, mask = Attention(32, 4), torch.randn(3, 9, 32, requires_grad=True), torch.arange(9)[None] < torch.tensor([[9], [4], [1]])
+    fused, none = attention(x, x, mask)
+    written, S = attention(x, x, mask, need_maps=True)
+    assert none is None and S.shape == (3, 4, 9, 9)
+    torch.testing.assert_close(fused, written)
+    for a, b in zip(torch.autograd.grad(fused.square().sum(), x), torch.autograd.grad(written.square().sum(), x)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing():
+    model, b = tiny(), batch()
+    wide = {k: torch.nn.functional.pad(v, (0, 0, 0, 3) if v.dim() == 3 else (0, 3), value=False if v.dtype == torch.bool else 1) for k, v in b.items()}
+    one, two = (model(**x, heads=("match",), maps=(-1,)) for x in (b, wide))
+    torch.testing.assert_close(one.match, two.match)
+    torch.testing.assert_close(one.words[b["text_mask"]], two.words[:, :7][b["text_mask"]])
+    torch.testing.assert_close(one.regions[b["region_mask"]], two.regions[:, :6][b["region_mask"]])
+    alone = model(**{k: v[1:2, :3] if k.startswith("text") else v[1:2] for k, v in b.items()}, heads=("match",)).match
+    torch.testing.assert_close(alone[0], one.match[1])
+
+
+def test_only_what_is_asked_for_comes_back():
+    out = tiny()(**batch())
+    assert out.maps == () and all(getattr(out, f) is None for f in ("word_logits", "region_features", "region_logits", "pooled", "match", "rank"))
+    out = tiny()(**batch(), heads=("rank",), maps=(0, -1))
+    assert out.match is None and out.rank.shape == (3,) and len(out.maps) == 2
+
+
+def test_maps_carry_gradient_and_are_taken_before_dropout():
+    model = tiny(dropout=0.5).train()
+    torch.manual_seed(1)
+    S = model(**batch(), maps=(0,)).maps[0]
+    P = losses.joint_softmax(*S, batch()["text_mask"], batch()["region_mask"])
+    torch.testing.assert_close((P[0].sum(-1) + P[1].sum(-1))[0, :, :5], torch.ones(4, 5))
+    S.S_VV.sum().backward()
+    assert model.layers[0].attention.to_q.weight.grad.abs().sum() > 0
+
+
+def test_masked_regions_hide_their_feature_but_not_their_box():
+    model, b = tiny(), batch()
+    hidden = torch.tensor([1])
+    a = model(**b, masked_regions=hidden, heads=("features",)).region_features
+    b["regions"][0, 1] += 5
+    torch.testing.assert_close(model(**b, masked_regions=hidden, heads=("features",)).region_features, a)
+    b["boxes"][0, 1] = torch.tensor([0.9, 0.9, 1.0, 1.0])
+    assert not torch.allclose(model(**b, masked_regions=hidden, heads=("features",)).region_features, a)
+
+
+def test_sizes_are_the_papers():
+    count = lambda m: sum(p.numel() for n, p in m.named_parameters() if "text_embedding.word" not in n and not n.startswith(("word_", "feature_", "class", "match", "rank")))
+    with torch.device("meta"):
+        assert count(Uniter(28996, **SIZES["base"])) / 1e6 == pytest.approx(86, rel=0.03)                # UNITER footnote 12
+        assert count(Uniter(28996, **SIZES["large"])) / 1e6 == pytest.approx(303, rel=0.03)
+
+
+def test_width_that_heads_do_not_divide():
+    with pytest.raises(ValueError, match="does not divide into 5 heads"):
+        Attention(32, 5)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+def as_bert(model, gamma=True):
+    """Our text part under BERT's names, gamma and beta as in the first files."""
+    from model import RENAMES
+    official = {"text_embedding.word.weight": "bert.embeddings.word_embeddings.weight", "text_embedding.position.weight": "bert.embeddings.position_embeddings.weight",
+                "text_embedding.token_type.weight": "bert.embeddings.token_type_embeddings.weight", "pooler.weight": "bert.pooler.dense.weight", "pooler.bias": "bert.pooler.dense.bias"}
+    out = {}
+    for name, tensor in model.state_dict().items():
+        if name in official:
+            out[official[name]] = tensor
+        elif name.startswith("layers."):
+            _, i, rest = name.split(".", 2)
+            for ours, theirs in (("attention.to_q", "attention.self.query"), ("attention.to_k", "attention.self.key"), ("attention.to_v", "attention.self.value"),
+                                 ("attention.to_out", "attention.output.dense"), ("attention_norm", "attention.output.LayerNorm"),
+                                 ("widen", "intermediate.dense"), ("narrow", "output.dense"), ("mlp_norm", "output.LayerNorm")):
+                if rest.startswith(ours + "."):
+                    rest = rest.replace(ours, theirs, 1)
+                    break
+            if gamma and "LayerNorm" in rest:
+                rest = rest.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            out[f"bert.encoder.layer.{i}.{rest}"] = tensor
+    return {**out, "cls.seq_relationship.weight": torch.zeros(2, 32)}
+
+
+def write_safetensors(tensors, path):
+    header, blobs, at = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, t in tensors.items():
+        blob = t.contiguous().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [at, at + len(blob)]}
+        blobs.append(blob)
+        at += len(blob)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(blobs))
+
+
+@pytest.mark.parametrize("name, gamma", [("pytorch_model.bin", True), ("model.safetensors", False)])
+def test_bert_checkpoints(tmp_path, name, gamma):
+    source, target = tiny(), Uniter(50, 16, 7, **TINY)
+    weights = as_bert(source, gamma)
+    (write_safetensors if name.endswith("safetensors") else torch.save)(weights, tmp_path / name)
+    report = load_pretrained(target, tmp_path / name)
+    assert report.unused == ["cls.seq_relationship.weight"] and "region_embedding.feature.weight" in report.missing
+    assert set(report.loaded) == {n for n in source.state_dict() if n.startswith(("layers", "pooler")) or n.startswith("text_embedding") and "norm" not in n}
+    for n in report.loaded:
+        torch.testing.assert_close(target.state_dict()[n], source.state_dict()[n])
+    assert "missing" in str(report) and "unused: cls.seq_relationship.weight" in str(report)
+
+
+def test_rank_head_starts_from_the_match_head_and_is_a_copy(tmp_path):
+    weights = {k: v for k, v in tiny().state_dict().items() if not k.startswith("rank")}
+    weights["match.weight"] = torch.arange(64.0).view(2, 32)
+    torch.save(weights, tmp_path / "x.pt")
+    model = tiny()
+    load_pretrained(model, tmp_path / "x.pt")
+    torch.testing.assert_close(model.rank.weight[0], torch.arange(32.0, 64.0))
+    assert model.rank.weight.data_ptr() != model.match.weight[1:].data_ptr()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/nanoalign_bomb_went_off",)
+
+
+def test_bad_checkpoints(tmp_path):
+    model = tiny()
+    for name, content, match in (("a.pt", b"", "cannot be read"), ("b.pt", b"PK\x03\x04 half", "cannot be read"), ("c.safetensors", b"\xff" * 20, "cannot be read"),
+                                 ("d.pt", pickle.dumps(Bomb()), "refused")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=match):
+            load_pretrained(model, tmp_path / name)
+    torch.save({"model": Bomb()}, tmp_path / "e.pt")
+    with pytest.raises(CheckpointError, match="refused"):
+        load_pretrained(model, tmp_path / "e.pt")
+    assert not os.path.exists("/tmp/nanoalign_bomb_went_off")
+    torch.save([1, 2], tmp_path / "f.pt")
+    torch.save({"x": torch.zeros(2)}, tmp_path / "g.pt")
+    torch.save(tiny(width=64).state_dict(), tmp_path / "h.pt")
+    for name, match in (("missing.pt", "is not there"), ("f.pt", "not a table"), ("g.pt", "does not fit"), ("h.pt", r"\(50, 64\) in the file, \(50, 32\)")):
+        with pytest.raises(CheckpointError, match=match):
+            load_pretrained(model, tmp_path / name)
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_pretrained(model, tmp_path)
+    with pytest.raises(CheckpointError, match="not a training file"):
+        read_checkpoint(tmp_path / "g.pt")
+    whole = (tmp_path / "h.pt").read_bytes()
+    (tmp_path / "h.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_pretrained(model, tmp_path / "h.pt")
+
+
+def test_truncated_safetensors(tmp_path):
+    write_safetensors(as_bert(tiny(), False), tmp_path / "m.safetensors")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match="should end at byte"):
+        load_pretrained(tiny(), tmp_path / "m.safetensors")
