@@ -35,8 +35,11 @@ from model import SIZES, CheckpointError, Uniter, load_pretrained, read_checkpoi
 # One dict per experiment: only what differs from the defaults of Config. "init" may name another recipe: it is run first.
 
 RECIPES = {
-    "toy-pretrain": dict(task="pretrain", pretrain="mlm+itm", size="toy", dropout=0.0, steps=1400, warmup=140, units=2048, lr=5e-4, clip=5.0),
-    "toy": dict(task="retrieval", size="toy", init="toy-pretrain", dropout=0.0, steps=600, warmup=60, units=1536, lr=2e-4, negatives=2),
+    # Small batches and much masking: what breaks the plateau before "left" is told from "right" is the number of updates [ours]
+    "toy-pretrain": dict(task="pretrain", pretrain="mlm:4+itm:1", size="toy", dropout=0.0, steps=4500, warmup=200, units=1024, lr=5e-4, mask_rate=0.4,
+                         clip=5.0, save_every=500, eval_every=500),
+    "toy": dict(task="retrieval", size="toy", init="toy-pretrain", dropout=0.0, steps=400, warmup=40, units=1536, lr=3e-4, negatives=3, candidates=24,
+                alternate=True, save_every=100, eval_every=100),
     "toy-nlvr": dict(task="nlvr", size="toy", init="toy-pretrain", dropout=0.1, steps=1500, warmup=150, units=2048, lr=2e-4),
     # UNITER's pre-training on COCO [authors' code: config/pretrain-indomain-base-8gpu.json]; BERT-cased start
     "uniter-pretrain": dict(task="pretrain", pretrain="mlm+itm+mrfr+mrckl+wra", size="base", init="{data}/checkpoints/uniter-base-init.pt",

@@ -1,0 +1,209 @@
+"""What things cost, as ratios measured side by side in one run (machines are noisy; ratios less so).
+
+python tests/bench.py            about five minutes on two cores; the last line is one JSON object
+
+(a) a UNITER-base training step, 32 pairs of 20 words and 36 regions: written-out attention over fused
+(b) the step with each alignment loss over the step without
+(c) the step's floating-point rate over torch.matmul's at the model's sizes; the bf16 step over the fp32 one
+(d) the loader: pairs a second from the store over one npz an image, and over what the model consumes
+(e) ipot over its plain form; lines a second through the tokenizer
+"""
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import losses
+import train
+from data import PairBatches, Pairs, Caption, RegionStore, StoreWriter, WordPiece
+from model import SIZES, Attention, Uniter
+
+PAIRS, WORDS, REGIONS, D_V = 32, 20, 36, 2048
+
+
+def seconds(*jobs, rounds=5, warm=1):
+    """Median seconds of each job; jobs take turns, so that a slow moment of the machine hits all of them."""
+    times = [[] for _ in jobs]
+    for turn in tqdm(range(warm + rounds), leave=False, disable=None):
+        for job, kept in zip(jobs, times):
+            start = time.perf_counter()
+            job()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warm:
+                kept.append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+def ratio(slow, fast, **kw):
+    """Median over rounds of slow / fast, each round measured back to back."""
+    found = []
+    for _ in range(kw.get("rounds", 5) + 1):
+        a, b = seconds(slow, fast, rounds=1, warm=0)
+        found.append(a / b)
+    return statistics.median(found[1:])
+
+
+class Step:
+    """A whole training step as train.py makes it: forward, losses, backward, clipping, fused AdamW."""
+    def __init__(self, loss="none", bf16=False, size="base"):
+        self.cfg = train.make_config("flickr30k", loss=loss, size=size, steps=1000, warmup=1)
+        self.place = train.Place(DEVICE, 0, 1, bf16)
+        torch.manual_seed(0)
+        self.model = Uniter(28996, D_V, 1601, dropout=self.cfg.dropout, **SIZES[size]).to(DEVICE).train()
+        self.optimizer = train.make_optimizer(self.cfg, self.model)
+        g = torch.Generator().manual_seed(0)
+        corner = torch.rand(PAIRS, REGIONS, 2, generator=g) / 2
+        ones = lambda n: torch.ones(PAIRS, n, dtype=torch.bool)
+        batch = dict(text=torch.randint(1000, 28996, (PAIRS, WORDS), generator=g), text_mask=ones(WORDS), regions=torch.rand(PAIRS, REGIONS, D_V, generator=g).half(),
+                     boxes=torch.cat([corner, corner + 0.4], -1), region_mask=ones(REGIONS), length=WORDS + REGIONS)
+        self.batch = {"task": "itm", "names": ["x"] * PAIRS, "input": batch, "match": torch.ones(PAIRS, dtype=torch.bool)}
+
+    def __call__(self):
+        train.update(self.cfg, self.place, self.model, self.optimizer, [], 1000, [self.batch])
+
+    def flops(self):
+        """Multiply-adds count two; backward costs twice the forward. Matrix products only."""
+        D, L, N = self.model.pooler.in_features, len(self.model.layers), WORDS + REGIONS
+        tokens = PAIRS * N
+        layer = 2 * tokens * (4 * D * D + 2 * D * self.model.layers[0].widen.out_features) + 4 * PAIRS * N * N * D
+        return 3 * (L * layer + 2 * PAIRS * REGIONS * D_V * D)
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def written_out(attention):
+    """Attention as if maps were always wanted."""
+    plain = attention.forward
+    attention.forward = lambda x, context, mask, need_maps=False: plain(x, context, mask, True)
+
+
+def matmul_rate(size="base", dtype=torch.float32):
+    """Floating-point operations a second of torch.matmul over a layer's shapes, each in its share of the work."""
+    D, inner = SIZES[size]["width"], SIZES[size]["inner"]
+    tokens = PAIRS * (WORDS + REGIONS)
+    shapes = [(tokens, D, D)] * 4 + [(tokens, D, inner), (tokens, inner, D)]
+    work = [(torch.randn(n, k, device=DEVICE, dtype=dtype), torch.randn(k, m, device=DEVICE, dtype=dtype)) for n, k, m in shapes]
+    return (lambda: [a @ b for a, b in work]), sum(2 * n * k * m for n, k, m in shapes)
+
+
+def bench_steps(found):
+    fused, slow = Step(), Step()
+    for layer in slow.model.layers:
+        written_out(layer.attention)
+    found["fused_vs_written"] = ratio(slow, fused)
+    del slow
+    for name in ("cacr", "iais", "iais-distributed", "wra"):
+        plain, other = fused.cfg, train.make_config("flickr30k", loss=name, steps=1000, warmup=1)
+
+        def with_loss():
+            fused.cfg = other
+            fused()
+            fused.cfg = plain
+        found[name.replace("-", "_")] = ratio(with_loss, fused, rounds=7)
+    product, flops = matmul_rate()
+    many = lambda: [product() for _ in range(12)]
+    found["matmul_share"] = (fused.flops() / (12 * flops)) * ratio(many, fused)
+    half = Step(bf16=True)
+    found["bf16_vs_fp32"] = ratio(fused, half)
+    found["pairs_per_s"] = PAIRS / seconds(half if train.native_bf16() or DEVICE.type == "cuda" else fused, rounds=3)[0]
+
+
+def plain_ipot(cost, beta=0.5, iterations=50):
+    """Algorithm 1 line by line, without masks and without reusing memory."""
+    n, m = cost.shape[1:]
+    A, T, sigma = (-cost / beta).exp(), torch.ones_like(cost), torch.full((len(cost), n, 1), 1 / n, device=cost.device)
+    for _ in range(iterations):
+        Q = A * T
+        delta = 1 / (m * (Q.mT @ sigma))
+        sigma = 1 / (n * (Q @ delta))
+        T = sigma * Q * delta.mT
+    return T
+
+
+def bench_loader(found, folder):
+    """The store against the same regions as one npz an image, both as batches for the model."""
+    rng, images = np.random.default_rng(0), 512
+    writer = StoreWriter(folder / "store", ["features", "boxes"], {"source": "bench", "features": D_V}, every=10 ** 9)
+    for i in range(images):
+        features, corner = rng.random((REGIONS, D_V), dtype=np.float32).astype(np.float16), rng.random((REGIONS, 2)) * 200
+        boxes = np.concatenate([corner, corner + 100], 1)
+        writer.add(f"{i}", (400, 400), features=features, boxes=boxes)
+        np.savez(folder / f"{i}.npz", features=features, norm_bb=boxes / 400)
+    writer.commit()
+    (folder / "vocab.txt").write_text("\n".join([*WordPiece.SPECIAL, "word"]))
+    store = RegionStore(folder / "store")
+    pairs = Pairs([Caption(f"{i % images}", "word " * (WORDS - 2), str(i)) for i in range(4 * images)], store, WordPiece(folder / "vocab.txt", True))
+    stream = PairBatches(pairs, "mlm", PAIRS * (WORDS + REGIONS), 0)
+
+    def from_npz(ids):
+        out = np.zeros((len(ids), REGIONS, D_V), np.float16)
+        for b, i in enumerate(ids):
+            with np.load(folder / f"{store.image_ids[i]}.npz") as z:
+                out[b] = z["features"]
+        return torch.from_numpy(out)
+    stream[0]
+    count = [0]
+
+    def read_store():
+        for _ in range(8):
+            stream.pairs.batch(*stream.whole(count[0])[:2])
+            count[0] += 1
+
+    def read_npz():
+        for k in range(8):
+            captions, ids, _ = stream.whole(k)
+            stream.pairs.text(captions), from_npz(ids)
+    found["store_vs_npz"] = ratio(read_npz, read_store)
+
+    def whole_batches():
+        for _ in range(8):
+            stream[count[0]]
+            count[0] += 1
+    found["loader_pairs_per_s"] = 8 * PAIRS / seconds(whole_batches, rounds=7)[0]
+    found["store_vs_model"] = found["loader_pairs_per_s"] / found["pairs_per_s"]
+
+
+def bench_small(found, folder):
+    full = torch.ones(PAIRS, WORDS, dtype=torch.bool, device=DEVICE), torch.ones(PAIRS, REGIONS, dtype=torch.bool, device=DEVICE)
+    cost = torch.rand(PAIRS, WORDS, REGIONS, device=DEVICE)
+    found["ipot"] = ratio(lambda: [losses.ipot(cost, *full) for _ in range(5)], lambda: [plain_ipot(cost) for _ in range(5)], rounds=9)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 9))) for _ in range(3000)]
+    lines = [" ".join(rng.choice(words, 11)).capitalize() + "." for _ in range(20_000)]
+    (folder / "letters.txt").write_text("\n".join([*WordPiece.SPECIAL, *(a + c for c in "abcdefghijklmnopqrstuvwxyz." for a in ("", "##")), *words[:1500]]))
+    tokenizer = WordPiece(folder / "letters.txt", lower=True)
+    found["tokenizer_lines_per_s"] = len(lines) / seconds(lambda: [tokenizer(line) for line in lines], rounds=3)[0]
+
+
+MEANING = {
+    "fused_vs_written": ("(a) written-out / fused step", ">= 0.97"), "cacr": ("(b) step with cacr / without", "<= 1.03"), "iais": ("(b) step with iais / without", "<= 1.05"),
+    "iais_distributed": ("(b) step with iais-distributed / without", "<= 1.05"), "wra": ("(b) step with wra / without", "<= 1.05"),
+    "matmul_share": ("(c) fp32 step's rate / matmul's", ">= 0.85"), "bf16_vs_fp32": ("(c) fp32 step / bf16 step", ">= 2.5 where native"),
+    "pairs_per_s": ("    the model's pairs a second", ""), "store_vs_npz": ("(d) npz time / store time", ">= 5"), "loader_pairs_per_s": ("    the loader's pairs a second", ""),
+    "store_vs_model": ("(d) loader / model", ">= 10"), "ipot": ("(e) ipot / its plain form", "<= 1"), "tokenizer_lines_per_s": ("(e) tokenizer lines a second", ""),
+}
+
+
+def main():
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench_small(found, Path(folder))
+        bench_steps(found)
+        bench_loader(found, Path(folder))
+    print(f"{'UNITER-base, 32 pairs of 20 + 36; ' + DEVICE.type + f', {torch.get_num_threads()} threads':60}   measured   wanted")
+    for name, (what, wanted) in MEANING.items():
+        print(f"{what:60} {found[name]:10.3f}   {wanted}")
+    print(json.dumps({k: round(v, 4) for k, v in found.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""The loop as a user meets it: runs, resumes, several processes, settings, and what goes wrong."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import ROOT
+from model import CheckpointError, read_checkpoint
+from train import UserError, alignment_weight, lr_at, make_config, parse
+
+QUICK = ["--workers", "0", "--precision", "fp32"]
+
+
+def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
+    """train.py (under torchrun for several processes) from a folder of its own, one thread a process; returns the finished process."""
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([*start, str(ROOT / "train.py"), *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    assert done.returncode == expect or expect is None, done.stderr[-3000:]
+    return done
+
+
+def last_line(done):
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def pretrained(toy_tree, tmp_path_factory):
+    """A barely trained toy checkpoint to start from, and the run that made it."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    done = run(folder, "--recipe", "toy-pretrain", "--data", toy_tree, "--steps", 20, "--warmup", 5, "--units", 512, "--out", "run", *QUICK,
+               "--pretrain", "mlm+itm+mrfr+mrc+mrckl+wra")
+    return folder / "run/last.pt", done
+
+
+def toy_run(toy_tree, pretrained, *more):
+    return ["--recipe", "toy", "--data", toy_tree, "--init", pretrained[0], "--warmup", 2, "--units", 256, "--candidates", 6, *QUICK, *more]
+
+
+def test_pretraining_runs_every_task(pretrained):
+    checkpoint, done = pretrained
+    numbers = last_line(done)
+    assert {"val/mlm", "val/itm", "val/mrc", "val/mrckl", "val/mrfr", "winoground/text", "winoground/image", "winoground/group"} <= set(numbers)
+    log = [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
+    assert {"mlm", "itm"} & set().union(*log) and (checkpoint.parent / "figures/curve.png").exists()
+
+
+@pytest.mark.parametrize("loss", [*train.ALIGNMENTS, "cacr+wra", "none"])
+def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = parse([*map(str, toy_run(toy_tree, pretrained, "--loss", loss, "--steps", 20, "--log-every", 1))])
+    place = train.find_place(cfg)
+    numbers = train.train(cfg, place)
+    log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
+    for name in loss.split("+"):
+        if name != "none":
+            values = [r[name] for r in log if name in r]
+            assert len(values) == 20 and all(np.isfinite(values)) and any(v != 0 for v in values)
+    assert 0 <= numbers["winoground/group"] <= 100 and len(list((tmp_path / cfg.out / "figures").glob("winoground_*.png"))) == 8
+
+
+@pytest.mark.parametrize("task", ["mlm", "itm", "mrfr", "mrc", "mrckl"])
+def test_training_lowers_the_loss(toy_tree, task, tmp_path, monkeypatch):
+    """Twenty updates on one batch: a sign error or a cut gradient would show."""
+    monkeypatch.chdir(tmp_path)
+    cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain=task, steps=20, warmup=1, lr=1e-3, units=512, precision="fp32")
+    place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
+    streams, _, _, store = train.load_streams(cfg, place, tokenizer)
+    model = train.build_model(cfg, place, tokenizer, store)
+    optimizer, batch = train.make_optimizer(cfg, model), streams[0][0]
+    values = [train.update(cfg, place, model, optimizer, streams, 1, [batch])[0][task].item() for _ in range(20)]
+    assert values[-1] < 0.97 * values[0] if task == "itm" else values[-1] < 0.9 * values[0], values
+
+
+def weights(folder):
+    return read_checkpoint(folder / "last.pt").model
+
+
+def same(a, b, **tolerance):
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)), msg=lambda m: f"{name}: {m}")
+
+
+def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
+    """6 steps = 3, kill -9 while the fourth or a later one runs, resume."""
+    args = toy_run(toy_tree, pretrained, "--loss", "cacr", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
+    run(tmp_path, *args, "--out", "whole")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "cut/last.pt").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(tmp_path, *args, "--out", "cut", "--resume")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    strip = lambda p: [{k: v for k, v in json.loads(l).items() if k not in ("pairs_per_s", "seconds_left")} for l in (p / "log.jsonl").read_text().splitlines()]
+    assert strip(tmp_path / "whole")[-1] == strip(tmp_path / "cut")[-1]
+    finished = run(tmp_path, *args, "--out", "cut", "--resume")
+    assert "winoground/group" in last_line(finished)
+
+
+@pytest.mark.parametrize("kind", ["rank", "pretrain"])
+def test_two_processes_are_one_with_the_doubled_batch(toy_tree, pretrained, tmp_path, kind):
+    args = toy_run(toy_tree, pretrained, "--loss", "cacr+wra", "--steps", 6, "--dropout", 0)
+    if kind == "pretrain":
+        args = ["--recipe", "toy-pretrain", "--data", toy_tree, "--pretrain", "mlm+itm+mrfr+mrckl+wra", "--loss", "cacr", "--steps", 12, "--warmup", 2, *QUICK]
+    args = [a for a in args]
+    run(tmp_path, *args, "--units", 512, "--out", "one")
+    run(tmp_path, *args, "--units", 256, "--out", "two", processes=2)
+    run(tmp_path, *args, "--units", 512, "--out", "again")
+    same(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
+    same(weights(tmp_path / "one"), weights(tmp_path / "again"))
+
+
+def test_schedules_are_the_authors():
+    folder = os.environ.get("GOLDEN_DIR", ROOT / "tests/golden")
+    z = np.load(f"{folder}/schedules.npz")
+    p = json.loads(str(z["uniter_lr/params"]))
+    ours = [lr_at(int(s), p["learning_rate"], p["warmup_steps"], p["num_train_steps"]) for s in z["steps"]]
+    np.testing.assert_allclose(ours, z["uniter_lr/get_lr_sched"], rtol=1e-9)
+    T = json.loads(str(z["iais_tsa/params"]))["num_train_steps"]
+    np.testing.assert_allclose([alignment_weight(int(s), T) for s in z["steps"]], z["iais_tsa/exp_schedule"], rtol=1e-6)
+
+
+def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
+    """UNITER's AdamW adds eps before the bias correction and decays after the update; without both they agree."""
+    folder = os.environ.get("GOLDEN_DIR", ROOT / "tests/golden")
+    z = np.load(f"{folder}/schedules.npz")
+    p, A, b = json.loads(str(z["opt/params"])), torch.tensor(z["opt/A"]), torch.tensor(z["opt/b"])
+    w = torch.nn.Parameter(torch.tensor(z["opt/w0"])[None])
+    module = torch.nn.Module()
+    module.w = w
+    cfg = make_config("toy", lr=p["lr"], beta2=p["betas"][1], eps=p["eps"], weight_decay=p["weight_decay"])
+    optimizer, path = train.make_optimizer(cfg, module), [w.detach()[0].numpy().copy()]
+    for _ in range(len(z["opt/torch_adamw_same_settings"]) - 1):
+        optimizer.zero_grad()
+        (0.5 * w @ A @ w.mT - w @ b).sum().backward()
+        optimizer.step()
+        path.append(w.detach()[0].numpy().copy())
+    np.testing.assert_allclose(path, z["opt/torch_adamw_same_settings"], rtol=1e-9)
+    assert 1e-5 < np.abs(np.array(path) - z["opt/uniter_adamw"]).max() < 1e-3
+
+
+def test_accumulation_is_the_larger_batch_in_pieces(toy_tree, tmp_path, monkeypatch):
+    """The gradient of two batches accumulated is the gradient of a mean over both."""
+    monkeypatch.chdir(tmp_path)
+    cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain="mlm", units=256, steps=2, warmup=1, precision="fp32", clip=0)
+    place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
+    streams, _, _, store = train.load_streams(cfg, place, tokenizer)
+    model = train.build_model(cfg, place, tokenizer, store)
+    batches, grads = [streams[0][0], streams[0][1]], []
+    for some in (batches, batches[:1], batches[1:]):
+        seen = {}
+        keep = lambda m: seen.update({n: q.grad.clone() for n, q in m.named_parameters() if q.grad is not None})
+
+        class Peek(torch.optim.SGD):
+            def step(self):
+                keep(model)
+        train.update(cfg, place, model, Peek(model.parameters(), lr=0.0), streams, 1, some)
+        grads.append(seen)
+    n = [train.count(b) for b in batches]
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], (n[0] * grads[1][name] + n[1] * grads[2][name]) / sum(n), atol=1e-6, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+def test_recipe_then_typed_settings():
+    cfg = parse(["--loss", "cacr+wra", "--lr", "1e-3"])
+    assert (cfg.recipe, cfg.size, cfg.lr, cfg.loss) == ("toy", "toy", 1e-3, "cacr+wra")
+    paper = parse(["--recipe", "flickr30k", "--data", "/full"])
+    assert (paper.lr, paper.negatives, paper.candidates, paper.alternate, paper.size, paper.init) == (5e-5, 31, 399, True, "base", "/full/checkpoints/uniter-base.pt")
+    assert parse(["--no-alternate"]).alternate is False
+    assert set().union(*train.RECIPES.values()) <= {f.name for f in train.dataclasses.fields(train.Config)}
+
+
+@pytest.mark.parametrize("argv, match", [(["--loss", "carc"], "did you mean cacr"), (["--loss", "cacr+war"], "did you mean wra"),
+                                         (["--cacr-wieght", "2"], "is not an option"), (["--recipe", "flicker30k"], "did you mean flickr30k"),
+                                         (["--align-wieght", "2"], "did you mean --align-weight"), (["--steps", "0"], "at least 1"),
+                                         (["--pretrain", "mlm+imt"], "did you mean itm"), (["--negatives", "9", "--candidates", "3"], "cannot hold")])
+def test_wrong_settings_are_answered(argv, match):
+    with pytest.raises(UserError, match=match):
+        parse(argv)
+
+
+def test_help_teaches():
+    text = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for f in train.dataclasses.fields(train.Config):
+        assert f"--{f.name.replace('_', '-')}" in text
+    assert text.count("default:") == len(train.dataclasses.fields(train.Config)) and "flickr30k" in text
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+@pytest.mark.parametrize("argv, match", [(["--loss", "carc"], "did you mean cacr"), (["--data", "nowhere"], "is missing"),
+                                         (["--init", "nothing.pt"], "is not there")])
+def test_errors_are_one_message(toy_tree, tmp_path, argv, match):
+    done = run(tmp_path, *(argv if "--data" in argv else ["--data", toy_tree, *argv]), "--init", *(["x"] if "--init" not in argv else argv[argv.index("--init") + 1:]), expect=1)
+    assert match in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_out_of_another_configuration_is_refused_and_kept(toy_tree, pretrained, tmp_path):
+    args = toy_run(toy_tree, pretrained, "--steps", 2, "--out", "run")
+    run(tmp_path, *args)
+    before = (tmp_path / "run/last.pt").read_bytes()
+    again = run(tmp_path, *args, expect=1)
+    assert "holds this run already, finished" in again.stderr and "--resume" in again.stderr
+    other = run(tmp_path, *args, "--lr", "1e-3", "--resume", expect=1)
+    assert "--lr 0.0003 there, 0.001 here" in other.stderr and "Traceback" not in other.stderr
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_checkpoint_of_another_size(toy_tree, pretrained, tmp_path):
+    done = run(tmp_path, *toy_run(toy_tree, pretrained, "--size", "base", "--steps", 2), expect=1)
+    assert "does not fit" in done.stderr and "--size" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(toy_tree, pretrained, tmp_path, monkeypatch, poison):
+    monkeypatch.chdir(tmp_path)
+    cfg = parse([*map(str, toy_run(toy_tree, pretrained, "--loss", "cacr", "--steps", 6, "--save-every", 2, "--out", "run"))])
+    calls, real = [0], train.losses.ranking
+
+    def ranking(scores, margin):
+        calls[0] += 1
+        if calls[0] < 5:
+            return real(scores, margin)
+        return real(scores, margin) * float("nan") if poison == "loss" else real(scores, margin) + (scores.sum() * 0).sqrt()
+    monkeypatch.setattr(train.losses, "ranking", ranking)
+    with pytest.raises(train.NonFinite, match="step 5") as error:
+        train.train(cfg, train.find_place(cfg))
+    assert "caption" in str(error.value) and "image" in str(error.value)
+    saved = read_checkpoint(tmp_path / "run/last.pt")
+    assert saved.step == 4 and all(torch.isfinite(v).all() for v in saved.model.values())
+
+
+def test_full_disk_keeps_the_old_checkpoint(toy_tree, pretrained, tmp_path):
+    """A limit on file size stands for the full disk: the write fails half way."""
+    args = toy_run(toy_tree, pretrained, "--steps", 4, "--save-every", 2, "--out", "run")
+    code = ("import sys, resource, signal; sys.argv = sys.argv[1:]; import train; real = train.save_checkpoint; calls = []\n"
+            "def save(*a):\n    calls.append(1)\n    if len(calls) == 2:\n        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n    real(*a)\ntrain.save_checkpoint = save\ntrain.main()")
+    done = subprocess.run([sys.executable, "-c", code, "train.py", *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "could not be saved at step 4" in done.stderr and "still whole" in done.stderr and "Traceback" not in done.stderr
+    assert read_checkpoint(tmp_path / "run/last.pt").step == 2 and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_broken_checkpoint_in_out(toy_tree, pretrained, tmp_path):
+    args = toy_run(toy_tree, pretrained, "--steps", 2, "--out", "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/last.pt").write_bytes(pretrained[0].read_bytes()[:5000])
+    done = run(tmp_path, *args, "--resume", expect=1)
+    assert "cannot be read" in done.stderr and "Traceback" not in done.stderr
