@@ -736,12 +736,17 @@ class RankingBatches(PairBatches):
         return batch | self.choose(wrong_captions, wrong_images)
 
     def choose(self, captions, images):
-        """Batches of these negatives, (G, K) captions and images: shortest first in three parts, so that little is padding."""
+        """Batches of these negatives, (G, K) captions and images, shortest first, cut where padding would pass 4 %."""
         length = self.pairs.length(captions.ravel(), images.ravel())
         order = np.argsort(length, kind="stable")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
-        return {"negatives": [self.pairs.batch(captions.ravel()[p], images.ravel()[p]) for p in np.array_split(order, 3) if len(p)],
+        cuts, start, rising = [], 0, length[order]
+        for i in range(len(order)):
+            if i - start >= 8 and rising[start:i + 1].sum() < 0.96 * rising[i] * (i + 1 - start):
+                cuts.append(i)
+                start = i
+        return {"negatives": [self.pairs.batch(captions.ravel()[p], images.ravel()[p]) for p in np.split(order, cuts)],
                 "order": torch.from_numpy(place.reshape(captions.shape))}
 
 
@@ -1066,11 +1071,20 @@ def toy_winoground(tmp, seed, n):
 def ensure_toy(folder, seed=0):
     """Make the toy tree if it is not there, or again if an older version made it; any other folder is left alone."""
     mark = Path(folder) / "toy.json"
-    if mark.exists() and (made := read_json(mark, "the toy tree's mark"))["version"] != TOY_VERSION:
-        print(f"{folder} was made by version {made['version']} of ShapesWorld, this is version {TOY_VERSION}: making it again", file=sys.stderr)
-        shutil.rmtree(folder)
     if not Path(folder).exists():
         make_toy(folder, seed)
+    elif mark.exists() and (made := read_json(mark, "the toy tree's mark"))["version"] != TOY_VERSION:
+        print(f"{folder} was made by version {made['version']} of ShapesWorld, this is version {TOY_VERSION}: making it again", file=sys.stderr)
+        new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        make_toy(new, made["seed"], made["scenes"])
+        for mine in Path(folder).iterdir():         # what the user put beside it stays, e.g. nlvr/
+            if not (new / mine.name).exists():
+                shutil.move(mine, new / mine.name)
+        os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old)
 
 
 class NlvrStore(RegionStore):

@@ -260,7 +260,7 @@ def soft_relation_alignment(S_own, S_cross, S_other, own_mask, other_mask):
 
         a*_ij = sum_kp S_cross[i,k] S_cross[j,p] S_other[k,p];    m-KL( softmax(a*), softmax(S_own) )           CACR Algorithm 1
 
-    Arguments and result as cacr_side; one pair at a time, one relation i -> j at a time: hundreds of times slower.
+    Arguments as cacr_side; returns the same scalar; one pair at a time, one relation i -> j at a time: hundreds of times slower.
     Source: CACR sec. 3.3. Here: a weighted sum, as sec. 3.4 proves; Algorithm 1 writes "mean", which the softmax would see.
     Helpers: wide, matrix_kl.
     """
@@ -333,7 +333,7 @@ def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
 
         m-KL( softmax(P_other[c, c]), P_own ),   so that the left side is close to uniform
 
-    P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side.
+    P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side; returns a scalar >= 0 in nats per row.
     Source: IAIS code. Here: finite where a probability is 0 (row_mean_kl).
     Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
     """

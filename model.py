@@ -189,6 +189,7 @@ class Uniter(nn.Module):
         n_words, n_regions = text_mask.sum(dim=1, keepdim=True), region_mask.sum(dim=1, keepdim=True)     # (B, 1)
         if length is None:
             length = int((n_words + n_regions).max())
+        length = max(length, N_L)                   # a text padded beyond every row's words and regions
         hidden = masked_regions if hidden_regions is None else hidden_regions
         x = torch.cat([self.text_embedding(text),
                        self.region_embedding(regions, boxes, self.text_embedding.token_type.weight[1], hidden)], dim=1)

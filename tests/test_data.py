@@ -83,6 +83,12 @@ def test_toy_is_left_alone_or_made_again(tmp_path):
     before = (tmp_path / "toy/toy.json").stat().st_mtime_ns
     data.ensure_toy(tmp_path / "toy")
     assert (tmp_path / "toy/toy.json").stat().st_mtime_ns == before
+    (tmp_path / "toy/nlvr").mkdir()
+    (tmp_path / "toy/toy.json").write_text(json.dumps({"version": 0, "seed": 4, "scenes": 50}))
+    data.ensure_toy(tmp_path / "toy")
+    made = json.loads((tmp_path / "toy/toy.json").read_text())
+    assert made == {"version": data.TOY_VERSION, "seed": 4, "scenes": 50} and (tmp_path / "toy/nlvr").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["toy"]
     mine = tmp_path / "mine"
     mine.mkdir()
     data.ensure_toy(mine)
@@ -164,7 +170,7 @@ def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
 
 def test_at_most_five_percent_is_padding(toy, pairs):
     flickr = Pairs(data.flickr30k(toy, "train"), RegionStore(toy / "regions/flickr30k"), pairs.tokenizer)
-    for stream in (PairBatches(pairs, "mlm", 2048, 0), PairBatches(pairs, "itm", 2048, 0), RankingBatches(flickr, 1536, 0)):
+    for stream in (PairBatches(pairs, "mlm", 1024, 0), PairBatches(pairs, "itm", 1024, 0), RankingBatches(flickr, 1536, 0)):
         real = paid = 0
         for k in range(20):
             batch = stream[k]

@@ -71,13 +71,14 @@ def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkey
 def test_training_lowers_the_loss(toy_tree, task, tmp_path, monkeypatch):
     """Twenty updates on one batch: a sign error or a cut gradient would show."""
     monkeypatch.chdir(tmp_path)
-    cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain=task, steps=20, warmup=1, lr=1e-3, units=512, precision="fp32")
+    cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain=task, steps=20, warmup=1, lr=1e-4 if task == "itm" else 1e-3,
+                      units=512, precision="fp32")
     place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
     streams, _, _, store = train.load_streams(cfg, place, tokenizer)
     model = train.build_model(cfg, place, tokenizer, store)
     optimizer, batch = train.make_optimizer(cfg, model), streams[0][0]
-    values = [train.update(cfg, place, model, optimizer, streams, 1, [batch])[0][task].item() for _ in range(20)]
-    assert values[-1] < 0.97 * values[0] if task == "itm" else values[-1] < 0.9 * values[0], values
+    values = [train.update(cfg, place, model, optimizer, streams, 1, [batch])[0][task].item() for _ in range(40)]
+    assert values[-1] < 0.9 * values[0], values
 
 
 def weights(folder):
