@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 
 SIZES = {                                           # UNITER footnote 12; toy [ours]
     "toy":   dict(width=128, layers=4, heads=4, inner=512),
@@ -67,8 +68,8 @@ class Attention(nn.Module):
         self.to_q, self.to_k = nn.Linear(width, width), nn.Linear(width, width)
         self.to_v, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
 
-    def split(self, z):                                             # (B, N, D) -> (B, H, N, D/H)
-        return z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def split(self, z):
+        return rearrange(z, "B N (H d) -> B H N d", H=self.heads)
 
     def forward(self, x, context, mask, need_maps=False):
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
@@ -81,7 +82,7 @@ class Attention(nn.Module):
             out = F.dropout(P, drop).to(v.dtype) @ v                # a loss sees S before dropout
         else:                                                       # fused: same numbers, no maps
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, dropout_p=drop)
-        return self.to_out(out.transpose(1, 2).flatten(2)), S if need_maps else None
+        return self.to_out(rearrange(out, "B H N d -> B N (H d)")), S if need_maps else None
 
 
 class Layer(nn.Module):

@@ -251,8 +251,13 @@ def load_batches(cfg, place, streams, shares, start):
     """Iterator over the steps from start on; workers keep ahead of the model if there are any."""
     mix = Mix(streams, shares, cfg.steps, cfg.seed, cfg.accumulate)
     workers = cfg.workers if cfg.workers >= 0 else 2 * (place.device.type == "cuda")
-    return iter(torch.utils.data.DataLoader(mix, batch_size=None, sampler=range(start, cfg.steps), num_workers=workers,
+    return iter(torch.utils.data.DataLoader(mix, batch_size=None, sampler=range(start, cfg.steps), num_workers=workers, collate_fn=as_is,
                                             pin_memory=place.device.type == "cuda", persistent_workers=workers > 0))
+
+
+def as_is(batch):
+    """Batches are made whole by data.py: the loader only carries them."""
+    return batch
 
 
 # 5. Model ----------------------------------------------------------------------------------------------------------

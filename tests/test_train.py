@@ -108,6 +108,33 @@ def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
     assert "winoground/group" in last_line(finished)
 
 
+def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
+    """The first run of a recipe makes its pre-training too; kill -9 hits either, anywhere. NANOALIGN_KILLS=20 kills twenty times."""
+    kills, rng = int(os.environ.get("NANOALIGN_KILLS", 2)), np.random.default_rng(int(os.environ.get("NANOALIGN_KILL_SEED", 0)))
+    code = ("import train; train.RECIPES['toy-pretrain'].update(steps=60, warmup=5, units=512, save_every=4, eval_every=30)\n"
+            "train.RECIPES['toy'].update(steps=40, warmup=5, units=256, save_every=3, eval_every=20, dropout=0.1)\ntrain.main()")
+    command = [sys.executable, "-c", code, "--loss", "cacr+wra", "--data", str(toy_tree), "--resume", *QUICK]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
+    start = time.time()
+    assert subprocess.run(command, cwd=tmp_path / "whole", **quiet).returncode == 0
+    seconds, hit = time.time() - start, 0
+    while hit < kills:
+        process = subprocess.Popen(command, cwd=tmp_path / "cut", **quiet)
+        try:
+            process.wait(timeout=rng.uniform(0.2, 0.8) * seconds)
+            break                                   # it finished before the kill: nothing left to resume
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            hit += 1
+    assert hit >= min(kills, 1)
+    assert subprocess.run(command, cwd=tmp_path / "cut", **quiet).returncode == 0
+    for whole in (tmp_path / "whole/out").glob("*/last.pt"):
+        same(weights(whole.parent), weights(tmp_path / "cut/out" / whole.parent.name))
+    assert hit == kills or kills > 2, f"killed {hit} times of {kills}"
+
+
 @pytest.mark.parametrize("kind", ["rank", "pretrain"])
 def test_two_processes_are_one_with_the_doubled_batch(toy_tree, pretrained, tmp_path, kind):
     args = toy_run(toy_tree, pretrained, "--loss", "cacr+wra", "--steps", 6, "--dropout", 0)
