@@ -235,6 +235,9 @@ class RegionStore:
     def __len__(self):
         return len(self.image_ids)
 
+    def __str__(self):
+        return f"{self.folder}: {len(self):,} images, {len(self.features):,} regions, {self.features.nbytes / 2 ** 20:,.0f} MiB memory-mapped"
+
     def read(self, images, column="features"):
         """Rows of these images side by side: (B, N_V, ...) padded with 0."""
         array, n = self.arrays[column], self.n_regions[images]
@@ -1130,7 +1133,7 @@ def nlvr_pairs(data, split, tokenizer, orders=6):
 
 # 8. Command line ---------------------------------------------------------------------------------------------------
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1142,7 +1145,11 @@ def main():
     packing.add_argument("source", help="an LXMERT or bottom-up-attention .tsv file, or a folder of UNITER .npz files")
     packing.add_argument("--out", required=True, help="a new folder, e.g. DATA/regions/coco")
     packing.add_argument("--images", help="folder of the pictures, to read their sizes from (npz files do not tell them)")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
     try:
         if args.command == "toy":
             make_toy(args.out, args.seed, args.scenes)

@@ -272,7 +272,7 @@ def load_model(path, data, size=None, cased=True):
     return model, tokenizer, saved.config
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=("winoground", "retrieval", "nlvr", "figures"), help="figures: attention over boxes, and the training curve")
     parser.add_argument("--ckpt", required=True, nargs="+", help="a last.pt of train.py, or an official checkpoint with --size; figures compares several")
@@ -283,7 +283,11 @@ def main():
     parser.add_argument("--size", choices=tuple(SIZES), help="size of an official checkpoint")
     parser.add_argument("--head", choices=("rank", "match"), help="which score (default: rank if the run trained it)")
     parser.add_argument("--out", default="out/figures", help="where figures go (default: out/figures)")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
     try:
         numbers = run_task(args)
     except (DataError, CheckpointError) as error:

@@ -7,6 +7,7 @@
 #           8 checkpoint  9 the loop  10 last words
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -140,7 +141,7 @@ def make_config(recipe, **changes):
     cfg = Config(**{**RECIPES[known(recipe, RECIPES, "recipe")], **changes, "recipe": recipe})
     alignment_names(cfg), pretrain_shares(cfg)
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
-    cfg.init = cfg.init.replace("{data}", cfg.data)
+    cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
     cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}-seed{cfg.seed}"
     for name in ("steps", "units", "accumulate", "negatives", "save_every", "log_every", "eval_every"):
         if getattr(cfg, name) < 1:
@@ -196,6 +197,15 @@ def native_bf16():
     return False
 
 
+def keep_memory():
+    """On a CPU let glibc keep what is freed: by default every large tensor is given back to the system and fetched, page by page and
+    cleared, a moment later, which costs a tenth of a UNITER-base step (tests/bench.py). Elsewhere this does nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for what, value in ((-4, 0), (-1, 2 ** 31 - 1), (-8, 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX in malloc.h
+            libc.mallopt(what, value)
+
+
 def find_place(cfg):
     """One process, or one of several that torchrun started."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -205,6 +215,7 @@ def find_place(cfg):
         torch.set_float32_matmul_precision("high")
     else:
         device = torch.device("cpu")
+        keep_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and (device.type == "cuda" or native_bf16())
@@ -223,6 +234,7 @@ def load_streams(cfg, place, tokenizer):
     units = cfg.units * place.world
 
     def pairs(captions, store, name):
+        place.say(f"  {store}") if not name.endswith(("val", "val2014")) else None
         found = Pairs(captions, store, tokenizer, cfg.max_words, name, cfg.skip_missing)
         place.say(f"  {found}")
         return found
@@ -551,7 +563,7 @@ def train(cfg, place):
         start = saved.step
         place.say(f"  going on after step {start}")
     place.say(f"  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {cfg.steps} steps -> {cfg.out}")
-    step = compiled = torch.compile(model, dynamic=True) if cfg.compile else model
+    compiled = torch.compile(model, dynamic=True) if cfg.compile else model
     log, began, pairs = Log(cfg, place, start), time.time(), 0
     bar = tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, desc=f"{cfg.recipe} {cfg.loss}", disable=None if place.main else True)
     model.train()
@@ -623,6 +635,7 @@ def last_words(cfg, place, model, tokenizer, log):
 
 
 def main(argv=None):
+    rank = int(os.environ.get("RANK", 0))
     try:
         cfg = parse(argv)
         place = find_place(cfg)
@@ -632,8 +645,13 @@ def main(argv=None):
             dist.barrier()
         numbers = train(cfg, place)
         place.say(json.dumps({k: round(v, 2) for k, v in numbers.items()}))
-    except (UserError, DataError, CheckpointError, NonFinite) as error:
+    except NonFinite as error:                      # only the process that met it knows its samples
         sys.exit(f"train.py: error: {error}")
+    except (UserError, DataError, CheckpointError) as error:
+        sys.exit(f"train.py: error: {error}" if rank == 0 else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""The front page keeps its word: its commands parse, its table is the results file's, its functions exist."""
+import json
+import re
+import shlex
+
+import data
+import evaluate
+import losses
+import seeds
+import train
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+        for line in block.splitlines():
+            yield shlex.split(line, comments=True)
+
+
+def test_commands_parse():
+    seen = set()
+    for words in commands():
+        script = next((w for w in words if w.endswith(".py")), None)
+        if script is None or "--help" in words:
+            continue
+        args = words[words.index(script) + 1:]
+        seen.add(script)
+        if script == "train.py":
+            train.parse(args)
+        elif script == "evaluate.py":
+            evaluate.make_parser().parse_args(args)
+        elif script == "data.py":
+            data.make_parser().parse_args(args)
+        else:
+            assert (ROOT / script).exists()
+    assert {"train.py", "evaluate.py", "data.py", "tests/bench.py", "tests/seeds.py"} <= seen
+
+
+def test_set_up_commands_are_there_and_ci_runs_one():
+    first = README.split("\n")[:40]
+    assert any("pip install -r requirements.txt && torchrun train.py --loss cacr" in line for line in first)
+    assert any("pip install -r requirements.txt && python -m pytest" in line for line in first)
+    assert "pip install -r requirements.txt && python -m pytest" in (ROOT / ".ci/run").read_text()
+
+
+def test_seed_table_is_the_results_file():
+    inside = re.search(r"<!-- seeds -->\n(.*?)\n<!-- /seeds -->", README, re.S)[1]
+    assert inside == seeds.table(json.loads((ROOT / "tests/results.json").read_text()))
+
+
+def test_functions_named_exist():
+    table = README.split("| idea | equation | function in losses.py |")[1].split("\n\n")[0]
+    for name in re.findall(r"`(\w+)`", table):
+        assert hasattr(losses, name), name
+
+
+def test_settings_named_exist():
+    fields = {f.name for f in train.dataclasses.fields(train.Config)}
+    for name in re.findall(r"`--([a-z-]+)", README):
+        assert name.replace("-", "_") in fields | {"nnodes", "node_rank", "rdzv_endpoint"}, name
