@@ -63,21 +63,27 @@ def write_atomic(path, content):
         raise
 
 
+def read_text(path, what, hint="Fetch it from its official address into this place (README, \"The full data\")."):
+    """A UTF-8 text file, whole."""
+    try:
+        return need(path, what, hint).read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}\n  Wanted: {what}, in UTF-8. Fetch it again.") from None
+
+
 def read_json(path, what):
     """A JSON file, whole."""
-    need(path, what, "Fetch it from its official address into this place (README, \"The full data\").")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_text(path, what))
+    except json.JSONDecodeError as error:
         raise DataError(f"{path} is not whole JSON ({Path(path).stat().st_size:,} bytes): {error}\n"
                         "  Most often a download or a copy that stopped half way: fetch it again.") from None
 
 
 def read_json_lines(path, what):
     """A file of one JSON record a line."""
-    need(path, what, "Fetch it from its official address into this place (README, \"The full data\").")
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path, what).splitlines(), 1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -121,10 +127,9 @@ class WordPiece:
     SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 
     def __init__(self, vocab_file, lower):
-        need(vocab_file, "a WordPiece vocabulary, one piece a line",
-             "BERT's own vocab.txt fits; `python data.py toy --out data/toy` writes a small one.")
-        pieces = Path(vocab_file).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        self.pieces, self.lower, self.seen = [p.rstrip("\r") for p in pieces], lower, {}
+        text = read_text(vocab_file, "a WordPiece vocabulary, one piece a line",
+                         "BERT's own vocab.txt fits; `python data.py toy --out data/toy` writes a small one.")
+        self.pieces, self.lower, self.seen = [p.rstrip("\r") for p in text.rstrip("\n").split("\n")], lower, {}
         self.ids = {p: i for i, p in enumerate(self.pieces)}
         for token in self.SPECIAL:
             if token not in self.ids:
@@ -202,7 +207,7 @@ class RegionStore:
             self.features, self.boxes, self.offsets, self.wh = (self.arrays[k] for k in ("features", "boxes", "offsets", "wh"))
         except (ValueError, OSError, KeyError, EOFError) as error:
             raise self.bad(f"cannot be read: {str(error) or type(error).__name__}") from None
-        self.image_ids = (self.folder / "image_ids.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        self.image_ids = read_text(self.folder / "image_ids.txt", "the store's image ids, one a line", "Make the store again.").split("\n")[:-1]
         self.index = {name: i for i, name in enumerate(self.image_ids)}
         self.n_regions = np.diff(self.offsets).astype(np.int64)
         self.classes = meta.get("classes")

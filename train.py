@@ -647,8 +647,11 @@ def main(argv=None):
         place.say(json.dumps({k: round(v, 2) for k, v in numbers.items()}))
     except NonFinite as error:                      # only the process that met it knows its samples
         sys.exit(f"train.py: error: {error}")
-    except (UserError, DataError, CheckpointError) as error:
-        sys.exit(f"train.py: error: {error}" if rank == 0 else 1)
+    except (UserError, DataError, CheckpointError, OSError) as error:
+        told = str(error).split("DataError: ")[-1].strip()          # a loader process wraps its error into a stack trace
+        sys.exit(f"train.py: error: {told}" if rank == 0 else 1)
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; go on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -57,6 +57,9 @@ def test_winoground_scores():
     text_only, image_only = [[5.0, 6], [4, 7]], [[5.0, 4], [6, 7]]                      # each satisfies one of the two conditions
     score, hits = evaluate.winoground_scores(np.array([good, ties, reverse, text_only, image_only]))
     assert score == {"text": 40.0, "image": 40.0, "group": 20.0} and hits.tolist() == [True, False, False, False, False]
+    for tied, text, image in (([[2, 1], [2, 3]], 0, 100), ([[3, 2], [1, 2]], 0, 100), ([[2, 2], [1, 3]], 100, 0), ([[3, 1], [2, 2]], 100, 0)):
+        score, _ = evaluate.winoground_scores(np.array([tied]))                         # one of the four comparisons is a tie: wrong
+        assert score == {"text": text, "image": image, "group": 0}
     rng = np.random.default_rng(0)
     chance, _ = evaluate.winoground_scores(rng.random((200_000, 2, 2)))
     assert chance["text"] == pytest.approx(25, abs=0.5) and chance["group"] == pytest.approx(100 / 6, abs=0.5)

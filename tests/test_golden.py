@@ -5,6 +5,7 @@ GOLDEN_DIR=/another/set python -m pytest tests/test_golden.py     checks another
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,11 @@ def prefix_mask(lengths, width):
 
 # ------------------------------------------------------------------------------------------------- optimal transport
 
-@pytest.mark.parametrize("setting", range(3))
+def ipot_settings():
+    return range(len(golden("ipot")["settings"])) if (FOLDER / "ipot.npz").exists() else [0]
+
+
+@pytest.mark.parametrize("setting", ipot_settings())
 def test_ipot(setting):
     z = golden("ipot")
     x = tensors(z)
@@ -76,6 +81,8 @@ def iais_loss(mode, blocks, text_mask, region_mask):
 
 
 def iais_cases():
+    if not (FOLDER / "iais.npz").exists():
+        return ["ex0"]
     z = golden("iais")
     return [f"ex{e}" for e in range(int(z["n_examples"]))] + sorted({k.split("/")[0] for k in z.files if k.startswith("edge_")})
 
@@ -152,10 +159,9 @@ def uniter(z, prefix="", extra=()):
     weights = tensors(z, prefix + "sd/")
     for other in extra:
         weights.update(tensors(z, other))
-    model = Uniter(config["vocab_size"], config.get("img_dim", 32), config.get("img_label_dim", 5), width=config["hidden_size"],
+    model = Uniter(config["vocab_size"], config["img_dim"], config.get("img_label_dim", 5), width=config["hidden_size"],
                    layers=config["num_hidden_layers"], heads=config["num_attention_heads"], inner=config["intermediate_size"],
                    positions=config["max_position_embeddings"], types=config["type_vocab_size"])
-    import tempfile
     with tempfile.TemporaryDirectory() as folder:
         torch.save(weights, f"{folder}/uniter.pt")
         report = load_pretrained(model, f"{folder}/uniter.pt")

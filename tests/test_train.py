@@ -1,7 +1,7 @@
 """The loop as a user meets it: runs, resumes, several processes, settings, and what goes wrong."""
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,28 +111,29 @@ def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
 def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
     """The first run of a recipe makes its pre-training too; kill -9 hits either, anywhere. NANOALIGN_KILLS=20 kills twenty times."""
     kills, rng = int(os.environ.get("NANOALIGN_KILLS", 2)), np.random.default_rng(int(os.environ.get("NANOALIGN_KILL_SEED", 0)))
-    code = ("import train; train.RECIPES['toy-pretrain'].update(steps=60, warmup=5, units=512, save_every=4, eval_every=30)\n"
-            "train.RECIPES['toy'].update(steps=40, warmup=5, units=256, save_every=3, eval_every=20, dropout=0.1)\ntrain.main()")
+    code = (f"import train; train.RECIPES['toy-pretrain'].update(steps={30 * kills}, warmup=5, units=512, save_every=4, eval_every=30)\n"
+            f"train.RECIPES['toy'].update(steps={20 * kills}, warmup=5, units=256, save_every=3, eval_every=20, dropout=0.1)\ntrain.main()")
     command = [sys.executable, "-c", code, "--loss", "cacr+wra", "--data", str(toy_tree), "--resume", *QUICK]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
-    start = time.time()
-    assert subprocess.run(command, cwd=tmp_path / "whole", **quiet).returncode == 0
-    seconds, hit = time.time() - start, 0
-    while hit < kills:
-        process = subprocess.Popen(command, cwd=tmp_path / "cut", **quiet)
-        try:
-            process.wait(timeout=rng.uniform(0.2, 0.8) * seconds)
-            break                                   # it finished before the kill: nothing left to resume
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            hit += 1
-    assert hit >= min(kills, 1)
-    assert subprocess.run(command, cwd=tmp_path / "cut", **quiet).returncode == 0
-    for whole in (tmp_path / "whole/out").glob("*/last.pt"):
-        same(weights(whole.parent), weights(tmp_path / "cut/out" / whole.parent.name))
-    assert hit == kills or kills > 2, f"killed {hit} times of {kills}"
+    start = lambda folder: subprocess.Popen(command, cwd=tmp_path / folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    began, process = time.time(), start("whole")
+    while not list((tmp_path / "whole").glob("out/*/log.jsonl")) and process.poll() is None:
+        time.sleep(0.01)
+    ready = time.time() - began                     # imports, data and model
+    assert process.wait() == 0
+    share = (time.time() - began - ready) / (kills + 1)
+    for kill in range(kills):
+        process = start("cut")
+        with pytest.raises(subprocess.TimeoutExpired):              # it may not finish before the last kill
+            process.wait(timeout=max(0.1, ready + share * rng.uniform(-0.5, 1.9)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("cut").wait() == 0
+    runs = [p.parent for p in (tmp_path / "whole/out").glob("*/last.pt")]
+    assert len(runs) == 2
+    for whole in runs:
+        same(weights(whole), weights(tmp_path / "cut/out" / whole.name))
 
 
 @pytest.mark.parametrize("kind", ["rank", "pretrain"])
@@ -234,6 +235,16 @@ def test_errors_are_one_message(toy_tree, tmp_path, argv, match):
     done = run(tmp_path, *(argv if "--data" in argv else ["--data", toy_tree, *argv]), "--init", *(["x"] if "--init" not in argv else argv[argv.index("--init") + 1:]), expect=1)
     assert match in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nan_in_the_features_met_while_training(toy_tree, pretrained, tmp_path, workers):
+    tree = shutil.copytree(toy_tree, tmp_path / "toy")
+    features = np.lib.format.open_memmap(tree / "regions/flickr30k/features.npy", mode="r+")
+    features[:] = np.nan
+    features.flush()
+    done = run(tmp_path, "--recipe", "toy", "--data", tree, "--init", pretrained[0], "--steps", 2, "--warmup", 1, "--workers", workers, expect=1)
+    assert "holds nan or inf in the features of image" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_out_of_another_configuration_is_refused_and_kept(toy_tree, pretrained, tmp_path):
