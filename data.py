@@ -602,7 +602,7 @@ class PairBatches:
     units        positions (words + regions, padding counted) of a batch over all processes
     part, parts  this process takes every parts-th pair of it
     labels       of the captions, for tasks that have them (NLVR): they take the place of "match"
-    [k]          "input" for the model, what the task predicts, and "names" of the samples
+    [k]          "input" for the model, what the task predicts, and "names" of the samples (none: nothing of it is this process's)
     """
     def __init__(self, pairs, task, units, seed, part=0, parts=1, mask_rate=0.15, labels=None):
         self.pairs, self.task, self.units, self.seed = pairs, task, units, seed
@@ -653,6 +653,8 @@ class PairBatches:
         mask = self.draw_mask(rng, captions, images)
         captions, images = captions[mine], images[mine]
         batch = {"task": self.task, "names": self.pairs.names(captions, images), "match": torch.from_numpy(match[mine])}
+        if not len(captions):                       # a batch of fewer pairs than processes
+            return batch
         if mask is None:
             return batch | {"input": self.pairs.batch(captions, images)}
         hidden, replace = (m[mine] for m in mask)
@@ -738,7 +740,9 @@ class RankingBatches(PairBatches):
                 wrong_captions[:, j] = other_caption(rng, self.pairs, images)
         captions, images, wrong_captions, wrong_images = (x[mine] for x in (captions, images, wrong_captions, wrong_images))
         batch = {"task": "rank", "names": self.pairs.names(captions, images), "anchor": ("text", "image")[k % 2] if self.alternate else "both",
-                 "positive": self.pairs.batch(captions, images)}
+                 "positive": self.pairs.batch(captions, images) if len(captions) else None}
+        if not len(captions):
+            return batch
         if self.candidates:
             return batch | {"candidates": (wrong_captions, wrong_images)}
         return batch | self.choose(wrong_captions, wrong_images)

@@ -46,7 +46,7 @@ RECIPES = {
     "uniter-pretrain": dict(task="pretrain", pretrain="mlm+itm+mrfr+mrckl+wra", size="base", init="{data}/checkpoints/uniter-base-init.pt",
                             steps=200_000, warmup=10_000, units=10240, accumulate=2, lr=5e-5, clip=5.0),
     # CACR and IAIS on Flickr30k [CACR sec. 4; IAIS code: config/train-flickr-base-8gpu-hn.json]; 8 x (1 text + 1 image) anchors a GPU
-    "flickr30k": dict(task="retrieval", size="base", init="{data}/checkpoints/uniter-base.pt", steps=5000, warmup=500, units=6144,
+    "flickr30k": dict(task="retrieval", size="base", init="{data}/checkpoints/uniter-base.pt", steps=5000, warmup=500, units=2048,
                       accumulate=16, lr=5e-5, clip=2.0, negatives=31, candidates=399, alternate=True),
 }
 
@@ -449,32 +449,30 @@ class NonFinite(ArithmeticError):
 
 
 def update(cfg, place, model, optimizer, streams, step, batches):
-    """One update from the batches of one step; returns the mean of each loss before weighting, and the gradient norm."""
+    """One update from the batches of one step; returns the mean of each loss before weighting over this process's part, and the norm."""
     torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + place.rank)            # dropout, the same after a resume
     total = torch.tensor(float(sum(count(b) for b in batches)), device=place.device)
     if place.world > 1:
         dist.all_reduce(total)
-    late, logged = alignment_weight(step, cfg.steps), {}
-    for batch in batches:
+    late, logged, mine = alignment_weight(step, cfg.steps), {}, [b for b in batches if b["names"]]
+    for batch in mine:
         if "candidates" in batch:
             batch = mine_hardest(cfg, place, model, streams[0], batch)
         batch = to(batch, place.device)
         with place.autocast():
             found = OBJECTIVES[batch["task"]](cfg, model, batch)
-        share = count(batch) / total                # so that any split over batches and processes gives the same sum
         weight = {name: cfg.align_weight * late for name in ALIGNMENTS} | {"wra/pretrain": cfg.wra_weight}
         loss = sum(value * weight.get(name, 1.0) for name, value in found.items())
         if not torch.isfinite(loss):
             bad = [f"{name} = {value.item()}" for name, value in found.items() if not torch.isfinite(value)]
-            raise NonFinite(f"step {step}: {', '.join(bad)}\n  Samples: {'; '.join(batch['names'][:8])}"
-                            + (f" and {len(batch['names']) - 8} more" if len(batch["names"]) > 8 else ""))
-        (loss * share).backward()
+            raise NonFinite(f"step {step}: {', '.join(bad)}\n  Samples: {few(batch['names'])}")
+        (loss * count(batch) / total).backward()    # so that any split over batches and processes gives the same sum
         for name, value in found.items():
-            logged[name] = logged.get(name, 0) + value.detach() * share
+            logged[name] = logged.get(name, 0) + value.detach() * count(batch) / sum(map(count, mine))
     add_gradients(place, model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or float("inf"))
     if not torch.isfinite(norm):
-        raise NonFinite(f"step {step}: the gradient's norm is {norm.item()}, of {', '.join(found)}\n  Samples: {'; '.join(batches[0]['names'][:8])}")
+        raise NonFinite(f"step {step}: the gradient's norm is {norm.item()}, of {', '.join(logged)}\n  Samples: {few([n for b in mine for n in b['names']])}")
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, cfg.lr, cfg.warmup, cfg.steps)
     optimizer.step()
@@ -482,15 +480,23 @@ def update(cfg, place, model, optimizer, streams, step, batches):
     return logged, norm
 
 
+def few(names, n=8):
+    return "; ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
 def add_gradients(place, model):
-    """Sum the gradients of all processes, in one message. Each step trains one task, so heads without a gradient are left out on all."""
+    """Sum the gradients of all processes, in one message. A head that no process trained in this step stays without one, so that
+    the optimiser leaves it alone, as on one process."""
     if place.world == 1:
         return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
+    params = list(model.parameters())
+    has = torch.tensor([p.grad is not None for p in params], dtype=torch.int32, device=place.device)
+    dist.all_reduce(has, dist.ReduceOp.MAX)
+    params = [p for p, some in zip(params, has.tolist()) if some]
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params])
     dist.all_reduce(flat)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g))
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
 
 
 @torch.inference_mode()
