@@ -185,7 +185,7 @@ def grid(rows, titles):
     return out
 
 
-def attention_figure(models, data, pairs, caption, words=None):
+def attention_figure(models, data, pairs, caption, words=None, directions=("S_LV", "S_VL")):
     """Rows of panels, one for each model and direction; a panel shows a word's attention over the boxes of the caption's own image.
 
     models  {name: model};   words: which (all content words unless given)
@@ -198,16 +198,17 @@ def attention_figure(models, data, pairs, caption, words=None):
     for name, model in models.items():
         pieces, P_LV, P_VL = word_attention(model, pairs, caption, image)
         show = [i for i, w in enumerate(pieces) if (w in words if words else w not in ("a", "the", "of", "to", "is", "and", "."))][:6]
-        for P, what in ((P_LV, "what the word looks at (S_LV)"), (P_VL, "what looks at the word (S_VL)")):
+        for direction in directions:
+            P, what = {"S_LV": (P_LV, "what the word looks at"), "S_VL": (P_VL, "what looks at the word")}[direction]
             rows.append([draw_attention(picture, boxes, P[i], pieces[i]) for i in show])
-            titles.append(f"{name}: {pairs.captions[caption].text!r}, {what}, percent")
+            titles.append(f"{name}: {pairs.captions[caption].text!r}, {what} ({direction}), percent")
     return grid(rows, titles)
 
 
 def find_picture(data, stem):
     """The picture of a region store's image id, wherever its data set keeps it."""
     data = Path(data)
-    folders = [data / "winoground/images", data / "flickr30k/flickr30k-images", *(data / "coco" / stem.split("_")[1:2][0] for _ in [0] if "_" in stem)]
+    folders = [data / "winoground/images", data / "flickr30k/flickr30k-images", data / "coco" / "".join(stem.split("_")[1:2])]
     for folder in folders:
         for suffix in (".png", ".jpg", ".jpeg"):
             if (folder / (stem + suffix)).exists():

@@ -218,7 +218,7 @@ def find_place(cfg):
         keep_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-    bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and (device.type == "cuda" or native_bf16())
+    bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and (torch.cuda.is_bf16_supported() if device.type == "cuda" else native_bf16())
     return Place(device, rank, world, bf16)
 
 
@@ -229,7 +229,7 @@ def load_tokenizer(cfg):
 
 
 def load_streams(cfg, place, tokenizer):
-    """(training streams, their shares, validation streams, the data's sizes): see data.Mix."""
+    """(training streams, their shares, {name: validation stream}, the region store): see data.Mix."""
     share = dict(part=place.rank, parts=place.world)
     units = cfg.units * place.world
 
@@ -280,8 +280,6 @@ def build_model(cfg, place, tokenizer, store):
     model = Uniter(len(tokenizer), store_width(store), store.classes or 1601, dropout=cfg.dropout, **SIZES[cfg.size])
     if cfg.init:
         place.say(f"  {cfg.init}: {load_pretrained(model, cfg.init)}")
-        if cfg.task == "retrieval":
-            model.start_rank_from_match()
     return model.to(place.device)
 
 
@@ -293,7 +291,7 @@ def store_width(store):
 # Each takes the model and a batch and returns {name: loss}; a loss is a mean over count(batch) things.
 
 # One side of each alignment loss: what the own modality's block should look like, given the other blocks. The language side
-# gets (LL, LV, VL, VV, text, region), the vision side (VV, VL, LV, LL, region, text). "maps" says what the blocks hold.
+# gets (LL, LV, VL, VV, text, region), the vision side (VV, VL, LV, LL, region, text). attention_blocks says what they hold.
 ALIGNMENTS = {
     "cacr": lambda own, cross, back, other, mask, other_mask: losses.cacr_side(own, cross, other, mask, other_mask),
     "iais": lambda own, cross, back, other, mask, other_mask: losses.iais_singular_side(own, cross, other, mask, other_mask),
@@ -500,17 +498,17 @@ def add_gradients(place, model):
 
 
 @torch.inference_mode()
-def validate(cfg, place, model, streams, batches=4):
-    """Accuracy in percent of each task on the first batches of its validation stream."""
+def validate(cfg, place, model, streams, samples=300):
+    """Accuracy in percent of each task, over the first batches of its validation stream that hold so many samples."""
     found = {}
     model.eval()
     for name, stream in streams.items():
-        right, n = 0.0, 0
-        for batch in (to(stream[k], place.device) for k in range(batches)):
+        right, n, k = 0.0, 0, 0
+        while n < samples:
             with place.autocast():
-                hits = right_answers(name, model, batch)
-            right, n = right + hits.float().sum(), n + len(hits)
-        found[f"val/{name}"] = 100 * right.item() / max(n, 1)
+                hits = right_answers(name, model, to(stream[k], place.device))
+            right, n, k = right + hits.float().sum(), n + len(hits), k + 1
+        found[f"val/{name}"] = 100 * right.item() / n
     model.train()
     return found
 
@@ -585,6 +583,8 @@ def train(cfg, place):
         if step % cfg.eval_every == 0 or step == cfg.steps:
             log.write({"step": step, **validate(cfg, place, compiled, val_streams)})
         if (step % cfg.save_every == 0 or step == cfg.steps) and place.main:
+            if cfg.task == "pretrain":              # untrained so far: a fine-tuning run finds it started as it should be
+                model.start_rank_from_match()
             save_checkpoint(Path(cfg.out) / "last.pt", cfg, model, optimizer, step, sizes)
     return last_words(cfg, place, model, tokenizer, log)
 
