@@ -46,8 +46,9 @@ def test_set_up_commands_are_there_and_ci_runs_one():
 
 
 def test_seed_table_is_the_results_file():
-    inside = re.search(r"<!-- seeds -->\n(.*?)\n<!-- /seeds -->", README, re.S)[1]
-    assert inside == seeds.table(json.loads((ROOT / "tests/results.json").read_text()))
+    results = json.loads((ROOT / "tests/results.json").read_text())
+    for mark, table in (("seeds", seeds.table), ("nlvr", seeds.nlvr_table)):
+        assert re.search(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", README, re.S)[1] == table(results)
 
 
 def test_functions_named_exist():
