@@ -1127,7 +1127,7 @@ class NlvrStore(RegionStore):
         self.arrays = {"kind": np.array(kinds), "boxes": np.array(boxes, np.float32)}
         self.features, self.boxes = self.arrays["kind"], self.arrays["boxes"]
         self.wh = np.tile(np.array([[400, 100]], np.int32), (len(counts), 1))
-        self.index, self.classes = {name: i for i, name in enumerate(self.image_ids)}, None
+        self.index, self.classes = {name: i for i, name in enumerate(self.image_ids)}, len(CLASSES)
         self.check()
 
     def read(self, images, column="features"):

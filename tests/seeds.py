@@ -1,6 +1,6 @@
 """The README's table: each alignment loss over several seeds that redraw everything (world, weights, batches), honest whichever wins.
 
-python tests/seeds.py --seeds 0 1 2 3 4 5 --jobs 2       half an hour on two cores; goes on where it stopped; fills tests/results.json and README.md
+python tests/seeds.py --seeds 0 1 2 3 4 5 --jobs 2       40 minutes on two cores; goes on where it stopped; fills tests/results.json and README.md
 python tests/seeds.py --seeds 0 1 2 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy checkpoint and from scratch
 """
 import argparse
