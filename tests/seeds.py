@@ -1,7 +1,7 @@
 """The README's table: each alignment loss over several seeds that redraw everything (world, weights, batches), honest whichever wins.
 
-python tests/seeds.py --seeds 0 1 2 3 4 5 --jobs 2       40 minutes on two cores; goes on where it stopped; fills tests/results.json and README.md
-python tests/seeds.py --seeds 0 1 2 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy checkpoint and from scratch
+python tests/seeds.py --seeds 0 1 2 3 4 --jobs 2       40 minutes on two cores; goes on where it stopped; fills tests/results.json and README.md
+python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy checkpoint and from scratch
 """
 import argparse
 import json
@@ -76,7 +76,7 @@ def table(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each with its share of the cores")
     parser.add_argument("--nlvr", help="folder of NLVR v1 (dev/, test/): run that instead")
     args = parser.parse_args()
