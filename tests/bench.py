@@ -1,6 +1,6 @@
 """What things cost, as ratios measured side by side in one run (machines are noisy; ratios less so).
 
-python tests/bench.py            about five minutes on two cores; the last line is one JSON object; --readme puts the table there
+python tests/bench.py            about eight minutes on two cores; the last line is one JSON object; --readme puts the table there
 
 (a) a UNITER-base training step, 32 pairs of 20 words and 36 regions: written-out attention over fused
 (b) the step with each alignment loss over the step without
