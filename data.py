@@ -983,6 +983,8 @@ def make_toy(out, seed=0, scenes=6000):
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists already\n  Wanted: a new folder. Delete it first, or choose another --out.")
+    if seed < 0:
+        raise DataError(f"--seed {seed}\n  Wanted: 0 or more.")
     if scenes < 40:
         raise DataError(f"--scenes {scenes}\n  Wanted: at least 40, so that every split gets some.")
     tmp = Path(f"{out}.tmp{os.getpid()}")

@@ -304,8 +304,8 @@ def our_name(name):
     return name
 
 
-def read_tensors(path):
-    """{name: tensor} of a .safetensors, .pt, .pth or .bin file. Code in a pickle is never run; a training file's "model" is taken."""
+def read_plain(path):
+    """What a .safetensors, .pt, .pth or .bin file holds. Code in a pickle is never run."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} is not there\n  Wanted: a checkpoint (BERT, UNITER or one of ours). Check the path.")
@@ -314,13 +314,18 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and is refused: loading it could run code in it\n  {first_line(error)}\n"
                               "  Fetch it from its official address, or save its state_dict() alone with torch.save.") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({path.stat().st_size:,} bytes): {first_line(error)}\n"
                               "  Most often a download or a copy that stopped half way: fetch it again.") from None
+
+
+def read_tensors(path):
+    """{name: tensor} of a checkpoint; of a training file, its "model"."""
+    found = read_plain(path)
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         found = found["model"]
     if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
@@ -340,10 +345,10 @@ class Saved(NamedTuple):
 
 def read_checkpoint(path):
     """One of our own training files; anything else is a CheckpointError."""
-    read_tensors(path)                              # its errors are better than torch's
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if not set(Saved._fields) <= set(found):
-        raise CheckpointError(f"{path} is not a training file of ours: it lacks {', '.join(sorted(set(Saved._fields) - set(found)))}\n"
+    found = read_plain(path)
+    lacks = [name for name in Saved._fields if not isinstance(found, dict) or name not in found]
+    if lacks:
+        raise CheckpointError(f"{path} is not a training file of ours: it lacks {', '.join(lacks)}\n"
                               "  Wanted: a last.pt that train.py wrote. Official checkpoints: --init to train from one, --size to evaluate one.")
     return Saved(*(found[name] for name in Saved._fields))
 

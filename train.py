@@ -146,6 +146,11 @@ def make_config(recipe, **changes):
     for name in ("steps", "units", "accumulate", "negatives", "save_every", "log_every", "eval_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted at least 1")
+    for name, legal, fits in (("seed", "0 or more", cfg.seed >= 0), ("lr", "more than 0", cfg.lr > 0), ("warmup", "0 or more", cfg.warmup >= 0),
+                              ("dropout", "0 to below 1", 0 <= cfg.dropout < 1), ("mask_rate", "0 to 1", 0 <= cfg.mask_rate <= 1),
+                              ("clip", "0 or more", cfg.clip >= 0), ("candidates", "0 or more", cfg.candidates >= 0)):
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted {legal}")
     if cfg.candidates and cfg.candidates < cfg.negatives:
         raise UserError(f"--candidates {cfg.candidates} cannot hold --negatives {cfg.negatives} hardest ones; 0 draws negatives at random")
     return cfg

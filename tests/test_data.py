@@ -348,7 +348,7 @@ def test_vocabulary_without_mask(tmp_path):
 
 
 @pytest.mark.parametrize("argv, match", [(["pack", "nothing.tsv", "--out", "x"], "is missing"), (["toy", "--out", "README.md"], "exists already"),
-                                         (["toy", "--out", "x", "--scenes", "3"], "at least 40")])
+                                         (["toy", "--out", "x", "--scenes", "3"], "at least 40"), (["toy", "--out", "x", "--seed", "-2"], "--seed -2")])
 def test_command_line_errors_are_one_message(argv, match):
     run = subprocess.run([sys.executable, "data.py", *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
     assert run.returncode == 1 and match in run.stderr and "Traceback" not in run.stderr

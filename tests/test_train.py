@@ -212,7 +212,8 @@ def test_recipe_then_typed_settings():
 @pytest.mark.parametrize("argv, match", [(["--loss", "carc"], "did you mean cacr"), (["--loss", "cacr+war"], "did you mean wra"),
                                          (["--cacr-wieght", "2"], "is not an option"), (["--recipe", "flicker30k"], "did you mean flickr30k"),
                                          (["--align-wieght", "2"], "did you mean --align-weight"), (["--steps", "0"], "at least 1"),
-                                         (["--pretrain", "mlm+imt"], "did you mean itm"), (["--negatives", "9", "--candidates", "3"], "cannot hold")])
+                                         (["--pretrain", "mlm+imt"], "did you mean itm"), (["--negatives", "9", "--candidates", "3"], "cannot hold"),
+                                         (["--seed", "-1"], "--seed -1: wanted 0 or more"), (["--dropout", "1"], "--dropout 1.0: wanted"), (["--lr", "nan"], "--lr nan: wanted")])
 def test_wrong_settings_are_answered(argv, match):
     with pytest.raises(UserError, match=match):
         parse(argv)
