@@ -19,14 +19,18 @@ import argparse
 import base64
 import contextlib
 import difflib
+import gzip
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
 import unicodedata
 import zipfile
+import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import permutations
 from pathlib import Path
@@ -64,10 +68,13 @@ def write_atomic(path, content):
 
 
 def read_text(path, what, hint="Fetch it from its official address into this place (README, \"The full data\")."):
-    """A UTF-8 text file, whole."""
+    """A UTF-8 text file, whole; FILE.gz does as well as FILE."""
+    packed = Path(f"{path}.gz")
     try:
+        if packed.exists() and not Path(path).exists():
+            return gzip.decompress(packed.read_bytes()).decode("utf-8")
         return need(path, what, hint).read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read as text: {error}\n  Wanted: {what}, in UTF-8. Fetch it again.") from None
 
 
@@ -89,6 +96,22 @@ def read_json_lines(path, what):
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not whole JSON: {error}\n  Fetch the file again.") from None
     return records
+
+
+class PlainPickle(pickle.Unpickler):
+    """Lists, dicts, strings and numbers only: a pickle that names any class or function is refused before it can run."""
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_pickle(path, what):
+    """A Python 2 pickle of plain containers (refs(unc).p); anything else in it is an error."""
+    try:
+        with open(need(path, what, "Fetch it from its official address into this place."), "rb") as file:
+            return PlainPickle(file, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is no pickle of plain lists, dicts, strings and numbers: {error}\n  Wanted: {what}. Fetch it again from its "
+                        "official address; a pickle can hold code, so any other is refused.") from None
 
 
 def field(record, name, where):
@@ -123,19 +146,23 @@ class WordPiece:
 
     vocab_file: one piece a line, "##" starts a piece inside a word; lower: lower-case and strip accents first. Which of the
     two a model wants is decided by its recipe, never by the file. Words are remembered, so a corpus costs about a look-up a word.
+    new_words: words that get ids of their own behind the file's, e.g. VCR's person_0 ... person_80
     """
     SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 
-    def __init__(self, vocab_file, lower):
+    def __init__(self, vocab_file, lower, new_words=()):
         text = read_text(vocab_file, "a WordPiece vocabulary, one piece a line",
                          "BERT's own vocab.txt fits; `python data.py toy --out data/toy` writes a small one.")
-        self.pieces, self.lower, self.seen = [p.rstrip("\r") for p in text.rstrip("\n").split("\n")], lower, {}
+        self.pieces, self.lower = [*(p.rstrip("\r") for p in text.rstrip("\n").split("\n")), *new_words], lower
+        self.new_words = len(new_words)
         self.ids = {p: i for i, p in enumerate(self.pieces)}
         for token in self.SPECIAL:
             if token not in self.ids:
                 raise DataError(f"{vocab_file} has no {token} among its {len(self.pieces):,} lines\n"
                                 f"  Wanted: a BERT vocabulary with {' '.join(self.SPECIAL)}. Fetch it again.")
         self.pad, self.unk, self.cls, self.sep, self.mask = (self.ids[t] for t in self.SPECIAL)
+        self.whole = {word: [self.ids[word]] for word in new_words}             # never cut into pieces
+        self.seen = dict(self.whole)
         self.ordinary = np.array([i for i, p in enumerate(self.pieces) if not (p.startswith("[") and p.endswith("]") and len(p) > 2)])
 
     def __len__(self):
@@ -147,7 +174,7 @@ class WordPiece:
             text = "".join(" " if c in "\t\n\r" or unicodedata.category(c) == "Zs" else f" {c} " if is_chinese(c) else c
                            for c in unicodedata.normalize("NFC", text) if c not in "\0\ufffd" and not is_control(c))
         if len(self.seen) > 1_000_000:
-            self.seen.clear()
+            self.seen = dict(self.whole)
         ids = []
         for word in text.split():
             if word not in self.seen:
@@ -261,6 +288,46 @@ class RegionStore:
         """(B, N_V, 4) float32, x1 y1 x2 y2 divided by width and height"""
         wh = np.tile(self.wh[images], 2)[:, None].astype(np.float32)
         return (self.read(images, "boxes") / wh).clip(0, 1)
+
+
+class JoinedStore(RegionStore):
+    """Images put together from images of other stores: VCR's annotated and detected boxes, NLVR2's left and right image.
+
+    names  (N,) ids of the joined images
+    parts  [(store, index (N,), type)]: image i shows the regions of image index[i] of each part, one part after the other; type is
+           the row of the model's type table that says which image a region is from, one number or (N,) of them
+    """
+    def __init__(self, names, parts):
+        self.image_ids, self.parts = list(names), [(store, np.asarray(index), np.broadcast_to(kind, len(index))) for store, index, kind in parts]
+        self.index = {name: i for i, name in enumerate(self.image_ids)}
+        self.n_regions = sum(store.n_regions[index] for store, index, _ in self.parts)
+        self.classes, self.folder = parts[0][0].classes, " + ".join(dict.fromkeys(str(store.folder) for store, _, _ in parts))
+
+    def __str__(self):
+        return f"{self.folder}: {len(self):,} images, joined"
+
+    def join(self, images, pieces):
+        """pieces: one array (B, N, ...) a part; the real regions of each side by side"""
+        counts = [store.n_regions[index[images]] for store, index, _ in self.parts]
+        out = np.zeros((len(images), sum(counts).max(initial=0), *pieces[0].shape[2:]), pieces[0].dtype)
+        start = np.zeros(len(images), np.int64)
+        for piece, n in zip(pieces, counts):
+            place = np.arange(piece.shape[1])[None] < n[:, None]
+            row, column = np.nonzero(place)
+            out[row, column + start[row]] = piece[place]
+            start += n
+        return out
+
+    def read(self, images, column="features"):
+        return self.join(images, [store.read(index[images], column) for store, index, _ in self.parts])
+
+    def relative_boxes(self, images):
+        return self.join(images, [store.relative_boxes(index[images]) for store, index, _ in self.parts])
+
+    def region_types(self, images):
+        """(B, N_V) int64, 0 in padding"""
+        return self.join(images, [np.repeat(kind[images, None], max(1, store.n_regions[index[images]].max(initial=0)), 1).astype(np.int64)
+                                  for store, index, kind in self.parts])
 
 
 class StoreWriter:
@@ -433,42 +500,56 @@ def pack(source, out, images=None):
 
 
 # 4. Readers --------------------------------------------------------------------------------------------------------
+# Official files in, Texts out. A reader takes the data tree and a split; downstream readers also tell what they had to count:
+# (texts, told) with told = {what: how many}.
 
-class Caption(NamedTuple):
+class Text(NamedTuple):
+    """A text about an image, as the model reads them together."""
     image: str                                      # the image's id in the region store
-    text: str
+    text: str                                       # or segments: ((type, text), ...)
     id: str                                         # for messages and result files
+    target: object = None                           # what a downstream reader says is right
+
+
+def coco_images(data, split):
+    """{image id: its record, with "stem" added} of COCO 2014's caption file."""
+    path = Path(data) / "coco" / "annotations" / f"captions_{split}.json"
+    whole = read_json(path, "COCO's caption annotations")
+    return whole, {field(i, "id", f"{path}, images[]"): {**i, "stem": Path(field(i, "file_name", f"{path}, images[]")).stem}
+                   for i in field(whole, "images", path)}
 
 
 def coco(data, split):
     """COCO 2014 captions. split: train2014, val2014. Image id = file stem, as in the feature files."""
     path = Path(data) / "coco" / "annotations" / f"captions_{split}.json"
-    whole = read_json(path, "COCO's caption annotations")
-    stem = {field(i, "id", f"{path}, images[]"): Path(field(i, "file_name", f"{path}, images[]")).stem for i in field(whole, "images", path)}
+    whole, images = coco_images(data, split)
     out = []
     for a in field(whole, "annotations", path):
         where = f"{path}, annotation {a.get('id')}"
         image = field(a, "image_id", where)
-        if image not in stem:
+        if image not in images:
             raise DataError(f"{where} is about image {image}, which is not in the file's images list\n  Fetch the file again.")
-        out.append(Caption(stem[image], field(a, "caption", where), str(a.get("id"))))
+        out.append(Text(images[image]["stem"], field(a, "caption", where), str(a.get("id"))))
     return out
+
+
+def karpathy_images(data, dataset):
+    path = Path(data) / dataset / f"dataset_{dataset}.json"
+    return field(read_json(path, f"Karpathy's split of {dataset}"), "images", path), path
 
 
 def coco_karpathy(data, split):
     """COCO captions in Karpathy's split: train (with restval, as every paper), val, test; the first five captions of an image."""
-    path = Path(data) / "coco" / "dataset_coco.json"
-    images = field(read_json(path, "Karpathy's split of COCO"), "images", path)
+    images, path = karpathy_images(data, "coco")
     wanted = ("train", "restval") if split == "train" else (split,)
-    return [Caption(Path(field(i, "filename", path)).stem, field(s, "raw", path), str(s.get("sentid")))
+    return [Text(Path(field(i, "filename", path)).stem, field(s, "raw", path), str(s.get("sentid")))
             for i in images if field(i, "split", path) in wanted for s in field(i, "sentences", path)[:5]]
 
 
 def flickr30k(data, split):
     """Flickr30k in Karpathy's split: train, val, test. Image id = file stem."""
-    path = Path(data) / "flickr30k" / "dataset_flickr30k.json"
-    images = field(read_json(path, "Karpathy's split of Flickr30k"), "images", path)
-    return [Caption(Path(field(i, "filename", path)).stem, field(s, "raw", path), str(s.get("sentid")))
+    images, path = karpathy_images(data, "flickr30k")
+    return [Text(Path(field(i, "filename", path)).stem, field(s, "raw", path), str(s.get("sentid")))
             for i in images if field(i, "split", path) == split for s in field(i, "sentences", path)]
 
 
@@ -494,6 +575,14 @@ class NlvrExample(NamedTuple):
     boxes: list                                     # three lists of items: (shape, colour, size in pixels, x, y)
 
 
+def truth(record, where):
+    """The label of NLVR and NLVR2, a string in capitals or not; None where a test set has none."""
+    label = str(record.get("label", "")).lower()
+    if label not in ("true", "false", ""):
+        raise DataError(f"{where}: label {record['label']!r}, wanted true or false")
+    return {"true": True, "false": False, "": None}[label]
+
+
 def nlvr(data, split):
     """NLVR v1: sentences about three boxes of shapes, true or false. One example a presentation, as its structured_rep tells it."""
     path = Path(data) / "nlvr" / split / f"{split}.json"
@@ -505,56 +594,365 @@ def nlvr(data, split):
             boxes = [[(i["type"], colours[i["color"].lower()], i["size"], i["x_loc"], i["y_loc"]) for i in box] for box in field(e, "structured_rep", where)]
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: an item of structured_rep lacks or has an unknown {error}") from None
-        label = str(field(e, "label", where)).lower()
-        if label not in ("true", "false"):
-            raise DataError(f"{where}: label {e['label']!r}, wanted true or false")
-        out.append(NlvrExample(field(e, "identifier", where), field(e, "sentence", where), label == "true", boxes))
+        field(e, "label", where)
+        out.append(NlvrExample(field(e, "identifier", where), field(e, "sentence", where), truth(e, where), boxes))
     return out
+
+
+# ------------------------------------------------------------------------------- pre-training corpora (UNITER table 1)
+
+def photo_id(url):
+    """The photo's number in a Flickr address, which Flickr30k's file names are; "" elsewhere."""
+    found = re.search(r"flickr\.com/.*?/(\d+)_[0-9a-zA-Z]+(?:_[a-z0-9])?\.(?:jpg|png|gif)", str(url or ""))
+    return found[1] if found else ""
+
+
+class HeldOut(NamedTuple):
+    """Images that pre-training may not see, since a downstream task is judged on them.                          UNITER sec. A.1"""
+    coco: set                                       # COCO image ids
+    photos: set                                     # Flickr photo numbers of Flickr30k
+    told: dict                                      # {which list: how many images}
+
+
+def held_out(data):
+    """Read the lists from whatever of these files is there: Karpathy's val and test, RefCOCO/+/g's val and test, Flickr30k's photos."""
+    data, coco_ids, told = Path(data), set(), {}
+    for split in ("val", "test"):
+        found = {i["cocoid"] for i in karpathy_images(data, "coco")[0] if i["split"] == split}
+        told[f"Karpathy {split}"], coco_ids = len(found), coco_ids | found
+    for name in REFER:
+        if (data / "refer" / name).exists():
+            found = {ref["image_id"] for ref in refs(data, name) if ref["split"] != "train"}
+            told[f"{name} val, test"], coco_ids = len(found), coco_ids | found
+        else:
+            told[f"{name} (not there)"] = 0
+    photos = set()
+    if (data / "flickr30k" / "dataset_flickr30k.json").exists():
+        photos = {Path(i["filename"]).stem for i in karpathy_images(data, "flickr30k")[0]}
+    if (tokens := data / "flickr30k" / "results_20130124.token").exists():
+        photos |= {line.split(".jpg#")[0] for line in read_text(tokens, "Flickr30k's captions").splitlines()}
+    return HeldOut(coco_ids, photos, told)
+
+
+def corpus_coco(data, split, out):
+    """UNITER's COCO: train2014 and val2014 together without what is held out; validation is Karpathy's val."""
+    if split == "val":
+        return coco_karpathy(data, "val"), {}
+    texts, both, told = [], {}, {**out.told, "also in Flickr30k": 0}
+    for part in ("train2014", "val2014"):
+        both |= coco_images(data, part)[1]
+        texts += coco(data, part)
+    stems = {i["stem"] for n, i in both.items() if n not in out.coco}
+    twice = {i["stem"] for i in both.values() if photo_id(i.get("flickr_url")) in out.photos}
+    told["also in Flickr30k"] = len(twice & stems)
+    return [t for t in texts if t.image in stems - twice], {f"images held out, {k}": v for k, v in told.items()}
+
+
+def vg_images(data):
+    """Visual Genome's {image id: record}."""
+    path = Path(data) / "vg" / "image_data.json"
+    return {field(i, "image_id", path): i for i in read_json(path, "Visual Genome's image_data.json")}
+
+
+def corpus_vg(data, split, out):
+    """Visual Genome's region descriptions; validation: the images that are in Karpathy's COCO val."""
+    path, images = Path(data) / "vg" / "region_descriptions.json", vg_images(data)
+    judged = {i["cocoid"] for i in karpathy_images(data, "coco")[0] if i["split"] == "val"}
+    also = {n for n, i in images.items() if i.get("coco_id") in out.coco or str(i.get("flickr_id")) in out.photos}
+    wanted = {n for n, i in images.items() if i.get("coco_id") in judged} if split == "val" else set(images) - also
+    texts = []
+    for item in read_json(path, "Visual Genome's region descriptions"):
+        image = item["id"] if "id" in item else field(item, "image_id", path)
+        if image in wanted:
+            texts += [Text(str(image), " ".join(field(r, "phrase", path).split()), str(r.get("region_id"))) for r in field(item, "regions", path)]
+    return texts, {} if split == "val" else {"images held out": len(also)}
+
+
+def corpus_cc3m(data, split, out):
+    """Conceptual Captions: caption, address. Image id = line number from 0, as UNITER's; many addresses are dead."""
+    path = Path(data) / "cc3m" / {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Validation.tsv"}[split]
+    rows = [line.split("\t") for line in read_text(path, "Conceptual Captions, caption and address a line").split("\n") if line]
+    bad = next((i for i, row in enumerate(rows) if len(row) != 2), None)
+    if bad is not None:
+        raise DataError(f"{path}, line {bad + 1} has {len(rows[bad])} columns: wanted 2, caption and address\n  Fetch the file again.")
+    twice = [photo_id(url) in out.photos for _, url in rows]
+    return [Text(str(i), row[0], str(i)) for i, row in enumerate(rows) if not twice[i]], {"images held out, also in Flickr30k": sum(twice)}
+
+
+def corpus_sbu(data, split, out):
+    """SBU Captions: two files, line by line, or one JSON file. Image id = line number from 0; the last hundredth is for validation."""
+    folder = Path(data) / "sbu"
+    whole = folder / "sbu-captions-all.json"
+    if whole.exists():
+        record = read_json(whole, "SBU Captions")
+        urls, said = field(record, "image_urls", whole), field(record, "captions", whole)
+    else:
+        urls, said = (read_text(folder / f"SBU_captioned_photo_dataset_{n}.txt", "SBU Captions, one a line").rstrip("\n").split("\n") for n in ("urls", "captions"))
+    if len(urls) != len(said):
+        raise DataError(f"{folder}: {len(urls):,} addresses and {len(said):,} captions\n  Wanted: as many of either. Fetch both files again.")
+    cut = len(urls) - max(1, len(urls) // 100)
+    wanted = range(cut) if split == "train" else range(cut, len(urls))
+    twice = {i for i in wanted if photo_id(urls[i]) in out.photos}
+    return [Text(str(i), said[i].strip(), str(i)) for i in wanted if i not in twice], {"images held out, also in Flickr30k": len(twice)}
+
+
+CORPORA = {                                         # reader, region store of train and of val
+    "coco": (corpus_coco, "coco", "coco"), "vg": (corpus_vg, "vg", "vg"), "cc3m": (corpus_cc3m, "cc3m_train", "cc3m_val"), "sbu": (corpus_sbu, "sbu", "sbu"),
+}
+
+# -------------------------------------------------------------------------------------- downstream (UNITER table 3)
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
+how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
+should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
+y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+RESTORE = {c[:i] + c[i + 1:]: c for c in CONTRACTIONS for i, letter in enumerate(c) if letter == "'"} | {"somebody'd": "somebodyd"}
+
+
+def normalise_answer(text):
+    """The official VQA evaluation's clean-up: punctuation, lower case, numbers, articles, contractions; its slips are kept."""
+    out, comma = text, re.search(r"[0-9],[0-9]", text)
+    for p in PUNCTUATION:
+        out = out.replace(p, "" if f"{p} " in text or f" {p}" in text or comma else " ")
+    out = re.sub(r"\.(?![0-9])", "", out, count=32)                 # the official flag sits where the count belongs: 32
+    words = [NUMBERS.get(w, w) for w in out.lower().split()]
+    return " ".join(RESTORE.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+class Answers(NamedTuple):
+    said: list                                      # ten people's answers, as they wrote them
+    question_type: str
+    answer_type: str
+
+
+def vqa(data, split):
+    """VQA v2 questions; target = Answers. split: train2014, val2014, test-dev2015, test2015 (no answers)."""
+    folder, images = Path(data) / "vqa2", split.replace("test-dev", "test")
+    path, known = folder / f"v2_OpenEnded_mscoco_{split}_questions.json", {}
+    if not split.startswith("test"):
+        notes = folder / f"v2_mscoco_{split}_annotations.json"
+        for a in field(read_json(notes, "VQA v2's answers"), "annotations", notes):
+            known[field(a, "question_id", notes)] = Answers([field(x, "answer", notes) for x in field(a, "answers", notes)], a.get("question_type", ""), a.get("answer_type", ""))
+    texts = [Text(f"COCO_{images}_{field(q, 'image_id', path):012d}", field(q, "question", path), str(field(q, "question_id", path)), known.get(q["question_id"]))
+             for q in field(read_json(path, "VQA v2's questions"), "questions", path)]
+    return texts, {"questions without annotations": sum(t.target is None for t in texts)} if known else {}
+
+
+def answer_list(data, minimum=9):
+    """The answers that a VQA model tells apart: trainval_label2ans.json if it is there, else by the published rule: the normalised
+    most common answers of at least 9 questions of train2014 and val2014, sorted (3,129 in VQA v2)."""
+    path = Path(data) / "vqa2" / "trainval_label2ans.json"
+    if path.exists() or Path(f"{path}.gz").exists():
+        return read_json(path, "the list of answers")
+    count = Counter()
+    for split in ("train2014", "val2014"):
+        notes = Path(data) / "vqa2" / f"v2_mscoco_{split}_annotations.json"
+        count.update(normalise_answer(field(a, "multiple_choice_answer", notes)) for a in field(read_json(notes, "VQA v2's answers"), "annotations", notes))
+    return sorted(answer for answer, n in count.items() if n >= minimum)
+
+
+def soft_target(said, index):
+    """{answer's number: score} of ten answers: 0.3, 0.6, 0.9, 1 for one, two, three, more people."""
+    count = Counter(normalise_answer(a) for a in said)
+    return {index[a]: min(1.0, 0.3 * n) for a, n in count.items() if a in index}
+
+
+def vg_questions(data, index):
+    """Visual Genome's questions about COCO images whose answer is in the list: VQA's augmentation; target = {answer's number: 1}."""
+    path, images = Path(data) / "vg" / "question_answers.json", vg_images(data)
+    stem = {i["cocoid"]: Path(i["filename"]).stem for i in karpathy_images(data, "coco")[0]}
+    texts, every = [], 0
+    for item in read_json(path, "Visual Genome's questions"):
+        image = stem.get(images[item["id"] if "id" in item else field(item, "image_id", path)].get("coco_id"))
+        for q in field(item, "qas", path):
+            every += 1
+            answer = normalise_answer(field(q, "answer", path).rstrip("."))
+            if image and answer in index:
+                texts.append(Text(image, q["question"], f"vg{q.get('qa_id')}", {index[answer]: 1.0}))
+    return texts, {"Visual Genome questions left out: image not in COCO or answer not in the list": every - len(texts)}
+
+
+VCR_WORDS = [f"person_{i}" for i in range(81)]      # words of their own behind the vocabulary [authors' code]
+
+
+def vcr(data, split, part="qa", choices=True):
+    """VCR's questions; a text is one choice, four of a question follow each other; target = the right one's number, None in test.
+
+    part     "qa": question, answer choice; "qar": question, right answer, rationale choice; "all": with each of the four answers, 16 texts
+    choices  False: only the right one (second-stage pre-training)
+    segments have types 0 question, 2 answer, 3 rationale; a tag becomes person_<number of the detection> or its class [authors' code]
+    """
+    path, texts, told = Path(data) / "vcr1" / f"{split}.jsonl", [], {"tags that point past the boxes, read as [UNK]": 0}
+    for record in read_json_lines(path, "VCR's annotations"):
+        where = f"{path}, {record.get('annot_id')}"
+        objects, image = field(record, "objects", where), str(Path(field(record, "img_fn", where)).with_suffix(""))
+
+        def spoken(tokens):
+            words = []
+            for token in tokens:
+                for tag in token if isinstance(token, list) else ():
+                    past = not 0 <= tag < len(objects)
+                    told["tags that point past the boxes, read as [UNK]"] += past
+                    words.append("[UNK]" if past else objects[tag] if objects[tag] != "person" else VCR_WORDS[tag] if tag <= 80 else "person")
+                words += [] if isinstance(token, list) else [token]
+            return " ".join(words)
+
+        question = (0, spoken(field(record, "question", where)))
+        answers = [(2, spoken(a)) for a in field(record, "answer_choices", where)]
+        right = record.get("answer_label")
+        if part == "qa":
+            rows, target = [(question, a) for a in answers], right
+        else:
+            reasons, target = [(3, spoken(r)) for r in field(record, "rationale_choices", where)], record.get("rationale_label")
+            if part == "qar" and right is None:
+                raise DataError(f"{where}: no answer_label\n  Wanted: train or val; the test set's rationales are scored for all four answers.")
+            rows = [(question, a, r) for a in (answers if part == "all" else [answers[right]]) for r in reasons]
+        if not choices:
+            rows = [rows[target]]
+        texts += [Text(image, row, f"{record.get('annot_id')}/{part}/{j}", target) for j, row in enumerate(rows)]
+    return texts, told
+
+
+class Nlvr2Example(NamedTuple):
+    id: str                                         # split-set-pair-sentence
+    text: str
+    left: str
+    right: str
+    label: bool                                     # None where a test set has none
+
+
+def nlvr2(data, split):
+    """NLVR2: train, dev, test1, test2, or balanced/balanced_dev, unbalanced/unbalanced_test1 and so on."""
+    path = Path(data) / "nlvr2" / f"{split}.json"
+    out = []
+    for e in read_json_lines(path, "NLVR2: clone lil-lab/nlvr, folder nlvr2/data"):
+        name = field(e, "identifier", path)
+        if name.count("-") != 3:
+            raise DataError(f"{path}: identifier {name!r}, wanted split-set-pair-sentence\n  Fetch the file again.")
+        images = name.rpartition("-")[0]
+        out.append(Nlvr2Example(name, field(e, "sentence", path), f"{images}-img0", f"{images}-img1", truth(e, f"{path}, {name}")))
+    return out
+
+
+ENTAILMENT = "contradiction", "entailment", "neutral"               # UNITER's order
+
+
+def snli_ve(data, split):
+    """SNLI-VE: image and hypothesis; target = number in ENTAILMENT. split: train, dev, test."""
+    path, texts, odd = Path(data) / "snli_ve" / f"snli_ve_{split}.jsonl", [], 0
+    for e in read_json_lines(path, "SNLI-VE's pairs"):
+        image = str(e["Flikr30kID"] if "Flikr30kID" in e else field(e, "Flickr30K_ID", path)).removesuffix(".jpg")
+        label = field(e, "gold_label", path)
+        if label not in (*ENTAILMENT, "-"):
+            raise DataError(f"{path}, {e.get('pairID')}: label {label!r}, wanted one of {', '.join(ENTAILMENT)} or -")
+        odd += label == "-"
+        if label != "-":
+            texts.append(Text(image, field(e, "sentence2", path), str(e.get("pairID")), ENTAILMENT.index(label)))
+    return texts, {"pairs left out: label '-', the annotators disagree": odd}
+
+
+REFER = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}    # whose split
+
+
+def refs(data, name):
+    path = Path(data) / "refer" / name / f"refs({REFER[name]}).p"
+    return read_pickle(path, f"{name}'s expressions")
+
+
+def referring(data, name, split):
+    """RefCOCO, RefCOCO+, RefCOCOg; a text is one sentence; target = the box of what it means, x y w h in pixels.
+
+    split: train, val, testA, testB (refcocog: test). Reads refs(...).p and instances.json; where they are not, phraseloceval's
+    annotation_<split>.json, which holds the same sentences and boxes.
+    """
+    folder = Path(data) / "refer" / name
+    phrases = folder / f"annotation_{split}.json"
+    if phrases.exists() and not (folder / f"refs({REFER[name]}).p").exists():
+        return [Text(Path(field(e, "imageName", phrases)).stem, " ".join(field(e, "phrase", phrases)), str(e.get("phraseId")), tuple(field(e, "box", phrases)))
+                for e in read_json(phrases, "phraseloceval's annotations")], {}
+    path = folder / "instances.json"
+    boxes = {field(a, "id", path): tuple(field(a, "bbox", path)) for a in field(read_json(path, "COCO's instances"), "annotations", path)}
+    texts, lost = [], 0
+    for ref in refs(data, name):
+        if field(ref, "split", folder) != split:
+            continue
+        if ref["ann_id"] not in boxes:
+            lost += len(ref["sentences"])
+            continue
+        texts += [Text(f"COCO_train2014_{ref['image_id']:012d}", s["sent"], str(s["sent_id"]), boxes[ref["ann_id"]]) for s in ref["sentences"]]
+    return texts, {"expressions whose object is not in instances.json": lost}
+
+
+def iou(a, b):
+    """Overlap over union of boxes x y w h, (..., 4) each.
+
+    Right edge x + w - 1, an overlap of one pixel counts as none, areas are w h: UNITER's and ALBEF's evaluation code.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    corner = np.maximum(a[..., :2], b[..., :2])
+    far = np.minimum(a[..., :2] + a[..., 2:] - 1, b[..., :2] + b[..., 2:] - 1)
+    inter = np.where((far > corner).all(-1), (far - corner + 1).prod(-1), 0.0)
+    return inter / (a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - inter)
 
 
 # 5. Pairs ----------------------------------------------------------------------------------------------------------
 
 class Pairs:
-    """Captions as ids, their images' regions, and which belongs to which.
+    """Texts as ids, their images' regions, and which belongs to which.
 
-    tokens   int32, all captions one after the other, each [CLS] ... [SEP]; caption i is tokens[starts[i]:starts[i+1]]
-    image    (captions,) index of each caption's image in the store
-    images   the images that have captions here: negatives are drawn among them
+    tokens   int32, all texts one after the other, each [CLS] ... [SEP]; text i is tokens[starts[i]:starts[i+1]]
+    types    the same for rows of the type table, None if all are 0; where a text comes in segments (VCR), each [SEP] but the last
+             opens the next segment and has its type [authors' code]
+    image    (texts,) index of each text's image in the store
+    images   the images that have texts here: negatives are drawn among them
+    skip_missing   leave texts out whose image has no features, and count them; else they are an error
     """
-    def __init__(self, captions, store, tokenizer, max_words=60, name="", skip_missing=False):
+    def __init__(self, texts, store, tokenizer, max_words=60, name="", skip_missing=False):
         self.store, self.tokenizer, self.name = store, tokenizer, name
-        missing = [c for c in captions if c.image not in store.index]
+        missing = [c for c in texts if c.image not in store.index]
         if missing and not skip_missing:
             raise DataError(f"{name}: image {missing[0].image} has captions but no features in {store.folder} "
-                            f"({len(missing):,} of {len(captions):,} captions)\n  Wanted: features of every image that has captions.\n"
-                            "  Pack the missing features, or train without these captions: --skip-missing")
-        captions = [c for c in captions if c.image in store.index] if missing else captions
-        if not captions:
+                            f"({len(missing):,} of {len(texts):,} captions)\n  Wanted: features of every image that has captions.\n"
+                            "  Pack the missing features, or go on without these captions: --skip-missing")
+        texts = [c for c in texts if c.image in store.index] if missing else texts
+        if not texts:
             raise DataError(f"{name}: no captions left that have features in {store.folder}\n  Check --data and the split's name.")
-        self.captions, flat, starts = captions, [], [0]
+        self.texts, flat, types, starts = texts, [], [], [0]
         self.dropped, self.cut, self.empty = len(missing), 0, 0
-        for c in tqdm(captions, desc=f"tokenize {name}", disable=None if len(captions) > 50_000 else True, leave=False):
-            ids = tokenizer(c.text)
+        for c in tqdm(texts, desc=f"tokenize {name}", disable=None if len(texts) > 50_000 else True, leave=False):
+            if isinstance(c.text, str):
+                ids = tokenizer(c.text)
+            else:
+                ids, kinds = [], [0]
+                for kind, words in c.text:
+                    new = ([tokenizer.sep] if ids else []) + tokenizer(words)
+                    ids += new
+                    kinds += [kind] * len(new)
+                types += [*kinds[:max_words + 1], kinds[min(len(ids), max_words)]]
             self.cut += len(ids) > max_words
             self.empty += not ids
             flat += [tokenizer.cls, *ids[:max_words], tokenizer.sep]
             starts.append(len(flat))
-        self.tokens, self.starts = np.array(flat, np.int32), np.array(starts)
+        self.tokens, self.starts, self.types = np.array(flat, np.int32), np.array(starts), np.array(types, np.int8) if types else None
         self.n_words = np.diff(self.starts)
-        self.image = np.array([store.index[c.image] for c in captions])
+        self.image = np.array([store.index[c.image] for c in texts])
         self.images = np.unique(self.image)
 
     def __str__(self):
         notes = [f"{n:,} captions {what}" for n, what in ((self.dropped, "left out: no features"), (self.cut, "cut: too long"),
                                                           (self.empty, "empty")) if n]
-        return f"{self.name}: {len(self.captions):,} captions, {len(self.images):,} images" + "".join(f", {n}" for n in notes)
+        return f"{self.name}: {len(self.texts):,} captions, {len(self.images):,} images" + "".join(f", {n}" for n in notes)
 
-    def text(self, captions):
-        """(B, N_L) int64 ids and the mask"""
-        n = self.n_words[captions]
+    def text(self, captions, column="tokens"):
+        """(B, N_L) int64 ids (or types) and the mask"""
+        n, source = self.n_words[captions], getattr(self, column)
         mask = np.arange(n.max(initial=0))[None] < n[:, None]
-        out = np.full(mask.shape, self.tokenizer.pad, np.int64)
-        out[mask] = np.concatenate([self.tokens[self.starts[c]:self.starts[c] + k] for c, k in zip(captions, n)])
+        out = np.full(mask.shape, self.tokenizer.pad if column == "tokens" else 0, np.int64)
+        out[mask] = np.concatenate([source[self.starts[c]:self.starts[c] + k] for c, k in zip(captions, n)])
         return out, mask
 
     def length(self, captions, images):
@@ -565,12 +963,17 @@ class Pairs:
         ids, text_mask = self.text(captions)
         n = self.store.n_regions[images]
         t = torch.from_numpy
-        return {"text": t(ids if text is None else text), "text_mask": t(text_mask), "regions": t(self.store.read(images)),
-                "boxes": t(self.store.relative_boxes(images)), "region_mask": t(np.arange(n.max())[None] < n[:, None]),
-                "length": int(self.length(captions, images).max())}
+        batch = {"text": t(ids if text is None else text), "text_mask": t(text_mask), "regions": t(self.store.read(images)),
+                 "boxes": t(self.store.relative_boxes(images)), "region_mask": t(np.arange(n.max())[None] < n[:, None]),
+                 "length": int(self.length(captions, images).max())}
+        if self.types is not None:
+            batch["text_type"] = t(self.text(captions, "types")[0])
+        if isinstance(self.store, JoinedStore):
+            batch["region_type"] = t(self.store.region_types(images))
+        return batch
 
     def names(self, captions, images):
-        return [f"caption {self.captions[c].id} with image {self.store.image_ids[i]}" for c, i in zip(captions, images)]
+        return [f"caption {self.texts[c].id} with image {self.store.image_ids[i]}" for c, i in zip(captions, images)]
 
     def in_chunks(self, captions, images, units):
         """Batches of similar length for scoring many pairs: yields (places in the list, batch)."""
@@ -595,7 +998,7 @@ def unit_batches(lengths, units):
 
 
 BUCKET = 8192                                       # pairs sorted by length together [UNITER's code]
-STREAMS = {"mlm": 1, "mrfr": 2, "mrc": 3, "mrckl": 4, "itm": 5, "rank": 6, "nlvr": 7}          # seeds of their own
+STREAMS = {"mlm": 1, "mrfr": 2, "mrc": 3, "mrckl": 4, "itm": 5, "rank": 6, "nlvr": 7, "vqa": 8, "vcr": 9, "nlvr2": 10, "ve": 11, "re": 12}
 
 
 class PairBatches:
@@ -604,19 +1007,21 @@ class PairBatches:
     units        positions (words + regions, padding counted) of a batch over all processes
     part, parts  this process takes every parts-th pair of it
     labels       of the captions, for tasks that have them (NLVR): they take the place of "match"
+    joint        mask words and regions of a pair at once; else one of them, the other is whole              UNITER sec. 3.1, A.3
+    corpus       number of the data set in the mix, so that each has random numbers of its own
     [k]          "input" for the model, what the task predicts, and "names" of the samples (none: nothing of it is this process's)
     """
-    def __init__(self, pairs, task, units, seed, part=0, parts=1, mask_rate=0.15, labels=None):
+    def __init__(self, pairs, task, units, seed, part=0, parts=1, mask_rate=0.15, labels=None, joint=False, corpus=0):
         self.pairs, self.task, self.units, self.seed = pairs, task, units, seed
-        self.part, self.parts, self.mask_rate, self.labels = part, parts, mask_rate, labels
+        self.part, self.parts, self.mask_rate, self.labels, self.joint, self.corpus = part, parts, mask_rate, labels, joint, corpus
         self.epoch, self.first, self.batches = -1, 0, []            # the epoch at hand and its first batch's number
 
     def rng(self, *numbers):
-        return np.random.default_rng([self.seed, STREAMS[self.task], *numbers])
+        return np.random.default_rng([self.seed, STREAMS[self.task] + 100 * self.corpus, *numbers])
 
     def items(self, rng):
         """One epoch's pairs: (captions, images, match)."""
-        captions = rng.permutation(len(self.pairs.captions))
+        captions = rng.permutation(len(self.pairs.texts))
         images, match = self.pairs.image[captions], np.ones(len(captions), bool) if self.labels is None else self.labels[captions]
         if self.task == "itm":                                      # half of them: another image or another caption
             match = rng.random(len(captions)) < 0.5
@@ -651,44 +1056,52 @@ class PairBatches:
 
     def __getitem__(self, k):
         captions, images, match = self.whole(k)
-        rng, mine = self.rng(k, 1), slice(self.part, None, self.parts)
-        mask = self.draw_mask(rng, captions, images)
+        rng, mine, regions = self.rng(k, 1), slice(self.part, None, self.parts), self.task in ("mrfr", "mrc", "mrckl")
+        hidden_words = self.hide_words(rng, captions) if self.task == "mlm" or self.joint and regions else None
+        hidden_regions = self.hide(rng, *self.region_places(images)) if regions or self.joint and self.task == "mlm" else None
         captions, images = captions[mine], images[mine]
         batch = {"task": self.task, "names": self.pairs.names(captions, images), "match": torch.from_numpy(match[mine])}
         if not len(captions):                       # a batch of fewer pairs than processes
             return batch
-        if mask is None:
-            return batch | {"input": self.pairs.batch(captions, images)}
-        hidden, replace = (m[mine] for m in mask)
-        if self.task == "mlm":
-            text, real = self.pairs.text(captions)
-            hidden = hidden[:, :text.shape[1]] & real
-            batch["masked_words"] = torch.from_numpy(np.flatnonzero(hidden))
-            batch["word_targets"] = torch.from_numpy(text[hidden])
-            replaced = np.where(hidden, np.where(replace[:, :text.shape[1]] < 0, text, replace[:, :text.shape[1]]), text)
-            return batch | {"input": self.pairs.batch(captions, images, replaced)}
-        batch["input"] = self.pairs.batch(captions, images)
-        hidden = hidden[:, :batch["input"]["regions"].shape[1]]
-        batch["masked_regions"] = torch.from_numpy(np.flatnonzero(hidden))
-        if self.task in ("mrc", "mrckl"):
-            probs = self.pairs.store.read(images, "cls_prob")
-            batch["region_probs"] = torch.from_numpy(probs[hidden])
+        text, real = self.pairs.text(captions)
+        if hidden_words is not None:
+            hidden, new = (m[mine, :text.shape[1]] for m in hidden_words)
+            hidden = hidden & real
+            if self.task == "mlm":
+                batch["masked_words"] = torch.from_numpy(np.flatnonzero(hidden))
+                batch["word_targets"] = torch.from_numpy(text[hidden])
+            text = np.where(hidden & (new >= 0), new, text)
+        batch["input"] = self.pairs.batch(captions, images, text)
+        if hidden_regions is not None:
+            hidden = hidden_regions[mine, :batch["input"]["regions"].shape[1]]
+            batch["masked_regions" if regions else "hidden_regions"] = torch.from_numpy(np.flatnonzero(hidden))
+            if self.task in ("mrc", "mrckl"):
+                batch["region_probs"] = torch.from_numpy(self.pairs.store.read(images, "cls_prob")[hidden])
         return batch
 
-    def draw_mask(self, rng, captions, images):
-        """Which words or regions to predict, drawn for all processes at once: hidden (B, N) bool, replace (B, N) ids (-1 = keep).
+    # Masks are drawn for all processes at once, so that any number of them sees the same.
 
-        Of the masked words 80 % become [MASK], 10 % another word, 10 % stay; at least one each, [CLS] and [SEP] never.  UNITER fn. 7
-        """
-        if self.task in ("itm", "nlvr"):
-            return None
-        words = self.task == "mlm"
-        n = self.pairs.n_words[captions] if words else self.pairs.store.n_regions[images]
-        place = np.arange(n.max())[None]
-        may = (place >= 1) & (place < n[:, None] - 1) if words else place < n[:, None]
+    def hide(self, rng, place, may):
+        """Which of the places that may be hidden are: (B, N) bool, at least one in each row that has any."""
         draw = np.where(may, rng.random(may.shape), 2.0)
-        hidden = (draw < self.mask_rate) | ((draw == draw.min(axis=1, keepdims=True)) & may)
-        ids, how = self.pairs.tokenizer, rng.random(may.shape)
+        return (draw < self.mask_rate) | ((draw == draw.min(axis=1, keepdims=True)) & may)
+
+    def region_places(self, images):
+        n = self.pairs.store.n_regions[images]
+        place = np.arange(n.max())[None]
+        return place, place < n[:, None]
+
+    def hide_words(self, rng, captions):
+        """Which words to hide (B, N) bool, and what stands there instead, an id or -1 for the word itself.
+
+        Of the hidden words 80 % become [MASK], 10 % another word, 10 % stay; [CLS] and [SEP] are never hidden.  UNITER fn. 7
+        """
+        n, ids = self.pairs.n_words[captions], self.pairs.tokenizer
+        place = np.arange(n.max())[None]
+        may = (place >= 1) & (place < n[:, None] - 1)
+        if self.pairs.types is not None:            # segments: a [SEP] inside
+            may &= self.pairs.text(captions)[0] != ids.sep
+        hidden, how = self.hide(rng, place, may), rng.random(may.shape)
         random_word = ids.ordinary[rng.integers(len(ids.ordinary), size=may.shape)]
         return hidden, np.where(how < 0.8, ids.mask, np.where(how < 0.9, random_word, -1))
 
@@ -764,6 +1177,167 @@ class RankingBatches(PairBatches):
                 "order": torch.from_numpy(place.reshape(captions.shape))}
 
 
+class Task(NamedTuple):
+    """One split of a downstream task: `group` consecutive texts are one example."""
+    name: str                                       # vqa, vcr, nlvr2, ve, re
+    pairs: Pairs
+    group: int
+    target: list                                    # of each example: the number of what is right (VQA: {number: score}); None or -1: nothing is
+    told: dict                                      # {what was counted: how many}; train.py prints it
+    facts: list = None                              # of each example, for the evaluation: official answers, boxes, labels
+    answers: int = 0                                # how many the head tells apart
+
+    @property
+    def ids(self):
+        return [self.pairs.texts[i].id for i in range(0, len(self.pairs.texts), self.group)]
+
+    def batch(self, examples):
+        """The model's input for these examples, one after the other, and "target" as the losses want it."""
+        rows = (np.asarray(examples)[:, None] * self.group + np.arange(self.group)).ravel()
+        if self.name == "vqa":
+            target = torch.zeros(len(examples), self.answers)
+            for b, e in enumerate(examples):
+                for answer, score in (self.target[e] or {}).items():
+                    target[b, answer] = score
+        else:
+            target = torch.tensor([-1 if self.target[e] is None else int(self.target[e]) for e in examples])
+        return {"task": self.name, "names": [self.pairs.texts[r].id for r in rows[::self.group]],
+                "input": self.pairs.batch(rows, self.pairs.image[rows]), "target": target}
+
+    def length(self):
+        """(examples,) longest row of each"""
+        return self.pairs.length(np.arange(len(self.pairs.texts)), self.pairs.image).reshape(-1, self.group).max(axis=1)
+
+    def in_chunks(self, units):
+        """All examples in batches of similar length: yields (examples, batch)."""
+        length = self.length()
+        order = np.argsort(length, kind="stable")
+        for chunk in unit_batches(length[order] * self.group, units):
+            yield order[chunk], self.batch(order[chunk])
+
+
+class TaskBatches(PairBatches):
+    """Batches of a downstream task; see PairBatches. Examples that nobody has answered are not drawn."""
+    def __init__(self, task, units, seed, part=0, parts=1):
+        super().__init__(task.pairs, task.name, units, seed, part, parts)
+        self.examples, self.lengths = task, task.length() * task.group
+        self.drawn = np.array([i for i, t in enumerate(task.target) if t is not None and t != -1])
+        if not len(self.drawn):
+            raise DataError(f"{task.pairs.name}: no example with an answer to learn from\n  Choose a split that has answers.")
+
+    def items(self, rng):
+        examples = rng.permutation(self.drawn)
+        return examples * self.examples.group, examples
+
+    def cost(self, rows, examples):
+        return self.lengths[examples]
+
+    def __getitem__(self, k):
+        examples = self.whole(k)[1][self.part::self.parts]
+        return self.examples.batch(examples) if len(examples) else {"task": self.task, "names": []}
+
+
+def vqa_task(data, splits, tokenizer, store, index, max_words=60, vg=False, skip_missing=False):
+    """Visual question answering: questions of these splits (and Visual Genome's); index = {answer: number}."""
+    texts, told = [], Counter()
+    for split in splits:
+        found, count = vqa(data, split)
+        texts, told = texts + found, told + Counter(count)
+    facts = [t.target for t in texts]
+    target = [None if f is None else soft_target(f.said, index) for f in facts]
+    if vg:
+        found, count = vg_questions(data, index)
+        texts, target, facts = texts + found, target + [t.target for t in found], facts + [None] * len(found)
+        told += Counter(count)
+    keep = [i for i, t in enumerate(texts) if t.image in store.index or not skip_missing]
+    told["questions whose image has no features"] = len(texts) - len(keep)
+    told["questions none of whose answers is in the list, kept with an all-zero target"] = sum(t == {} for t in target)
+    pairs = Pairs([texts[i] for i in keep], store, tokenizer, max_words, f"VQA {'+'.join(splits)}{'+VG' * vg}")
+    return Task("vqa", pairs, 1, [target[i] for i in keep], told, [facts[i] for i in keep], len(index))
+
+
+def vcr_task(data, split, tokenizer, store, part="both", max_words=220, skip_missing=False):
+    """Visual commonsense reasoning, four choices an example: "qa", "qar", "both" one after the other, or "all" (see vcr)."""
+    texts, told = [], Counter()
+    for one in ("qa", "qar") if part == "both" else (part,):
+        found, count = vcr(data, split, one)
+        texts, told = texts + found, told + Counter(count)
+    group = 16 if part == "all" else 4
+    whole = [texts[i:i + group] for i in range(0, len(texts), group)]
+    kept = [e for e in whole if e[0].image in store.index or not skip_missing]
+    told["questions whose image has no features"] = len(whole) - len(kept)
+    return Task("vcr", Pairs([t for e in kept for t in e], store, tokenizer, max_words, f"VCR {split}"), group, [e[0].target for e in kept], told)
+
+
+def vcr_store(regions):
+    """VCR's annotated boxes, then the detector's, of the images that both have."""
+    gt, detected = (RegionStore(Path(regions) / name) for name in ("vcr_gt", "vcr_det"))
+    names = [n for n in gt.image_ids if n in detected.index]
+    return JoinedStore(names, [(s, np.array([s.index[n] for n in names]), 1) for s in (gt, detected)])
+
+
+def nlvr2_task(data, split, tokenizer, store, form="pair-biattn", max_words=60, skip_missing=False):
+    """NLVR2. form "triplet": sentence and both images in one sequence; "pair...": two rows, the sentence with either image."""
+    examples = nlvr2(data, split)
+    kept = [e for e in examples if e.left in store.index and e.right in store.index]
+    lost = len(examples) - len(kept)
+    if lost and not skip_missing:
+        one = next(e for e in examples if e not in kept)
+        raise DataError(f"NLVR2 {split}: {one.left} or {one.right} has no features in {store.folder} ({lost:,} of {len(examples):,} examples)\n"
+                        "  Wanted: features of both images. Pack them, or go on without these examples: --skip-missing")
+    if not kept:
+        raise DataError(f"NLVR2 {split}: none of its images has features in {store.folder}\n  Pack them: python data.py pack")
+    at = lambda names: np.array([store.index[n] for n in names])
+    if form == "triplet":
+        names = list(dict.fromkeys((e.left, e.right) for e in kept))
+        joined = JoinedStore([" ".join(n) for n in names], [(store, at([n[side] for n in names]), side + 1) for side in (0, 1)])
+        texts = [Text(f"{e.left} {e.right}", e.text, e.id) for e in kept]
+    else:
+        names = list(dict.fromkeys((n, side) for e in kept for n, side in ((e.left, 1), (e.right, 2))))
+        joined = JoinedStore([f"{n} {side}" for n, side in names], [(store, at([n for n, _ in names]), np.array([side for _, side in names]))])
+        texts = [Text(f"{n} {side}", e.text, e.id) for e in kept for n, side in ((e.left, 1), (e.right, 2))]
+    return Task("nlvr2", Pairs(texts, joined, tokenizer, max_words, f"NLVR2 {split}"), 1 if form == "triplet" else 2, [e.label for e in kept],
+                {"examples left out: an image has no features": lost})
+
+
+def ve_task(data, split, tokenizer, store, max_words=60, skip_missing=False):
+    """Visual entailment (SNLI-VE)."""
+    texts, told = snli_ve(data, split)
+    pairs = Pairs(texts, store, tokenizer, max_words, f"SNLI-VE {split}", skip_missing)
+    return Task("ve", pairs, 1, [t.target for t in pairs.texts], told | {"pairs whose image has no features": pairs.dropped}, answers=len(ENTAILMENT))
+
+
+def re_task(data, name, split, tokenizer, store, max_words=60, skip_missing=False):
+    """Referring expressions: which region is meant; right is the one that overlaps the truth most, by more than half."""
+    texts, told = referring(data, name, split)
+    pairs = Pairs(texts, store, tokenizer, max_words, f"{name} {split}", skip_missing)
+    target, found = [], store.read(pairs.image, "boxes")
+    found[..., 2:] -= found[..., :2]
+    for t, boxes, image in zip(pairs.texts, found, pairs.image):
+        overlap = iou(boxes[:store.n_regions[image]], t.target)
+        target.append(int(overlap.argmax()) if overlap.max() > 0.5 else -1)
+    told = told | {"expressions whose box matches no region": target.count(-1), "expressions whose image has no features": pairs.dropped}
+    return Task("re", pairs, 1, target, told, [t.target for t in pairs.texts])
+
+
+def blind(batch, to):
+    """A control: the same batch without its words ("text") or without what the regions show and where they are ("regions").
+
+    Words: [CLS] [SEP] stay. Regions: one remains, and all of them where regions are what is asked for.
+    """
+    x = dict(batch["input"])
+    if to == "text":
+        end = x["text_mask"].sum(dim=1, keepdim=True) - 1
+        x["text"] = torch.cat([x["text"][:, :1], x["text"].gather(1, end)], dim=1)
+        x["text_mask"], x["length"] = x["text_mask"][:, :2], None
+        x.pop("text_type", None)
+    else:
+        x["regions"], x["boxes"] = torch.zeros_like(x["regions"]), torch.zeros_like(x["boxes"])
+        if batch["task"] != "re":
+            x |= {k: x[k][:, :1] for k in ("regions", "boxes", "region_mask", "region_type") if k in x} | {"length": None}
+    return batch | {"input": x}
+
+
 class Mix(torch.utils.data.Dataset):
     """Training step -> its batches. One stream is drawn for each step by its share, the same on all processes.
 
@@ -790,7 +1364,7 @@ class Mix(torch.utils.data.Dataset):
 # Scenes of coloured shapes, photographed (PNG, JPEG), described by templates, and seen by a noisy detector; all of it is written in
 # the official formats, so no reader knows that it is a toy.
 
-TOY_VERSION = 1                                     # raised whenever the bytes change; an older tree is made again
+TOY_VERSION = 2                                     # raised whenever the bytes change; an older tree is made again
 SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
 COLOURS = {"red": (214, 48, 40), "green": (46, 160, 67), "blue": (0, 120, 230), "yellow": (245, 205, 30), "black": (25, 25, 25), "purple": (140, 60, 180)}
 SIZES = {"small": 26, "medium": 42, "large": 64}    # pixels
@@ -807,7 +1381,7 @@ each every both only exactly least most more than less same different other anot
 tower towers block blocks item items object objects shape shapes thing things line row column edge edges side sides corner wall walls base top
 bottom left right middle center centre above below over under between next near touching touch touches contains contain containing have has
 having consists consist contain colour color colours colors coloured colored small medium large big size sized very always either or but also as
-by for from does do first second third last high height tall circles squares triangles stars red green blue yellow black purple white closely
+by for from does do first second third last high height tall circles squares triangles stars red green blue yellow black purple white closely what how person because contains only
 stacked stack multiple single equal odd even atleast which them they their different exactly images image grey roof attached""".split()
 
 
@@ -877,9 +1451,14 @@ def phrase(thing, sized=False):
     return f"a {thing.size + ' ' if sized else ''}{thing.colour} {thing.shape}"
 
 
-def describe(rng, things):
-    """One true caption as a list of parts: text, or (text, index of the thing it names)."""
+def describe(rng, things, whole=0.0):
+    """One true caption as a list of parts: text, or (text, index of the thing it names). whole: how often it names all of them."""
     order = [int(i) for i in rng.permutation(len(things))]
+    if whole and rng.random() < whole:
+        parts = [(phrase(things[order[0]], True), order[0])]
+        for i, j in zip(order, order[1:]):
+            parts += [f" {relation(things[i], things[j]) or 'and'} ", (phrase(things[j], True), j)]
+        return parts
     form = rng.choice(["place", "places", "relation", "list"], p=[0.5, 0.05, 0.4, 0.05])
     if form == "relation":
         known = [(i, j, relation(things[i], things[j])) for i in order for j in order if i != j]
@@ -949,14 +1528,17 @@ def appearance(width=2048):
     return (0.6 * s[:, None, None] + 0.6 * c[None, :, None] + 0.3 * z[None, None, :]).clip(0)
 
 
-def detect(rng, things, looks):
-    """A noisy detector: boxes jittered, some things missed, some regions false. Returns a store row, by falling confidence."""
-    found = [t for t in things if rng.random() > 0.02] or things[:1]
+def detect(rng, things, looks, given=False):
+    """A noisy detector: boxes jittered, some things missed, some regions false. Returns a store row, by falling confidence.
+
+    given: the true boxes, in their order, and only the features are the detector's
+    """
+    found = things if given else [t for t in things if rng.random() > 0.02] or things[:1]
     boxes = np.array([t.box for t in found], np.float32)
-    boxes += rng.normal(size=boxes.shape) * 0.03 * (boxes[:, 2:3] - boxes[:, :1])
+    boxes += 0 if given else rng.normal(size=boxes.shape) * 0.03 * (boxes[:, 2:3] - boxes[:, :1])
     at = [(SHAPES.index(t.shape), list(COLOURS).index(t.colour), list(SIZES).index(t.size)) for t in found]
     features = np.stack([looks[i] for i in at])
-    false = int(rng.poisson(0.3))
+    false = 0 if given else int(rng.poisson(0.3))
     if false:
         corner = rng.random((false, 2)) * [WIDTH - 50, HEIGHT - 50]
         boxes = np.concatenate([boxes, np.concatenate([corner, corner + rng.uniform(15, 50, (false, 2))], 1)]).astype(np.float32)
@@ -966,7 +1548,7 @@ def detect(rng, things, looks):
         logits[i, 1 + s] += 6
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     conf = probs[:, 1:].max(1)
-    order = np.argsort(-conf, kind="stable")
+    order = np.arange(len(boxes)) if given else np.argsort(-conf, kind="stable")
     colour = np.array([c for _, c, _ in at] + [-1] * false)
     features = (features + 0.15 * rng.standard_normal(features.shape, dtype=np.float32)).clip(0)
     row = {"features": features, "boxes": boxes.clip(0, [WIDTH, HEIGHT, WIDTH, HEIGHT]), "cls_prob": probs, "cls_conf": conf,
@@ -975,22 +1557,26 @@ def detect(rng, things, looks):
 
 
 def make_toy(out, seed=0, scenes=6000):
-    """Write the toy tree: COCO, Flickr30k with Entities, Winoground, region stores, vocabularies. Same seed, same bytes.
+    """Write the toy tree: every data set in its official formats, region stores, vocabularies. Same seed, same bytes.
 
-    scenes are shared out: 65 % COCO train, 3 % COCO val, 26 % Flickr30k train, 3 % val, 3 % test; Winoground gets a fifteenth as many
-    examples, of scenes of its own.
+    scenes are shared out: 65 % COCO train, 3 % COCO val, 26 % Flickr30k train, 2.7 % val, 3.3 % test. Other data sets get scenes of their
+    own on top, as many as a share of these; VQA, RefCOCO and half of Visual Genome are about COCO's, SNLI-VE about Flickr30k's.
     """
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists already\n  Wanted: a new folder. Delete it first, or choose another --out.")
     if seed < 0:
         raise DataError(f"--seed {seed}\n  Wanted: 0 or more.")
-    if scenes < 40:
-        raise DataError(f"--scenes {scenes}\n  Wanted: at least 40, so that every split gets some.")
+    if scenes < 200:
+        raise DataError(f"--scenes {scenes}\n  Wanted: at least 200, so that every split gets some.")
     tmp = Path(f"{out}.tmp{os.getpid()}")
-    cuts = dict(zip(("train2014", "val2014", "train", "val", "test"), np.diff(np.round(np.cumsum([0, 0.65, 0.03, 0.26, 0.03, 0.03]) * scenes).astype(int))))
+    cuts = dict(zip(("train2014", "val2014", "train", "val", "test"), np.diff(np.round(np.cumsum([0, 0.65, 0.03, 0.26, 0.0267, 0.0333]) * scenes).astype(int)).tolist()))
     try:
-        jobs = toy_coco(tmp, seed, cuts) + toy_flickr30k(tmp, seed, cuts) + toy_winoground(tmp, seed, scenes // 15)
+        seen, jobs = toy_coco(tmp, seed, cuts)
+        said, more = toy_flickr30k(tmp, seed, cuts)
+        jobs += more + toy_winoground(tmp, seed, scenes // 15) + toy_vg(tmp, seed, seen, scenes // 10) + toy_web(tmp, seed, scenes // 20)
+        jobs += toy_nlvr2(tmp, seed, scenes // 15) + toy_vcr(tmp, seed, scenes // 4)
+        toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
         for folder in {path.parent for path, _ in jobs}:
             folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -1010,42 +1596,61 @@ def make_toy(out, seed=0, scenes=6000):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def toy_store(tmp, name, scenes, ids, seed):
-    looks, rng = appearance(), np.random.default_rng([seed, len(name), 7])
+def toy_store(tmp, name, scenes, ids, seed, given=False):
+    looks, rng = appearance(), np.random.default_rng([seed, *name.encode(), 7])
     writer = StoreWriter(tmp / "regions" / name, list(COLUMNS), {"source": "ShapesWorld", "features": looks.shape[-1], "classes": len(CLASSES)}, every=10 ** 9)
     for things, image_id in zip(tqdm(scenes, desc=f"toy regions, {name}", disable=None, leave=False), ids):
-        writer.add(image_id, (WIDTH, HEIGHT), **detect(rng, things, looks))
+        writer.add(image_id, (WIDTH, HEIGHT), **detect(rng, things, looks, given))
     writer.commit()
 
 
+def dump(path, record, lines=False):
+    write_atomic(path, "".join(json.dumps(r) + "\n" for r in record) if lines else json.dumps(record))
+
+
+class Seen(NamedTuple):
+    split: str
+    id: object
+    things: list
+
+
+def photo_url(number):
+    return f"http://farm1.staticflickr.com/1/{number}_0a1b2c3d4e_z.jpg"
+
+
 def toy_coco(tmp, seed, cuts):
-    rng, jobs, every, ids, karpathy = np.random.default_rng([seed, 1]), [], [], [], []
+    """Two images of the training set are also in Flickr30k by their addresses, as 222 are in truth."""
+    rng, every, karpathy = np.random.default_rng([seed, 1]), [], []
     for split in ("train2014", "val2014"):
         images, annotations = [], []
         for _ in range(cuts[split]):
             number, things = len(every) + 1, draw_scene(rng)
             name = f"COCO_{split}_{number:012d}.jpg"
-            images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
+            images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "flickr_url": photo_url(number + (998 if number <= 2 else 10 ** 6))})
             annotations += [{"image_id": number, "id": 10 * number + k, "caption": spoken(describe(rng, things))} for k in range(5)]
             karpathy.append({"filepath": split, "filename": name, "cocoid": number, "imgid": number - 1,
                              "split": "train" if split == "train2014" else ("val", "test")[number % 2],
                              "sentences": [{"raw": a["caption"], "tokens": a["caption"].split(), "imgid": number - 1, "sentid": a["id"]} for a in annotations[-5:]]})
-            every.append(things), ids.append(name[:-4]), jobs.append((tmp / "coco" / split / name, things))
-        write_atomic(tmp / "coco" / "annotations" / f"captions_{split}.json",
-                     json.dumps({"info": {"description": "ShapesWorld"}, "licenses": [], "images": images, "annotations": annotations}))
-    write_atomic(tmp / "coco" / "dataset_coco.json", json.dumps({"images": karpathy, "dataset": "coco"}))
-    toy_store(tmp, "coco", every, ids, seed)
-    return jobs
+            every.append(Seen(split, number, things))
+        dump(tmp / f"coco/annotations/captions_{split}.json", {"info": {"description": "ShapesWorld"}, "licenses": [], "images": images, "annotations": annotations})
+    dump(tmp / "coco/dataset_coco.json", {"images": karpathy, "dataset": "coco"})
+    ids = [coco_stem(i) for i in every]
+    toy_store(tmp, "coco", [i.things for i in every], ids, seed)
+    return every, [(tmp / "coco" / i.split / f"{n}.jpg", i.things) for i, n in zip(every, ids)]
+
+
+def coco_stem(image):
+    return f"COCO_{image.split}_{image.id:012d}"
 
 
 def toy_flickr30k(tmp, seed, cuts):
-    rng, jobs, every, ids, images, tokens = np.random.default_rng([seed, 2]), [], [], [], [], []
+    rng, every, ids, images, tokens = np.random.default_rng([seed, 2]), [], [], [], []
     root, entities = tmp / "flickr30k", tmp / "flickr30k_entities"
     for split in ("train", "val", "test"):
         start = len(ids)
         for _ in range(cuts[split]):
             name, things = str(1000 + len(ids)), draw_scene(rng)
-            parts = [describe(rng, things) for _ in range(5)]
+            parts = [describe(rng, things, whole=0.8) for _ in range(5)]
             said = [spoken(p) for p in parts]
             images.append({"filename": f"{name}.jpg", "imgid": len(ids), "split": split, "sentids": list(range(5 * len(ids), 5 * len(ids) + 5)),
                            "sentences": [{"raw": s, "tokens": s.split(), "imgid": len(ids), "sentid": 5 * len(ids) + k} for k, s in enumerate(said)]})
@@ -1054,13 +1659,13 @@ def toy_flickr30k(tmp, seed, cuts):
             tagged = ["".join(p if isinstance(p, str) else f"[/EN#{chain(p[1])}/other {p[0]}]" for p in caption) for caption in parts]
             write_atomic(entities / "Sentences" / f"{name}.txt", "\n".join(tagged) + "\n")
             write_atomic(entities / "Annotations" / f"{name}.xml", entities_xml(name, things, chain))
-            every.append(things), ids.append(name), jobs.append((root / "flickr30k-images" / f"{name}.jpg", things))
+            every.append(Seen(split, name, things)), ids.append(name)
         write_atomic(entities / f"{split}.txt", "\n".join(ids[start:]) + "\n")
     write_atomic(entities / "UNRELATED_CAPTIONS", "# image and caption number (from 1) of captions that do not fit: none here\n")
     write_atomic(root / "dataset_flickr30k.json", json.dumps({"images": images, "dataset": "flickr30k"}))
     write_atomic(root / "results_20130124.token", "\n".join(tokens) + "\n")
-    toy_store(tmp, "flickr30k", every, ids, seed)
-    return jobs
+    toy_store(tmp, "flickr30k", [i.things for i in every], ids, seed)
+    return every, [(root / "flickr30k-images" / f"{i.id}.jpg", i.things) for i in every]
 
 
 def entities_xml(name, things, chain):
@@ -1082,6 +1687,221 @@ def toy_winoground(tmp, seed, n):
     write_atomic(tmp / "winoground" / "examples.jsonl", "\n".join(lines) + "\n")
     toy_store(tmp, "winoground", every, ids, seed)
     return jobs
+
+
+def xywh(box):
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def toy_vg(tmp, seed, seen, n):
+    """Visual Genome: n images of COCO and n of its own, with regions, objects, attributes, relationships and questions."""
+    rng, files = np.random.default_rng([seed, 4]), {k: [] for k in ("image_data", "region_descriptions", "objects", "attributes", "relationships", "question_answers")}
+    chosen = [seen[i] for i in rng.choice(len(seen), n, replace=False)] + [Seen("vg", None, draw_scene(rng)) for _ in range(n)]
+    for k, image in enumerate(chosen):
+        number, things = 2_000_000 + k, image.things
+        files["image_data"].append({"image_id": number, "url": f"https://cs.stanford.edu/people/rak248/VG_100K/{number}.jpg", "width": WIDTH, "height": HEIGHT,
+                                    "coco_id": image.id, "flickr_id": None})
+        objects = [{"object_id": 10 * number + i, **dict(zip("xywh", xywh(t.box))), "names": [t.shape], "synsets": [], "merged_object_ids": []} for i, t in enumerate(things)]
+        said = [(phrase(t, rng.random() < 0.3), t.box) for t in things]
+        known = [(i, j, relation(a, b)) for i, a in enumerate(things) for j, b in enumerate(things) if i != j and relation(a, b)]
+        for i, j, how in known[:3]:
+            both = np.array([things[i].box, things[j].box])
+            said.append((f"{phrase(things[i])} {how} {phrase(things[j])}", [*both[:, :2].min(0).tolist(), *both[:, 2:].max(0).tolist()]))
+        files["region_descriptions"].append({"id": number, "regions": [{"region_id": 100 * number + r, "image_id": number, "phrase": text, **dict(zip(("x", "y", "width", "height"), xywh(box)))}
+                                                                       for r, (text, box) in enumerate(said)]})
+        files["objects"].append({"image_id": number, "objects": objects})
+        files["attributes"].append({"image_id": number, "attributes": [{**o, "attributes": [t.colour, t.size]} for o, t in zip(objects, things)]})
+        files["relationships"].append({"image_id": number, "relationships": [{"relationship_id": 100 * number + r, "predicate": how, "subject": objects[i], "object": objects[j]}
+                                                                             for r, (i, j, how) in enumerate(known)]})
+        files["question_answers"].append({"id": number, "qas": [{"qa_id": 100 * number + q, "image_id": number, "question": f"What color is the {t.shape}?",
+                                                                 "answer": f"{t.colour.capitalize()}.", "q_objects": [], "a_objects": []} for q, t in enumerate(things)]})
+    for name, records in files.items():
+        dump(tmp / f"vg/{name}.json", records)
+    toy_store(tmp, "vg", [i.things for i in chosen], [str(2_000_000 + k) for k in range(2 * n)], seed)
+    return [(tmp / f"vg/VG_100K/{2_000_000 + k}.jpg", i.things) for k, i in enumerate(chosen)]
+
+
+def toy_web(tmp, seed, n):
+    """Conceptual Captions and SBU: n pictures each (and some to validate), one caption each; some addresses are dead, one is Flickr30k's."""
+    rng, jobs, names = np.random.default_rng([seed, 5]), [], {}
+    for store, count in (("cc3m_train", n), ("cc3m_val", n // 5), ("sbu", n)):
+        scenes = [draw_scene(rng) for _ in range(count)]
+        names[store] = [(spoken(describe(rng, t)), photo_url(1005 if i == 3 else 10 ** 7 + i)) for i, t in enumerate(scenes)]
+        alive = [i for i in range(count) if i % 20 or store == "sbu"]
+        toy_store(tmp, store, [scenes[i] for i in alive], map(str, alive), seed)
+        jobs += [(tmp / f"{store.split('_')[0]}/images/{store}_{i}.jpg", scenes[i]) for i in alive]
+    for store, name in (("cc3m_train", "Train_GCC-training.tsv"), ("cc3m_val", "Validation_GCC-1.1.0-Validation.tsv")):
+        write_atomic(tmp / "cc3m" / name, "".join(f"{said}\t{url}\n" for said, url in names[store]))
+    for column, name in ((1, "urls"), (0, "captions")):
+        write_atomic(tmp / f"sbu/SBU_captioned_photo_dataset_{name}.txt", "".join(row[column] + "\n" for row in names["sbu"]))
+    return jobs
+
+
+# Downstream. Everything comes in complements, so that no answer can be guessed from the text or the picture alone: a question is asked
+# of two pictures with different answers, a statement is put to three pictures with its three labels, and so on.
+
+def kinds_of(things):
+    return {(t.shape, t.colour): t for t in things}
+
+
+def definite(thing):
+    """What is clearly so of a thing, each with its opposite: [(true, false)]."""
+    x, y = (thing.box[0] + thing.box[2]) / 2 / WIDTH, (thing.box[1] + thing.box[3]) / 2 / HEIGHT
+    pairs = (("on the left", "on the right", x < 0.36, x > 0.64), ("at the top", "at the bottom", y < 0.36, y > 0.64),
+             ("small", "large", thing.size == "small", thing.size == "large"))
+    return [(a, b) if yes else (b, a) for a, b, yes, no in pairs if yes or no]
+
+
+def complements(rng, form, a, b):
+    """A question about two scenes with different answers: (type of question, text, answer for a, answer for b), or None."""
+    A, B = kinds_of(a), kinds_of(b)
+    if form == "there":
+        for shape, colour in rng.permutation(sorted(set(A) - set(B))).tolist():
+            return "is there a", f"Is there a {colour} {shape}?", "yes", "no"
+    elif form == "where":
+        for kind in sorted(set(A) & set(B)):
+            for true, false in definite(A[kind]):
+                if (false, true) in definite(B[kind]):
+                    return "is the", f"Is the {kind[1]} {kind[0]} {true}?", "yes", "no"
+    elif form == "color":
+        for shape in rng.permutation(SHAPES).tolist():
+            one, two = ({c for s, c in kinds if s == shape} for kinds in (A, B))
+            if one and two and one != two:
+                return "what color is the", f"What color is the {shape}?", one.pop(), two.pop()
+    elif form == "shape":
+        for colour in rng.permutation(list(COLOURS)).tolist():
+            one, two = ({s for s, c in kinds if c == colour} for kinds in (A, B))
+            if one and two and one != two:
+                return "what shape is the", f"What shape is the {colour} thing?", one.pop(), two.pop()
+    elif len(a) != len(b):
+        return "how many", "How many things are there?", str(len(a)), str(len(b))
+
+
+def toy_vqa(tmp, seed, seen):
+    rng, number = np.random.default_rng([seed, 6]), Counter()
+    for split, each in (("train2014", 4), ("val2014", 6)):
+        images, questions, annotations = [i for i in seen if i.split == split], [], []
+        while len(questions) < each * len(images):
+            a, b = (images[i] for i in rng.choice(len(images), 2, replace=False))
+            found = complements(rng, str(rng.choice(["there", "where", "color", "shape", "many"], p=[0.3, 0.15, 0.25, 0.25, 0.05])), a.things, b.things)
+            for image, answer in zip((a, b), found[2:] if found else ()):
+                number[image.id] += 1
+                ids = {"image_id": image.id, "question_id": 1000 * image.id + number[image.id]}
+                others = ["maybe"] * int(rng.integers(0, 3))        # ten people rarely agree
+                kind = {"yes": "yes/no", "no": "yes/no"}.get(answer, "number" if answer.isdigit() else "other")
+                questions.append({**ids, "question": found[1]})
+                annotations.append({**ids, "question_type": found[0], "answer_type": kind, "multiple_choice_answer": answer,
+                                    "answers": [{"answer_id": k + 1, "answer": x, "answer_confidence": "yes"} for k, x in enumerate(others + [answer] * (10 - len(others)))]})
+        head = {"info": {"description": "ShapesWorld"}, "license": {}, "data_type": "mscoco", "data_subtype": split}
+        dump(tmp / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json", {**head, "task_type": "Open-Ended", "questions": questions})
+        dump(tmp / f"vqa2/v2_mscoco_{split}_annotations.json", {**head, "annotations": annotations})
+
+
+def toy_snli_ve(tmp, seed, said):
+    """A statement about a thing is true of one picture, false of it in its opposite, and open where the thing is not there."""
+    rng = np.random.default_rng([seed, 7])
+    for split, name, rounds in (("train", "train", 3), ("val", "dev", 3), ("test", "test", 3)):
+        images, lines = [i for i in said if i.split == split], []
+        for a, b in zip(*(np.concatenate([rng.permutation(len(images)) for _ in range(rounds)]) for _ in "ab")):
+            A, B = kinds_of(images[a].things), kinds_of(images[b].things)
+            only = [sorted(k for k in one if k not in other and definite(one[k])) for one, other in ((A, B), (B, A))]
+            if not all(only):
+                continue
+            for here, there, kinds, things in ((a, b, only[0], A), (b, a, only[1], B)):
+                shape, colour = kinds[int(rng.integers(len(kinds)))]
+                held = definite(things[shape, colour])
+                true, false = held[int(rng.integers(len(held)))]
+                for image, what, label in ((here, true, "entailment"), (here, false, "contradiction"), (there, (true, false)[int(rng.integers(2))], "neutral")):
+                    lines.append({"Flickr30K_ID": images[image].id, "sentence1": "", "sentence2": f"The {colour} {shape} is {what}.", "gold_label": label,
+                                  "captionID": f"{images[image].id}.jpg#0", "pairID": f"{images[image].id}.jpg#0r{len(lines)}", "annotator_labels": [label]})
+        dump(tmp / f"snli_ve/snli_ve_{name}.jsonl", lines, lines=True)
+
+
+def scene_with(rng, has, lacks):
+    while True:
+        things = draw_scene(rng)
+        kinds = kinds_of(things)
+        if has in kinds and lacks not in kinds:
+            return things
+
+
+def toy_nlvr2(tmp, seed, sets):
+    """A set has three pairs of images and four sentences; each sentence is true of one pair and false of another, and so is each pair."""
+    rng, jobs, names, scenes = np.random.default_rng([seed, 8]), [], [], []
+    for split, count in (("train", sets), ("dev", max(2, sets // 8)), ("test1", max(2, sets // 8))):
+        lines = []
+        for number in range(count):
+            a, b = draw_kinds(rng, 2)
+            thing, folder = f"{a[1]} {a[0]}", number % 100
+            for pair, (left, right) in enumerate((((a, b), (b, a)), ((b, a), (a, b)), ((a, b), (a, b)))):
+                for side, kinds in enumerate((left, right)):
+                    names.append(f"{split}-{number}-{pair}-img{side}")
+                    scenes.append(scene_with(rng, *kinds))
+                    jobs.append((tmp / "nlvr2/images" / (f"train/{folder}" if split == "train" else split) / f"{names[-1]}.png", scenes[-1]))
+            for sentence, (text, yes, no) in enumerate(((f"The left image contains a {thing}.", 0, 1), (f"The right image contains a {thing}.", 1, 0),
+                                                        (f"Both images contain a {thing}.", 2, number % 2), (f"Only one image contains a {thing}.", number % 2, 2))):
+                lines += [{"identifier": f"{split}-{number}-{pair}-{sentence}", "sentence": text, "label": label, "left_url": "", "right_url": "", "writer": "0",
+                           **({"directory": folder} if split == "train" else {})} for pair, label in ((yes, "True"), (no, "False"))]
+        dump(tmp / f"nlvr2/{split}.json", lines, lines=True)
+    toy_store(tmp, "nlvr2", scenes, names, seed)
+    return jobs
+
+
+def toy_vcr(tmp, seed, n):
+    """The circle plays the person. Answers differ in the colour, one of each scene's own; reasons in where the thing is."""
+    rng, jobs, scenes, names = np.random.default_rng([seed, 9]), [], [], []
+    corner = lambda t: (t.box[1] + t.box[3] > HEIGHT, t.box[0] + t.box[2] > WIDTH)
+    corners = [(y, x) for y in (False, True) for x in (False, True)]
+    for split, count in (("train", n), ("val", max(10, n // 10))):
+        lines = []
+        for k in range(count):
+            pick = lambda names: rng.choice(list(names), 4, replace=False).tolist()
+            things = placed(rng, list(zip(pick(SHAPES), pick(COLOURS))), "")
+            objects = ["person" if t.shape == "circle" else t.shape for t in things]
+            stem = f"{1000 + k // 50}_Shapes/{split}_{k:05d}@0"
+            names.append(stem), scenes.append(things), jobs.append((tmp / f"vcr1/vcr1images/{stem}.jpg", things))
+            dump(tmp / f"vcr1/vcr1images/{stem}.json", {"boxes": [[*map(float, t.box), 1.0] for t in things], "segms": [[] for _ in things], "names": objects,
+                                                        "width": WIDTH, "height": HEIGHT})
+            for q in rng.permutation(4)[:2].tolist():
+                colours, places = [things[i].colour for i in rng.permutation(4)], [corners[i] for i in rng.permutation(4)]
+                lines.append({"movie": stem.split("/")[0], "objects": objects, "img_fn": f"{stem}.jpg", "metadata_fn": f"{stem}.json",
+                              "question": ["What", "color", "is", [q], "?"], "answer_choices": [[[q], "is", c, "."] for c in colours],
+                              "answer_label": colours.index(things[q].colour),
+                              "rationale_choices": [[[q], "is", "at", "the", "bottom" if y else "top", "on", "the", "right" if x else "left", "."] for y, x in places],
+                              "rationale_label": places.index(corner(things[q])), "img_id": f"{split}-{k}", "question_number": q, "annot_id": f"{split}-{len(lines)}",
+                              "match_fold": f"{split}-0"})
+        dump(tmp / f"vcr1/{split}.jsonl", lines, lines=True)
+    toy_store(tmp, "vcr_gt", scenes, names, seed, given=True)
+    toy_store(tmp, "vcr_det", scenes, names, seed)
+    return jobs
+
+
+def toy_referring(tmp, seed, seen):
+    """RefCOCO, RefCOCO+ (no places), RefCOCOg (longer), about each thing of a quarter of COCO's training images, each thing equally often."""
+    rng = np.random.default_rng([seed, 10])
+    images = [i for i in seen if i.split == "train2014"][2:]
+    images = images[:max(20, len(images) // 4)]
+    part = len(images) // 16
+    splits = {"refcoco": ("val", "testA", "testB"), "refcoco+": ("val", "testA", "testB"), "refcocog": ("val", "test")}
+    for name, tests in splits.items():
+        found, annotations = [], []
+        for k, image in enumerate(images):
+            for i, t in enumerate(image.things):
+                number, known = 100 * image.id + i, [(o, relation(t, o)) for o in image.things if o is not t and relation(t, o)]
+                other = known[int(rng.integers(len(known)))] if known else None
+                said = [str(rng.choice([f"{t.colour} {t.shape}", f"the {t.shape}", f"{t.colour} thing"])),
+                        {"refcoco": f"{t.shape}{whereabouts(rng, t)}", "refcoco+": f"the {t.size} {t.colour} {t.shape}",
+                         "refcocog": f"the {t.colour} {t.shape}" + (f" {other[1]} the {other[0].colour} {other[0].shape}" if other else "")}[name]]
+                annotations.append({"id": number, "image_id": image.id, "category_id": 1 + SHAPES.index(t.shape), "bbox": list(map(float, xywh(t.box))), "iscrowd": 0})
+                found.append({"ref_id": len(found), "ann_id": number, "category_id": 1 + SHAPES.index(t.shape), "image_id": image.id,
+                              "file_name": f"{coco_stem(image)}_{i}.jpg", "split": tests[k // part] if k // part < len(tests) else "train",
+                              "sent_ids": [10 * number + j for j in (0, 1)],
+                              "sentences": [{"sent_id": 10 * number + j, "raw": x, "sent": x, "tokens": x.split()} for j, x in enumerate(said)]})
+        write_atomic(tmp / f"refer/{name}/refs({REFER[name]}).p", pickle.dumps(found, protocol=2))
+        dump(tmp / f"refer/{name}/instances.json", {"images": [{"id": i.id, "file_name": f"{coco_stem(i)}.jpg", "width": WIDTH, "height": HEIGHT} for i in images],
+                                                    "annotations": annotations, "categories": [{"id": 1 + k, "name": s, "supercategory": "shape"} for k, s in enumerate(SHAPES)]})
+    for store, given in (("refcoco_gt", True), ("refcoco_det", False)):
+        toy_store(tmp, store, [i.things for i in images], [coco_stem(i) for i in images], seed, given)
 
 
 def ensure_toy(folder, seed=0):
@@ -1139,7 +1959,7 @@ class NlvrStore(RegionStore):
 def nlvr_pairs(data, split, tokenizer, orders=6):
     """Pairs of NLVR sentences with their presentations, and labels (captions,) bool. orders: of the six orders of the boxes, the first so many."""
     examples = nlvr(data, split)
-    captions = [Caption(f"{e.id}-{k}", e.text, f"{e.id}-{k}") for e in examples for k in range(orders)]
+    captions = [Text(f"{e.id}-{k}", e.text, f"{e.id}-{k}") for e in examples for k in range(orders)]
     pairs = Pairs(captions, NlvrStore(examples), tokenizer, name=f"NLVR {split}")
     return pairs, np.repeat([e.label for e in examples], orders)
 

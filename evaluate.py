@@ -3,6 +3,7 @@
     score_pairs        a checkpoint's score for any list of (caption, image) pairs
     winoground         text, image, group score                              Thrush et al. 2022; CACR table 2, 3
     retrieval          R@1, 5, 10 in both directions                         UNITER table 3; CACR table 4
+    vqa, vcr, nlvr2, ve, re      the other tasks of UNITER's table 3, each with the best guess that sees nothing, and submission files
     nlvr               accuracy on NLVR v1                                   Suhr et al. 2017
     attention_figure   a word's attention drawn on the boxes                 CACR fig. 4, 5
     training_curve     the losses of a run
@@ -11,8 +12,12 @@ python evaluate.py --task winoground --ckpt out/toy-cacr-seed0/last.pt
 """
 import argparse
 import contextlib
+import csv
+import hashlib
+import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +26,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import (Caption, DataError, Pairs, RegionStore, WordPiece, coco_karpathy, flickr30k, nlvr_pairs, write_atomic,
-                  winoground as read_winoground)
+from data import (ENTAILMENT, VCR_WORDS, DataError, Pairs, RegionStore, Text, WordPiece, answer_list, blind, coco_karpathy, flickr30k, iou, nlvr2_task, nlvr_pairs,
+                  normalise_answer, re_task, unit_batches, vcr_store, vcr_task, ve_task, vqa_task, winoground as read_winoground, write_atomic)
 from model import SIZES, CheckpointError, Uniter, load_pretrained, read_checkpoint
 
 
@@ -70,7 +75,7 @@ def winoground_scores(s):
 def winoground_pairs(data, tokenizer, regions):
     """The examples, and their captions and images as Pairs: caption 2e + c belongs to image c of example e."""
     examples = read_winoground(data)
-    captions = [Caption(e.images[i], e.captions[i], f"{e.id}/{i}") for e in examples for i in (0, 1)]
+    captions = [Text(e.images[i], e.captions[i], f"{e.id}/{i}") for e in examples for i in (0, 1)]
     return examples, Pairs(captions, RegionStore(Path(regions) / "winoground"), tokenizer, name="Winoground")
 
 
@@ -105,20 +110,58 @@ def recall(scores, image_of_text):
             | {f"text/r{k}": float(100 * (rank_text < k).mean()) for k in (1, 5, 10)})
 
 
+@torch.inference_mode()
+def score_all(model, pairs, head="rank", units=8192, autocast=contextlib.nullcontext, keep=None, progress="all pairs"):
+    """Every caption with every image: (T, I) float32, images in the order of pairs.images. Higher is better.
+
+    Memory for this one matrix and one batch: an image's features are read once, and go to the device once for all captions.
+    keep   a file for the matrix: columns that a killed run had finished are not made again; it is left there, whole, at the end
+    """
+    was, device, T, I = model.training, next(model.parameters()).device, len(pairs.texts), len(pairs.images)
+    model.eval()
+    if keep is None:
+        scores = np.full((T, I), np.nan, np.float32)
+    else:
+        Path(keep).parent.mkdir(parents=True, exist_ok=True)
+        if not Path(keep).exists():                 # a whole header before the first column
+            fresh = np.lib.format.open_memmap(f"{keep}.tmp", "w+", np.float32, (T, I))
+            fresh[:] = np.nan
+            fresh.flush()
+            Path(f"{keep}.tmp").replace(keep)
+        scores = np.load(keep, mmap_mode="r+")
+        if scores.shape != (T, I):
+            raise DataError(f"{keep} holds scores of {scores.shape[0]:,} x {scores.shape[1]:,}, this is {T:,} x {I:,}\n  Another split's. Delete it, or choose another file.")
+    order = np.argsort(pairs.n_words, kind="stable")
+    text, text_mask = (torch.from_numpy(x[order]).to(device) for x in pairs.text(np.arange(T)))
+    n_words = pairs.n_words[order]
+    todo = [i for i in range(I) if np.isnan(scores[:, i]).any()]
+    for i in tqdm(todo, initial=I - len(todo), total=I, desc=f"{progress}: {T:,} captions x {I:,} images", unit=" images", disable=None, leave=False):
+        one = to({k: v for k, v in pairs.batch(np.array([0]), pairs.images[i:i + 1]).items() if k in ("regions", "boxes", "region_mask")}, device)
+        n, column = int(pairs.store.n_regions[pairs.images[i]]), []
+        for rows in unit_batches(n_words + n, units):
+            longest = int(n_words[rows[-1]])
+            part = slice(rows[0], rows[-1] + 1)
+            with autocast():
+                out = model(text[part, :longest], text_mask[part, :longest], **{k: v.expand(len(rows), *v.shape[1:]) for k, v in one.items()},
+                            heads=(head,), length=longest + n)
+            column.append(out.rank.float() if head == "rank" else (out.match[:, 1] - out.match[:, 0]).float())
+        scores[order, i] = torch.cat(column).cpu().numpy()
+    model.train(was)
+    if keep is not None:
+        scores.flush()
+    return scores
+
+
 def retrieval(model, data, tokenizer, regions, dataset="flickr30k", split="test", **scoring):
-    """{"retrieval/image/r1": percent, ...} over all images and captions of Karpathy's split.
+    """{"retrieval/image/r1": percent, ...} over all images and captions of Karpathy's split; scoring: see score_all.
 
     Flickr30k: the 1K protocol. COCO: 5K, and "retrieval/1k/...": the mean over five consecutive folds of 1,000 images.
     """
     captions = {"flickr30k": flickr30k, "coco": coco_karpathy}[dataset](data, split)
     pairs = Pairs(captions, RegionStore(Path(regions) / dataset), tokenizer, name=f"{dataset} {split}")
-    T, I = len(pairs.captions), len(pairs.images)
-    column = np.searchsorted(pairs.images, pairs.image)
-    scores = np.empty((T, I), np.float32)
-    for start in tqdm(range(0, T, 64), desc=f"retrieval {dataset} {split}: {T:,} captions x {I:,} images", disable=None, leave=False):
-        rows = np.arange(start, min(start + 64, T))
-        scores[rows] = score_pairs(model, pairs, np.repeat(rows, I), np.tile(pairs.images, len(rows)), **scoring).reshape(len(rows), I)
-    found = {f"retrieval/{k}": v for k, v in recall(scores, column).items()}
+    I, column = len(pairs.images), np.searchsorted(pairs.images, pairs.image)
+    scores = score_all(model, pairs, progress=f"retrieval {dataset} {split}", **scoring)
+    found = {f"retrieval/{k}": v for k, v in recall(scores, column).items()} | {"retrieval/images": I, "retrieval/captions": len(captions)}
     if dataset == "coco" and I >= 5000:
         folds = [recall(scores[rows][:, i:i + 1000], column[rows] - i) for i in range(0, 5000, 1000) if (rows := (column >= i) & (column < i + 1000)).any()]
         found |= {f"retrieval/1k/{k}": float(np.mean([f[k] for f in folds])) for k in folds[0]}
@@ -131,6 +174,180 @@ def nlvr(model, data, tokenizer, split="dev", **scoring):
     right = (score_pairs(model, pairs, np.arange(len(labels)), pairs.image, head="match", **scoring) > 0) == labels
     return {"nlvr/accuracy": float(100 * right.mean()), "nlvr/accuracy/as_given": float(100 * right[::6].mean()),
             "nlvr/majority": float(100 * max(labels.mean(), 1 - labels.mean()))}
+
+
+# ------------------------------------------------------------------------------------------------ downstream tasks
+
+@torch.inference_mode()
+def predict(model, task, units=8192, autocast=contextlib.nullcontext, hide=""):
+    """What the task head says of each example: (E, answers), (E, choices), (E, 2) or (E, most regions), -inf where there is no region.
+
+    hide   "text" or "regions": a control that may not see them
+    """
+    was, device, found = model.training, next(model.parameters()).device, {}
+    model.eval()
+    bar = tqdm(total=len(task.target), desc=task.pairs.name, unit=" examples", disable=None, leave=False)
+    for examples, batch in task.in_chunks(units):
+        batch = to(blind(batch, hide) if hide else batch, device)
+        with autocast():
+            scores = model(**batch["input"], heads=("task",)).scores.float()
+        if task.name == "re":
+            scores = scores.masked_fill(~batch["input"]["region_mask"], float("-inf"))
+        elif task.name == "vcr":
+            scores = scores[:, 1].view(-1, task.group)
+        found.update(zip(examples.tolist(), scores.cpu().numpy()))
+        bar.update(len(examples))
+    bar.close()
+    model.train(was)
+    out = np.full((len(found), max(map(len, found.values()))), -np.inf, np.float32)
+    for e, row in found.items():
+        out[e, :len(row)] = row
+    return out
+
+
+def right(scores, target):
+    """Which examples are answered right: (E,) bool. An example without an answer is wrong, whatever is said."""
+    return scores.argmax(axis=1) == np.array([-1 if t is None else t for t in target])
+
+
+def vqa_accuracy(answer, said):
+    """0 ... 1: over the ten leave-one-out sets of nine people, the mean of min(1, people who said so / 3); official clean-up.
+
+    The clean-up is left out where all ten said the same string, as the official evaluation does.
+    """
+    said, answer = [x.replace("\n", " ").replace("\t", " ").strip() for x in (*said,)], answer.replace("\n", " ").replace("\t", " ").strip()
+    if len(set(said)) > 1:
+        said, answer = [normalise_answer(x) for x in said], normalise_answer(answer)
+    same = [x == answer for x in said]
+    return float(np.mean([min(1.0, (sum(same) - own) / 3) for own in same]))
+
+
+def vqa_scores(answers, facts):
+    """{"vqa/accuracy", "vqa/<answer type>", "vqa/<question type>"} in percent of strings against data.Answers."""
+    each = np.array([vqa_accuracy(a, f.said) for a, f in zip(answers, facts)])
+    found = {"accuracy": each.mean()}
+    for kind in ("answer_type", "question_type"):
+        names = np.array([getattr(f, kind) for f in facts])
+        found |= {name: each[names == name].mean() for name in np.unique(names) if name}
+    return {f"vqa/{k}": float(100 * v) for k, v in found.items()}
+
+
+def vqa(model, task, names, **scoring):
+    """Accuracy of the best answer, and "vqa/majority": of the answer that suits each type of question best. Also returns the answers."""
+    answers = [names[i] for i in predict(model, task, **scoring).argmax(axis=1)]
+    known = [e for e, f in enumerate(task.facts) if f is not None]
+    found = {"vqa/unanswerable": float(len(task.facts) - len(known))}
+    if known:
+        facts, best = [task.facts[e] for e in known], {}
+        for kind in {f.question_type for f in facts}:
+            best[kind] = Counter(normalise_answer(a) for f in facts if f.question_type == kind for a in f.said).most_common(1)[0][0]
+        found = vqa_scores([answers[e] for e in known], facts) | found
+        found["vqa/majority"] = vqa_scores([best[f.question_type] for f in facts], facts)["vqa/accuracy"]
+    return found, [{"question_id": int(q), "answer": a} for q, a in zip(task.ids, answers)]
+
+
+def vcr(model, tasks, **scoring):
+    """Q->A, QA->R (given the right answer), Q->AR (both right); tasks: the two of data.vcr_task. Chance 25, 25, 6.25."""
+    answer, reason = (right(predict(model, tasks[part], **scoring), tasks[part].target) for part in ("qa", "qar"))
+    return {"vcr/q_a": 100 * answer.mean(), "vcr/qa_r": 100 * reason.mean(), "vcr/q_ar": 100 * (answer & reason).mean(), "vcr/chance": 25.0}
+
+
+def vcr_rows(model, tasks, **scoring):
+    """The leaderboard's file: annot_id, four answers, and four reasons given each answer, as probabilities."""
+    softmax = lambda x: torch.from_numpy(x).softmax(-1).numpy()
+    answers, reasons = softmax(predict(model, tasks["qa"], **scoring)), softmax(predict(model, tasks["all"], **scoring).reshape(-1, 4, 4))
+    head = ["annot_id", *(f"answer_{i}" for i in range(4)), *(f"rationale_conditioned_on_a{i}_{j}" for i in range(4) for j in range(4))]
+    return [head] + [[name.split("/")[0], *map(float, a), *map(float, r.ravel())] for name, a, r in zip(tasks["qa"].ids, answers, reasons)]
+
+
+def nlvr2_scores(answers, ids, labels):
+    """Accuracy, and consistency: the share of sentences (set, sentence of the identifier) whose pairs are all right; in percent."""
+    hit, groups = np.array([a == b for a, b in zip(answers, labels)]), {}
+    for name, ok in zip(ids, hit):
+        _, number, _, sentence = name.split("-")
+        groups.setdefault((number, sentence), []).append(ok)
+    return {"nlvr2/accuracy": float(100 * hit.mean()), "nlvr2/consistency": float(100 * np.mean([all(g) for g in groups.values()]))}
+
+
+def nlvr2(model, task, **scoring):
+    """Accuracy, consistency, majority; examples without features count as wrong. Also the rows of the submission file."""
+    answers = predict(model, task, **scoring).argmax(axis=1).astype(bool).tolist()
+    found = {}
+    if None not in task.target:
+        found = nlvr2_scores(answers, task.ids, task.target)
+        found["nlvr2/accuracy"] *= len(answers) / (len(answers) + task.told["examples left out: an image has no features"])
+        found["nlvr2/majority"] = 100 * max(np.mean(task.target), 1 - np.mean(task.target))
+    return found, [[name, str(a)] for name, a in zip(task.ids, answers)]
+
+
+def ve(model, task, **scoring):
+    """Accuracy over contradiction, entailment, neutral; the majority's; each label's."""
+    scores, target = predict(model, task, **scoring), np.array(task.target)
+    hit = right(scores, target)
+    return ({"ve/accuracy": 100 * hit.mean(), "ve/majority": 100 * np.bincount(target).max() / len(target)}
+            | {f"ve/{name}": 100 * hit[target == i].mean() for i, name in enumerate(ENTAILMENT) if (target == i).any()})
+
+
+def referring(model, task, **scoring):
+    """Accuracy over sentences: the chosen region's box overlaps the truth by more than half; "re/chance": of any region at all."""
+    best, store = predict(model, task, **scoring).argmax(axis=1), task.pairs.store
+    boxes, n = store.read(task.pairs.image, "boxes"), store.n_regions[task.pairs.image]
+    boxes[..., 2:] -= boxes[..., :2]
+    overlap = iou(boxes, np.array(task.facts)[:, None]) > 0.5                                       # (E, most regions)
+    overlap &= np.arange(boxes.shape[1])[None] < n[:, None]
+    return {"re/accuracy": 100 * overlap[np.arange(len(best)), best].mean(), "re/chance": float(100 * (overlap.sum(1) / n).mean())}
+
+
+def downstream(model, config, sizes, tokenizer, split="", submit="", **scoring):
+    """The numbers of a fine-tuned model on a split of its own task (its validation split unless given); submit: file to write."""
+    name, load = config["task"], lambda split, **more: load_task(config, tokenizer, split, sizes["answer_list"], **more)
+    split = split or VALIDATION[name]
+    if name == "vcr":
+        tasks = {part: load(split, part=part) for part in (("qa", "all") if submit else ("qa", "qar"))}
+        if submit:
+            write_csv(submit, vcr_rows(model, tasks, **scoring))
+            return {"submission": submit}
+        return vcr(model, tasks, **scoring)
+    if name == "re":
+        found = {}
+        for kind in ("gt", "det"):
+            if (Path(config["regions"]) / f"refcoco_{kind}").exists():
+                task = load(split, boxes=kind)
+                found |= {k.replace("re/", f"re/{kind}/"): v for k, v in referring(model, task, **scoring).items()}
+                found[f"re/{kind}/without_region"] = float(task.target.count(-1))
+        return found
+    task = load(split)
+    if name == "ve":
+        return ve(model, task, **scoring)
+    found, rows = vqa(model, task, sizes["answer_list"], **scoring) if name == "vqa" else nlvr2(model, task, **scoring)
+    if submit:
+        write_atomic(submit, json.dumps(rows)) if name == "vqa" else write_csv(submit, rows)
+        found["submission"] = submit
+    return found
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+VALIDATION = {"vqa": "val2014", "vcr": "val", "nlvr2": "dev", "ve": "dev", "re": "val"}
+
+
+def load_task(config, tokenizer, split, names=(), part="both", boxes="gt"):
+    """The data of config["task"] (train.py's settings as a dict) as data.Task; split names may be joined by + (VQA)."""
+    name, data, regions = config["task"], config["data"], Path(config["regions"])
+    how = dict(max_words=config["max_words"], skip_missing=config["skip_missing"])
+    if name == "vcr":
+        return vcr_task(data, split, tokenizer, vcr_store(regions), part, **how)
+    store = RegionStore(regions / {"vqa": "coco", "nlvr2": "nlvr2", "ve": "flickr30k", "re": f"refcoco_{boxes}"}[name])
+    if name == "vqa":
+        vg = config["vg_questions"] and split != VALIDATION["vqa"] and not split.startswith("test")
+        return vqa_task(data, split.split("+"), tokenizer, store, {a: i for i, a in enumerate(names)}, vg=vg, **how)
+    if name == "nlvr2":
+        return nlvr2_task(data, split, tokenizer, store, config["form"], **how)
+    return ve_task(data, split, tokenizer, store, **how) if name == "ve" else re_task(data, config["dataset"], split, tokenizer, store, **how)
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -201,7 +418,7 @@ def attention_figure(models, data, pairs, caption, words=None, directions=("S_LV
         for direction in directions:
             P, what = {"S_LV": (P_LV, "what the word looks at"), "S_VL": (P_VL, "what looks at the word")}[direction]
             rows.append([draw_attention(picture, boxes, P[i], pieces[i]) for i in show])
-            titles.append(f"{name}: {pairs.captions[caption].text!r}, {what} ({direction}), percent")
+            titles.append(f"{name}: {pairs.texts[caption].text!r}, {what} ({direction}), percent")
     return grid(rows, titles)
 
 
@@ -256,33 +473,56 @@ def figures(models, data, tokenizer, regions, out, n=4):
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-def load_model(path, data, size=None, cased=True):
-    """(model, tokenizer, config) of one of our training files, or of an official checkpoint of this size."""
-    saved = None if size else read_checkpoint(path)
-    cased = saved.config["cased"] if saved else cased
-    tokenizer = WordPiece(Path(data) / ("bert-base-cased" if cased else "bert-base-uncased") / "vocab.txt", lower=not cased)
+HEAD_OF = {"vqa": "answers", "ve": "answers", "vcr": "choice", "re": "region"}      # NLVR2's is its form
+TYPES_OF = {"nlvr2": 3, "vcr": 4}                   # rows of the type table; 2 elsewhere
+
+
+def load_model(path, data, size=None, config=None):
+    """(model, tokenizer, config, sizes) of one of our training files, or of an official checkpoint of this size.
+
+    config  for an official one: the task it was fine-tuned for and what else train.py's settings say about it
+    """
+    saved, config = None if size else read_checkpoint(path), config or {}
+    config = saved.config if saved else {"cased": True, "task": "retrieval", **config}
+    task = config["task"]
+    new_words = VCR_WORDS if task == "vcr" and not saved else VCR_WORDS[:saved.sizes["new_words"]] if saved else ()
+    tokenizer = WordPiece(Path(data) / ("bert-base-cased" if config["cased"] else "bert-base-uncased") / "vocab.txt", not config["cased"], new_words)
     if not saved:
-        model = Uniter(len(tokenizer), **SIZES[size])
-        print(f"{path}: {load_pretrained(model, path)}", file=sys.stderr)
-        return model, tokenizer, {}
+        names = answer_list_of(task, data)
+        sizes = dict(vocab=len(tokenizer), types=TYPES_OF.get(task, 2), head=config.get("form", "") if task == "nlvr2" else config.get("head") or HEAD_OF.get(task, ""),
+                     answers=len(names))
+        model = Uniter(**sizes, **SIZES[size])
+        print(f"{path}: {load_pretrained(model, path, len(new_words))}", file=sys.stderr)
+        return model, tokenizer, config, sizes | {"answer_list": names}
     if saved.sizes["vocab"] != len(tokenizer):
         raise CheckpointError(f"{path} was trained with {saved.sizes['vocab']:,} word pieces, the vocabulary in {data} has {len(tokenizer):,}\n"
                               "  Choose the --data tree it was trained on.")
-    model = Uniter(saved.sizes["vocab"], saved.sizes["features"], saved.sizes["classes"], **SIZES[saved.sizes["size"]])
+    model = Uniter(**{k: saved.sizes[k] for k in ("vocab", "features", "classes", "types", "head", "answers")}, **SIZES[saved.sizes["size"]])
     model.load_state_dict(saved.model)
-    return model, tokenizer, saved.config
+    return model, tokenizer, config, saved.sizes
+
+
+def answer_list_of(task, data):
+    """What the answers of a VQA or entailment head are called, in the order of its outputs."""
+    return answer_list(data) if task == "vqa" else list(ENTAILMENT) if task == "ve" else []
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=("winoground", "retrieval", "nlvr", "figures"), help="figures: attention over boxes, and the training curve")
+    parser.add_argument("--task", required=True, choices=("winoground", "retrieval", *VALIDATION, "nlvr", "figures"), help="figures: attention over boxes, and the training curve")
     parser.add_argument("--ckpt", required=True, nargs="+", help="a last.pt of train.py, or an official checkpoint with --size; figures compares several")
     parser.add_argument("--data", default="data/toy", help="the data tree (default: data/toy)")
     parser.add_argument("--regions", help="folder of the region stores (default: DATA/regions)")
-    parser.add_argument("--dataset", default="flickr30k", choices=("flickr30k", "coco"), help="for retrieval (default: flickr30k)")
-    parser.add_argument("--split", help="for retrieval and nlvr (default: test, dev)")
+    parser.add_argument("--dataset", help="retrieval: flickr30k or coco (default: flickr30k); re: refcoco, refcoco+ or refcocog (default: the run's)")
+    parser.add_argument("--split", default="", help="default: test for retrieval, else the one with public answers: " + ", ".join(f"{k} {v}" for k, v in VALIDATION.items()))
     parser.add_argument("--size", choices=tuple(SIZES), help="size of an official checkpoint")
-    parser.add_argument("--head", choices=("rank", "match"), help="which score (default: rank if the run trained it)")
+    parser.add_argument("--form", default="pair-biattn", choices=("triplet", "pair", "pair-biattn"), help="NLVR2 model of an official checkpoint (default: pair-biattn)")
+    parser.add_argument("--mlp", action="store_true", help="an official RefCOCO+ checkpoint, whose head has two layers")
+    parser.add_argument("--head", choices=("rank", "match"), help="which score retrieval uses: match is zero-shot (default: rank if the run trained it)")
+    parser.add_argument("--hide", default="", choices=("", "text", "regions"), help="a control: the model may not see them")
+    parser.add_argument("--submit", default="", help="write the test server's file here: vqa .json, vcr and nlvr2 .csv")
+    parser.add_argument("--skip-missing", action="store_true", help="go on without examples whose image has no features; they are counted")
+    parser.add_argument("--scores", help="retrieval's score matrix, to go on after a kill (default: beside the checkpoint)")
     parser.add_argument("--out", default="out/figures", help="where figures go (default: out/figures)")
     return parser
 
@@ -297,18 +537,28 @@ def main():
 
 
 def run_task(args):
-    loaded = {Path(p).parent.name or p: load_model(p, args.data, args.size) for p in args.ckpt}
+    official = dict(task=args.task, form=args.form, head="region-mlp" if args.mlp else "", max_words=220 if args.task == "vcr" else 60, vg_questions=False,
+                    dataset=args.dataset or "refcoco")
+    loaded = {Path(p).parent.name or p: load_model(p, args.data, args.size, official) for p in args.ckpt}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, config = next(iter(loaded.values()))
+    model, tokenizer, config, sizes = next(iter(loaded.values()))
     model.to(device)
     regions, head = args.regions or f"{args.data}/regions", args.head or ("match" if config.get("task") == "pretrain" else "rank")
     if args.task == "winoground":
         return winoground(model, args.data, tokenizer, regions, head=head)
     if args.task == "retrieval":
-        return retrieval(model, args.data, tokenizer, regions, args.dataset, args.split or "test", head=head)
+        dataset, split = args.dataset or "flickr30k", args.split or "test"
+        mark = hashlib.sha256(f"{Path(args.ckpt[0]).resolve()} {Path(args.ckpt[0]).stat().st_mtime_ns} {args.data} {head}".encode()).hexdigest()[:8]
+        keep = args.scores or Path(args.ckpt[0]).parent / f"scores-{dataset}-{split}-{mark}.npy"
+        return retrieval(model, args.data, tokenizer, regions, dataset, split, head=head, keep=keep)
     if args.task == "nlvr":
         return nlvr(model, args.data, tokenizer, args.split or "dev")
-    paths = figures({name: m.to(device) for name, (m, _, _) in loaded.items()}, args.data, tokenizer, regions, args.out)
+    if args.task in VALIDATION:
+        if config["task"] != args.task:
+            raise CheckpointError(f"{args.ckpt[0]} was trained for {config['task']}, not for {args.task}\n  Train that first: python train.py --task {args.task}")
+        config = config | {"data": args.data, "regions": regions, "skip_missing": args.skip_missing} | ({"dataset": args.dataset} if args.dataset else {})
+        return downstream(model, config, sizes, tokenizer, args.split, args.submit, hide=args.hide)
+    paths = figures({name: found[0].to(device) for name, found in loaded.items()}, args.data, tokenizer, regions, args.out)
     for path in args.ckpt:
         if (log := Path(path).parent / "log.jsonl").exists():
             training_curve(log, Path(args.out) / f"curve_{Path(path).parent.name}.png")

@@ -8,6 +8,7 @@ Everything is computed in float32 (float64 stays), also under autocast.
     masked modelling       mlm  mrfr  mrc  mrc_kl                               UNITER eq. 1, 4
     matching               itm                                                  UNITER eq. 2
                            ranking                                              UNITER sec. 4.1
+    downstream tasks       soft_answers  classify  pick_region                  UNITER sec. A.2
     optimal transport      cosine_cost  ipot  ot_distance  wra                  UNITER eq. 3, Algorithm 1
     relation alignment     matrix_kl                                            CACR eq. 4
                            cacr  cacr_side                                      CACR eq. 3, 5, 6
@@ -136,6 +137,41 @@ def ranking(scores, margin=0.2):
     """
     s = wide(scores).sigmoid()
     return (margin + s[:, 1:] - s[:, :1]).clamp(min=0).mean()
+
+
+# -------------------------------------------------------------------------------------------------- downstream tasks
+
+def soft_answers(scores, target):
+    """Visual question answering with soft targets.    loss = mean_b sum_a BCE( sigmoid(scores_ba), target_ba )      UNITER sec. A.2
+
+    scores, target (B, A): target in [0, 1] is how right an answer is; several may be right, or none
+    returns  scalar >= 0, nats per question
+    Source: authors' code; it trains visual entailment so too, on one-hot targets, where the paper has the cross-entropy (classify).
+    Helpers: wide.
+    """
+    return F.binary_cross_entropy_with_logits(wide(scores), wide(target), reduction="none").sum(dim=-1).mean()
+
+
+def classify(logits, target):
+    """One of several classes.    loss = -mean_b log softmax(logits_b)[target_b]                                   UNITER sec. A.2
+
+    logits (B, C), target (B,) int64.  NLVR2: false, true. VCR: wrong, right, for each choice by itself. Visual entailment: its three.
+    returns  scalar >= 0, nats per row
+    Source: UNITER sec. A.2.
+    Helpers: wide.
+    """
+    return F.cross_entropy(wide(logits), target)
+
+
+def pick_region(scores, region_mask, target):
+    """Referring expressions: which region is meant.    loss = -mean_b log softmax(scores_b over real regions)[target_b]    sec. A.2
+
+    scores, region_mask (B, N_V), target (B,) int64, a real region of each row
+    returns  scalar >= 0, nats per expression; the authors' code sums over the batch: multiply the result by B
+    Source: UNITER sec. A.2.
+    Helpers: wide.
+    """
+    return F.cross_entropy(wide(scores).masked_fill(~region_mask, float("-inf")), target)
 
 
 # ------------------------------------------------------------------------------------------- optimal transport (WRA)

@@ -7,6 +7,7 @@ feature, V vocabulary, C region classes, K masked words or regions. A mask is bo
     Layer            attention and MLP, each followed by layer norm (BERT)
     TextEmbedding    word + position + type                                      UNITER sec. 3.1
     RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1
+    answer_head  choice_head  region_head  TripletHead  PairHead  PairAttentionHead     one for each downstream task, UNITER sec. A.2
     Uniter           encoder and heads; forward() returns an Output              UNITER sec. 3.1, 3.2
     load_pretrained  BERT, UNITER and our own checkpoints
 """
@@ -50,6 +51,7 @@ class Output(NamedTuple):
     pooled: torch.Tensor = None                     # (B, D)
     match: torch.Tensor = None                      # (B, 2) logits; column 1 = they match
     rank: torch.Tensor = None                       # (B,) how well they match, for ranking
+    scores: torch.Tensor = None                     # what the downstream head says; its shape stands at the head
 
 
 class Attention(nn.Module):
@@ -101,17 +103,21 @@ class Layer(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """norm(word + position + type): (B, N_L) ids -> (B, N_L, D). Type 0 is text; type 1 marks regions in UNITER."""
+    """norm(word + position + type): (B, N_L) ids -> (B, N_L, D).
+
+    text_type (B, N_L) int64: 0 text, and what a task adds: VCR 2 answer, 3 rationale; type 1 marks regions. All 0 unless given
+    """
     def __init__(self, vocab, width, positions=512, types=2, dropout=0.1):
         super().__init__()
         self.word, self.position = nn.Embedding(vocab, width), nn.Embedding(positions, width)
         self.token_type, self.norm = nn.Embedding(types, width), nn.LayerNorm(width, EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, text):
+    def forward(self, text, text_type=None):
         if text.shape[1] > self.position.num_embeddings:
             raise ValueError(f"a sentence of {text.shape[1]} tokens; this model has {self.position.num_embeddings} positions")
-        x = self.word(text) + self.position.weight[:text.shape[1]] + self.token_type.weight[0]
+        kind = self.token_type.weight[0] if text_type is None else self.token_type(text_type)
+        x = self.word(text) + self.position.weight[:text.shape[1]] + kind
         return self.dropout(self.norm(x))
 
 
@@ -120,7 +126,8 @@ class RegionEmbedding(nn.Module):
 
     regions (B, N_V, D_V), boxes (B, N_V, 4) = x1 y1 x2 y2 in [0, 1], seven numbers of them enter (footnote 3)
     hidden  (K,) int64 places in B*N_V of masked regions: feature zeroed, then a learned vector added; the box stays
-    type    (D,) the text table's row 1 (authors' code; the paper only says "a special modality embedding")
+    type    (D,), or (B, N_V, D) where regions of two images meet: the text table's row 1 (authors' code; the paper only says "a special
+            modality embedding"); NLVR2 has row 2 for the right image
     returns (B, N_V, D)
     """
     def __init__(self, features, width, dropout=0.1):
@@ -147,12 +154,93 @@ class Transform(nn.Sequential):
         super().__init__(nn.Linear(width, out or width), nn.GELU(), nn.LayerNorm(out or width, EPS))
 
 
+# Downstream heads. Each reads what it needs of (x, mask, pooled, regions) = the last layer's sequence (B, L, D) and its mask, the
+# pooled first token (B, D), the regions (B, N_V, D), and returns scores. Names and order of the parts are the official checkpoints'.
+
+class OnPooled(nn.Sequential):
+    def forward(self, x, mask, pooled, regions):
+        return super().forward(pooled)
+
+
+class OnRegions(nn.Sequential):
+    def forward(self, x, mask, pooled, regions):
+        return super().forward(regions)[..., 0]
+
+
+def answer_head(width, answers, **_):
+    """VQA, visual entailment: (B, A) logits, one for each answer."""
+    return OnPooled(*Transform(width, 2 * width), nn.Linear(2 * width, answers))
+
+
+def choice_head(width, **_):
+    """VCR: (B, 2) logits, wrong and right, of one choice. ReLU where the others have GELU [authors' code]."""
+    return OnPooled(nn.Linear(width, 2 * width), nn.ReLU(), nn.LayerNorm(2 * width, EPS), nn.Linear(2 * width, 2))
+
+
+def region_head(width, **_):
+    """Referring expressions: (B, N_V) scores, rubbish in padding."""
+    return OnRegions(nn.Linear(width, 1))
+
+
+def region_mlp_head(width, **_):
+    """The same with a hidden layer, as the released RefCOCO+ models."""
+    return OnRegions(*Transform(width), nn.Linear(width, 1))
+
+
+class TripletHead(nn.Module):
+    """NLVR2 with both images in one sequence: (B, 2) logits, false and true."""
+    def __init__(self, width, **_):
+        super().__init__()
+        self.out = nn.Linear(width, 2)
+
+    def forward(self, x, mask, pooled, regions):
+        return self.out(pooled)
+
+
+class PairHead(nn.Module):
+    """NLVR2 with rows 2i, 2i + 1 = the sentence with the left and with the right image: (B/2, 2) logits."""
+    def __init__(self, width, **_):
+        super().__init__()
+        self.out = nn.Linear(2 * width, 2)
+
+    def forward(self, x, mask, pooled, regions):
+        return self.out(rearrange(pooled, "(P two) D -> P (two D)", two=2))
+
+
+class PairAttentionHead(nn.Module):
+    """NLVR2, "pair-biattn": as PairHead, but either row first attends to the other, and attention pools it.       UNITER sec. 4.3
+
+        a = relu(W [other seen from here ; own]),   pooled = sum_n softmax_n(relu(w a_n)) a_n
+    """
+    def __init__(self, width, heads, dropout, **_):
+        super().__init__()
+        self.left_asks, self.right_asks = Attention(width, heads, dropout), Attention(width, heads, dropout)
+        self.merge, self.pool, self.out = nn.Linear(2 * width, width), nn.Linear(width, 1), nn.Linear(2 * width, 2)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask, pooled, regions):
+        sides = []
+        for ask, own, other in ((self.left_asks, 0, 1), (self.right_asks, 1, 0)):
+            seen, _ = ask(x[own::2], x[other::2], mask[other::2])                                         # (B/2, L, D)
+            a = self.dropout(self.merge(torch.cat([seen, x[own::2]], dim=-1)).relu())
+            weight = self.pool(a)[..., 0].relu().masked_fill(~mask[own::2], float("-inf")).softmax(dim=-1)
+            sides.append(torch.einsum("PL, PLD -> PD", self.dropout(weight).to(a.dtype), a))
+        return self.out(torch.cat(sides, dim=-1))
+
+
+HEADS = {"answers": answer_head, "choice": choice_head, "region": region_head, "region-mlp": region_mlp_head,
+         "triplet": TripletHead, "pair": PairHead, "pair-biattn": PairAttentionHead}
+
+
 class Uniter(nn.Module):
     """Single-stream encoder: words and regions in one sequence, every token attends to every other.     UNITER sec. 3.1, 3.2
 
     vocab, features (D_V), classes (C, background included): sizes of the data; width ... inner: SIZES["base"]
+    types       rows of the type table: 2; NLVR2 3, VCR 4
+    head        the downstream task's, a name of HEADS, or ""; answers: how many it tells apart
     """
-    def __init__(self, vocab, features=2048, classes=1601, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1):
+    def __init__(self, vocab, features=2048, classes=1601, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1,
+                 head="", answers=0):
         super().__init__()
         self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
         self.region_embedding = RegionEmbedding(features, width, dropout)
@@ -162,6 +250,7 @@ class Uniter(nn.Module):
         self.feature_head, self.feature_bias = Transform(width), nn.Parameter(torch.zeros(features))
         self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
         self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
+        self.task_head = HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers) if head else None
         self.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
         with torch.no_grad():                       # boxes enter around their middle: else the mean box drowns the differences
             middle = torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
@@ -174,14 +263,15 @@ class Uniter(nn.Module):
         self.rank.weight.copy_(self.match.weight[1:])
         self.rank.bias.copy_(self.match.bias[1:])
 
-    def forward(self, text, text_mask, regions, boxes, region_mask, *, masked_words=None, masked_regions=None,
-                hidden_regions=None, heads=(), maps=(), length=None):
+    def forward(self, text, text_mask, regions, boxes, region_mask, *, text_type=None, region_type=None, masked_words=None,
+                masked_regions=None, hidden_regions=None, heads=(), maps=(), length=None):
         """
         text (B, N_L) int64, text_mask (B, N_L); regions (B, N_V, D_V), boxes (B, N_V, 4) in [0, 1], region_mask (B, N_V)
+        text_type, region_type  (B, N_L), (B, N_V) int64, rows of the type table; 0 and 1 unless given
         masked_words    (K,) int64, places in B*N_L whose word to guess: word_logits are made there and only there
         masked_regions  (K,) int64, places in B*N_V whose feature and class to guess
         hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions unless given)
-        heads           of "features", "classes" (both for masked_regions), "pooled", "match", "rank"
+        heads           of "features", "classes" (both for masked_regions), "pooled", "match", "rank", "task"
         maps            layers whose attention logits to return, e.g. (-1,); the others run fused
         length          L, if known: without it a GPU has to be waited for
         """
@@ -192,8 +282,8 @@ class Uniter(nn.Module):
             length = int((n_words + n_regions).max())
         length = max(length, N_L)                   # a text padded beyond every row's words and regions
         hidden = masked_regions if hidden_regions is None else hidden_regions
-        x = torch.cat([self.text_embedding(text),
-                       self.region_embedding(regions, boxes, self.text_embedding.token_type.weight[1], hidden)], dim=1)
+        kind = self.text_embedding.token_type.weight[1] if region_type is None else self.text_embedding.token_type(region_type)
+        x = torch.cat([self.text_embedding(text, text_type), self.region_embedding(regions, boxes, kind, hidden)], dim=1)
 
         # Compact: row b becomes its words, then its regions, then padding, so that no layer pays for two paddings.
         slot = torch.arange(length, device=text.device)[None]                                             # (1, L)
@@ -208,9 +298,9 @@ class Uniter(nn.Module):
         place = (n_words + torch.arange(N_V, device=text.device)).clamp(max=length - 1)                   # (B, N_V)
         out = Output(words=x[:, :N_L], regions=x.gather(1, place[..., None].expand(-1, -1, x.shape[-1])),
                      maps=tuple(blocks(logits[i % len(self.layers)], N_L, place) for i in maps))
-        return self.add_heads(out, x[:, 0], masked_words, masked_regions, heads)
+        return self.add_heads(out, x, mask, masked_words, masked_regions, heads)
 
-    def add_heads(self, out, first, masked_words, masked_regions, heads):
+    def add_heads(self, out, x, mask, masked_words, masked_regions, heads):
         made = {}
         if masked_words is not None:
             h = self.word_head(out.words.flatten(0, 1)[masked_words])                                     # (K, D)
@@ -221,12 +311,14 @@ class Uniter(nn.Module):
                 made["region_features"] = F.linear(self.feature_head(h), self.region_embedding.feature.weight.mT, self.feature_bias)
             if "classes" in heads:
                 made["region_logits"] = self.classifier(self.class_head(h))                               # (K, C)
-        if {"pooled", "match", "rank"} & set(heads):
-            made["pooled"] = pooled = self.pooler(first).tanh()                                           # (B, D)
+        if {"pooled", "match", "rank", "task"} & set(heads):
+            made["pooled"] = pooled = self.pooler(x[:, 0]).tanh()                                         # (B, D)
             if "match" in heads:
                 made["match"] = self.match(pooled)
             if "rank" in heads:
                 made["rank"] = self.rank(pooled)[:, 0]
+            if "task" in heads:
+                made["scores"] = self.task_head(x, mask, pooled, out.regions)
         return out._replace(**made)
 
 
@@ -278,6 +370,9 @@ RENAMES = [                                         # official name -> ours, tri
     (r"^feat_regress\.net\.", "feature_head."), (r"^feat_regress\.bias", "feature_bias"),
     (r"^region_classifier\.net\.3", "classifier"), (r"^region_classifier\.net\.", "class_head."),
     (r"^itm_output", "match"), (r"^rank_output", "rank"),
+    (r"^(vqa|vcr)_output\.", "task_head."), (r"^re_output\.(?=weight|bias)", "task_head.0."), (r"^re_output\.", "task_head."),
+    (r"^nlvr2_output", "task_head.out"), (r"^fc\.0", "task_head.merge"), (r"^attn_pool\.fc\.0", "task_head.pool"),
+    (r"^attn1\.", "task_head.left_asks."), (r"^attn2\.", "task_head.right_asks."), (r"^(task_head\..*)\.out_proj", r"\1.to_out"),
 ]
 TIED = {"cls.predictions.decoder.weight": "text_embedding.word", "cls.predictions.decoder.bias": "word_bias",
         "feat_regress.weight": "region_embedding.feature"}          # second names of a tensor that we hold once
@@ -328,6 +423,9 @@ def read_tensors(path):
     found = read_plain(path)
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         found = found["model"]
+    for name in [name for name in found if ".in_proj_" in name] if isinstance(found, dict) else []:
+        for part, piece in zip("qkv", found.pop(name).chunk(3)):    # torch's own attention keeps its three matrices as one
+            found[name.replace("in_proj_", f"to_{part}.")] = piece
     if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise CheckpointError(f"{path} holds {type(found).__name__} and not a table of named tensors\n"
                               "  Wanted: a state_dict, or a training file with one under \"model\".")
@@ -340,7 +438,7 @@ class Saved(NamedTuple):
     optimizer: dict
     step: int
     config: dict                                    # the run's settings
-    sizes: dict                                     # vocab, features, classes; size: a key of SIZES
+    sizes: dict                                     # vocab, features, classes, types, head, answers; size: a key of SIZES
 
 
 def read_checkpoint(path):
@@ -377,11 +475,12 @@ def read_safetensors(path):
 
 
 @torch.no_grad()
-def load_pretrained(model, path):
+def load_pretrained(model, path, new_words=0):
     """Fill a model from a BERT, UNITER or own checkpoint; returns a Report (print it: it says what was left out).
 
     Names are translated (RENAMES), numbers cast to the model's type, and the ranking head started from the matching head
-    where the file has none. A tensor of another shape is an error, so a wrong size or vocabulary cannot pass unnoticed.
+    where the file has none. A tensor of another shape is an error, so a wrong size or vocabulary cannot pass unnoticed; but the type
+    table and, by `new_words` rows, the word table may grow, and a downstream head of another task stays at its start.
     """
     own, report, wrong = model.state_dict(), Report([], [], [], [], []), []
     for name, tensor in read_tensors(path).items():
@@ -395,6 +494,15 @@ def load_pretrained(model, path):
             continue
         if ours == "region_embedding.mask" and tensor.dim() == 2:
             tensor = tensor[1]                      # row 0 stands for "not masked" and is always zero
+        more = len(own[ours]) - len(tensor) if tensor.dim() else 0
+        if ours == "text_embedding.token_type.weight" and more > 0:  # VCR's answer and rationale start as text, NLVR2's right image as
+            start = tensor[1 if len(own[ours]) == 3 else 0]         # an image [authors' code]
+            tensor = torch.cat([tensor, start.expand(more, -1)])
+        elif ours in ("text_embedding.word.weight", "word_bias") and more == new_words > 0:
+            tensor = torch.cat([tensor, own[ours][-more:].to(tensor.dtype)])
+        if tensor.shape != own[ours].shape and ours.startswith("task_head."):
+            report.unused.append(name)
+            continue
         if tensor.shape != own[ours].shape:
             wrong.append(f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[ours].shape)} in the model")
             continue

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,27 +28,57 @@ from tqdm import tqdm
 
 import evaluate
 import losses
-from data import (DataError, Mix, PairBatches, Pairs, RankingBatches, RegionStore, WordPiece, coco, ensure_toy, flickr30k,
-                  nlvr_pairs, write_atomic)
-from evaluate import to
+from data import (CORPORA, ENTAILMENT, REFER, VCR_WORDS, DataError, Mix, PairBatches, Pairs, RankingBatches, RegionStore, TaskBatches, WordPiece, blind,
+                  coco_karpathy, ensure_toy, flickr30k, held_out, nlvr_pairs, vcr, vcr_store, write_atomic)
+from evaluate import HEAD_OF, TYPES_OF, VALIDATION, answer_list_of, load_task, to
 from model import SIZES, CheckpointError, Uniter, load_pretrained, read_checkpoint
 
 # 1. Recipes --------------------------------------------------------------------------------------------------------
 # One dict per experiment: only what differs from the defaults of Config. "init" may name another recipe: it is run first.
 
+TOY = dict(size="toy", init="toy-pretrain", dropout=0.0, warmup=50, units=2048, lr=3e-4, clip=2.0)
+BASE = dict(size="base", init="{data}/checkpoints/uniter-base.pt")
+LARGE = dict(size="large", init="{data}/checkpoints/uniter-large.pt")
+PRETRAIN = dict(task="pretrain", pretrain="mlm:2+itm:2+mrfr:1+mrckl:1+wra", size="base", init="{data}/checkpoints/uniter-base-init.pt",
+                steps=200_000, warmup=10_000, units=10240, lr=5e-5, clip=5.0)
+ALL_DATA = PRETRAIN | dict(corpora="coco:2+vg:3+cc3m:3+sbu:2", pretrain="mlm:4+itm:3+mrfr:2+mrckl:2+wra")
+RANKING = dict(task="retrieval", steps=5000, warmup=500, units=2048, lr=5e-5, negatives=31, candidates=399, alternate=True)
+
 RECIPES = {
     # Small batches and much masking: what breaks the plateau before "left" is told from "right" is the number of updates [ours]
     "toy-pretrain": dict(task="pretrain", pretrain="mlm:4+itm:1", size="toy", dropout=0.0, steps=4500, warmup=200, units=1024, lr=5e-4, mask_rate=0.4,
                          clip=5.0, save_every=500, eval_every=500),
-    "toy": dict(task="retrieval", size="toy", init="toy-pretrain", dropout=0.0, steps=400, warmup=40, units=1536, lr=3e-4, negatives=3, candidates=24,
-                alternate=True, save_every=100, eval_every=100),
+    "toy": dict(task="retrieval", dataset="coco", size="toy", init="toy-pretrain", dropout=0.0, steps=400, warmup=40, units=1536, lr=3e-4, negatives=3,
+                candidates=24, alternate=True, save_every=100, eval_every=100),
     "toy-nlvr": dict(task="nlvr", size="toy", init="toy-pretrain", dropout=0.1, steps=1500, warmup=150, units=2048, lr=2e-4),
-    # UNITER's pre-training on COCO [authors' code: config/pretrain-indomain-base-8gpu.json]; BERT-cased start
-    "uniter-pretrain": dict(task="pretrain", pretrain="mlm+itm+mrfr+mrckl+wra", size="base", init="{data}/checkpoints/uniter-base-init.pt",
-                            steps=200_000, warmup=10_000, units=10240, accumulate=2, lr=5e-5, clip=5.0),
-    # CACR and IAIS on Flickr30k [CACR sec. 4; IAIS code: config/train-flickr-base-8gpu-hn.json]; 8 x (1 text + 1 image) anchors a GPU
-    "flickr30k": dict(task="retrieval", size="base", init="{data}/checkpoints/uniter-base.pt", steps=5000, warmup=500, units=2048,
-                      accumulate=16, lr=5e-5, clip=2.0, negatives=31, candidates=399, alternate=True),
+    "toy-vqa": TOY | dict(task="vqa", steps=2000, head_lr=3.0),
+    "toy-vcr": TOY | dict(task="vcr", steps=1500, max_words=220),
+    "toy-nlvr2": TOY | dict(task="nlvr2", steps=1500),
+    "toy-ve": TOY | dict(task="ve", steps=2000),
+    "toy-re": TOY | dict(task="re", dataset="refcoco", steps=1000),
+    "toy-retrieval": TOY | dict(task="retrieval", steps=1000, negatives=3, candidates=24),
+    # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README
+    "uniter-pretrain": PRETRAIN | dict(corpora="coco+vg", accumulate=2),
+    "uniter-pretrain-all": ALL_DATA | dict(accumulate=6),
+    "uniter-pretrain-all-large": ALL_DATA | dict(size="large", init="{data}/checkpoints/uniter-large-init.pt", steps=500_000, units=6144, accumulate=4),
+    "vcr-pretrain": BASE | dict(task="pretrain", corpora="vcr", pretrain="mlm:2+mrfr:1+mrckl:1", steps=45_000, warmup=4500, units=6144, accumulate=4, lr=3e-5, clip=0.0, max_words=220),
+    "vqa": BASE | dict(task="vqa", split="train2014+val2014", vg_questions=True, steps=6000, warmup=600, units=5120, accumulate=5, lr=8e-5, head_lr=10.0),
+    "vqa-large": LARGE | dict(task="vqa", split="train2014+val2014", vg_questions=True, steps=5000, warmup=500, units=3072, accumulate=4, lr=5e-5, head_lr=10.0),
+    "vcr": BASE | dict(task="vcr", init="vcr-pretrain", steps=8000, warmup=800, units=4000, accumulate=5, lr=6e-5, max_words=220),
+    "vcr-large": LARGE | dict(task="vcr", steps=8000, warmup=800, units=4000, accumulate=5, lr=6e-5, max_words=220),
+    "nlvr2": BASE | dict(task="nlvr2", seed=77, steps=8000, warmup=800, units=10240, lr=3e-5, skip_missing=True),
+    "nlvr2-large": LARGE | dict(task="nlvr2", seed=24, steps=5000, warmup=500, units=5120, accumulate=2, lr=2e-5, skip_missing=True),
+    "ve": BASE | dict(task="ve", steps=4000, warmup=400, units=4096, accumulate=4, lr=8e-5),
+    "ve-large": LARGE | dict(task="ve", steps=4000, warmup=400, units=4096, accumulate=2, lr=3e-5),
+    "refcoco": BASE | dict(task="re", dataset="refcoco", seed=24, steps=24_000, warmup=1500, units=4096, lr=1e-4),
+    "refcoco+": BASE | dict(task="re", dataset="refcoco+", head="region-mlp", seed=24, steps=10_000, warmup=1000, units=4096, lr=6e-5),
+    "refcocog": BASE | dict(task="re", dataset="refcocog", seed=24, steps=24_000, warmup=1500, units=4096, lr=1e-4),
+    "retrieval-flickr30k": BASE | dict(task="retrieval", steps=16_000, warmup=1600, units=10240, lr=5e-5, negatives=2, mine_every=2500),      # [UNITER sec. A.2]
+    "retrieval-coco": BASE | dict(task="retrieval", dataset="coco", steps=20_000, warmup=2000, units=10240, lr=2e-5, negatives=2, mine_every=4000),
+    "flickr30k": BASE | RANKING | dict(accumulate=16),              # the hard negatives of UNITER's code; CACR's and IAIS's experiment
+    "coco": BASE | RANKING | dict(dataset="coco", accumulate=16),
+    "flickr30k-large": LARGE | RANKING | dict(accumulate=16),
+    "coco-large": LARGE | RANKING | dict(dataset="coco", accumulate=16, lr=3e-5),
 }
 
 # 2. Command line ---------------------------------------------------------------------------------------------------
@@ -62,8 +93,17 @@ class Config:
     """Every setting of a run, its default, and where the default is from."""
     recipe: str = opt("toy", "which experiment: its settings replace the defaults below; what you type replaces both")
     loss: str = opt("none", "alignment losses, joined by +: none, cacr, iais, iais-released, iais-distributed, wra")
-    task: str = opt("retrieval", "what to learn", ("retrieval", "pretrain", "nlvr"))
+    task: str = opt("retrieval", "what to learn", ("retrieval", "pretrain", "vqa", "vcr", "nlvr2", "ve", "re", "nlvr"))
     pretrain: str = opt("mlm+itm", "pre-training tasks, joined by +: mlm, itm, mrfr, mrc, mrckl, wra (goes with itm) [UNITER table 2]; mlm:3 triples a share")
+    joint_masking: bool = opt(False, "mask words and regions of a pair at once [UNITER table 2, line 12]; else one of them, given the other")
+    corpora: str = opt("coco", "pre-training data, joined by +: coco, vg, cc3m, sbu, vcr (second stage, alone); vg:3 triples a share [UNITER table 1]")
+    dataset: str = opt("flickr30k", "retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog")
+    split: str = opt("", "what a downstream task learns from; its training split unless given; vqa joins some by +")
+    form: str = opt("pair-biattn", "how NLVR2's two images meet [UNITER table 5]", ("triplet", "pair", "pair-biattn"))
+    head: str = opt("", "region-mlp gives re a second layer, as the released RefCOCO+ models", ("", "region-mlp"))
+    task_loss: str = opt("", "vqa: bce; ve: bce [authors' code] or ce [UNITER sec. A.2]; re: ce, or rank (triplets, a third of them hardest)", ("", "bce", "ce", "rank"))
+    vg_questions: bool = opt(False, "add Visual Genome's questions to VQA's [UNITER sec. A.2]")
+    hide: str = opt("", "a control that may not see the words or the regions", ("", "text", "regions"))
     data: str = opt("data/toy", "the data tree; data/toy is made on first use")
     regions: str = opt("", "folder of the region stores; DATA/regions unless given")
     out: str = opt("", "where the run goes; out/<recipe>-<loss>-seed<seed> unless given")
@@ -77,6 +117,7 @@ class Config:
     units: int = opt(10240, "words + regions a batch on each process, padding counted [UNITER sec. A.2]")
     accumulate: int = opt(1, "batches an update")
     lr: float = opt(5e-5, "peak learning rate of AdamW [authors' code]")
+    head_lr: float = opt(1.0, "the downstream head learns so many times faster [authors' code]")
     warmup: int = opt(500, "updates of linear warm-up; then linear to zero")
     weight_decay: float = opt(0.01, "on matrices, not on biases and norms [UNITER sec. A.2]")
     beta2: float = opt(0.98, "AdamW's second beta [authors' code]; the first is 0.9")
@@ -86,6 +127,7 @@ class Config:
     mask_rate: float = opt(0.15, "share of words or regions masked in pre-training [UNITER sec. 3.2]")
     negatives: int = opt(2, "mismatched pairs a matched one in ranking: 2 [UNITER sec. 4.1], 31 [CACR sec. 4]")
     candidates: int = opt(0, "score so many negatives and train on the hardest: 399 [IAIS code]; 0 draws them at random")
+    mine_every: int = opt(0, "mine hard negatives every so many updates: 128 random ones scored, 1 of the 20 hardest each way added [UNITER sec. A.2]")
     alternate: bool = opt(False, "text anchors and the language side one batch, image anchors and the vision side the next [IAIS code]")
     margin: float = opt(0.2, "of the ranking loss [authors' code]")
     align_weight: float = opt(1.0, "final weight of the alignment losses [ours]; the IAIS code's accumulation makes it 8")
@@ -131,8 +173,8 @@ def parse(argv):
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
         raise UserError(f"{unknown[0]} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     typed = vars(typed)
-    if typed.get("task") == "nlvr":
-        typed.setdefault("recipe", "toy-nlvr")
+    if "task" in typed:
+        typed.setdefault("recipe", f"toy-{typed['task']}")
     recipe = typed.pop("recipe", Config.recipe)
     return make_config(recipe, **typed)
 
@@ -142,7 +184,12 @@ def make_config(recipe, **changes):
     alignment_names(cfg), pretrain_shares(cfg)
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
     cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
-    cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}-seed{cfg.seed}"
+    cfg.dataset = cfg.dataset if cfg.task != "re" or cfg.dataset != "flickr30k" else "refcoco"
+    if cfg.task in ("re", "retrieval"):
+        known(cfg.dataset, list(REFER) if cfg.task == "re" else ["flickr30k", "coco"], "--dataset")
+    if cfg.task_loss not in {"vqa": ("", "bce"), "ve": ("", "bce", "ce"), "re": ("", "ce", "rank")}.get(cfg.task, ("",)):
+        raise UserError(f"--task-loss {cfg.task_loss} is not for --task {cfg.task}\n  vqa: bce; ve: bce or ce; re: ce or rank")
+    cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}{'-blind-' * bool(cfg.hide)}{cfg.hide}-seed{cfg.seed}"
     for name in ("steps", "units", "accumulate", "negatives", "save_every", "log_every", "eval_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted at least 1")
@@ -160,17 +207,22 @@ def alignment_names(cfg):
     return [known(name, [*ALIGNMENTS, "none"], "--loss") for name in cfg.loss.split("+") if name != "none"]
 
 
-def pretrain_shares(cfg):
-    """{task: share of the steps} from --pretrain; UNITER's own shares are the default."""
-    usual, shares = {"mlm": 2, "itm": 2, "mrfr": 1, "mrc": 1, "mrckl": 1, "wra": 0}, {}     # [UNITER's code]
-    for part in cfg.pretrain.split("+"):
+def read_shares(text, usual, option):
+    """{name: share} of "a+b:3"; usual = {name: share unless told}."""
+    shares = {}
+    for part in text.split("+"):
         name, _, share = part.partition(":")
-        known(name, list(usual), "--pretrain")
+        known(name, list(usual), option)
         try:
             shares[name] = float(share or usual[name])
         except ValueError:
-            raise UserError(f"--pretrain {part}: wanted a name, or name:share as in mlm:3") from None
+            raise UserError(f"{option} {part}: wanted a name, or name:share as in {name}:3") from None
     return shares
+
+
+def pretrain_shares(cfg):
+    """{task: share of the steps} from --pretrain; UNITER's own shares are the default."""
+    return read_shares(cfg.pretrain, {"mlm": 2, "itm": 2, "mrfr": 1, "mrc": 1, "mrckl": 1, "wra": 0}, "--pretrain")     # [UNITER's code]
 
 
 # 3. Where it runs --------------------------------------------------------------------------------------------------
@@ -230,43 +282,84 @@ def find_place(cfg):
 # 4. Data -----------------------------------------------------------------------------------------------------------
 
 def load_tokenizer(cfg):
-    return WordPiece(Path(cfg.data) / ("bert-base-cased" if cfg.cased else "bert-base-uncased") / "vocab.txt", lower=not cfg.cased)
+    new_words = VCR_WORDS if cfg.task == "vcr" or cfg.task == "pretrain" and cfg.corpora.startswith("vcr") else ()
+    return WordPiece(Path(cfg.data) / ("bert-base-cased" if cfg.cased else "bert-base-uncased") / "vocab.txt", not cfg.cased, new_words)
+
+
+class Streams(NamedTuple):
+    """What a run learns from: see data.Mix."""
+    train: list
+    shares: list
+    val: dict                                       # {name: validation stream}
+    store: RegionStore                              # of the first, for the model's sizes
+    answer_list: list = []                          # what a task head's outputs are called
 
 
 def load_streams(cfg, place, tokenizer):
-    """(training streams, their shares, {name: validation stream}, the region store): see data.Mix."""
-    share = dict(part=place.rank, parts=place.world)
-    units = cfg.units * place.world
+    share, units = dict(part=place.rank, parts=place.world), cfg.units * place.world
 
-    def pairs(captions, store, name):
-        place.say(f"  {store}") if not name.endswith(("val", "val2014")) else None
-        found = Pairs(captions, store, tokenizer, cfg.max_words, name, cfg.skip_missing)
-        place.say(f"  {found}")
+    def pairs(texts, store, name, told=None):
+        for thing in (f"{store}", found := Pairs(texts, store, tokenizer, cfg.max_words, name, cfg.skip_missing or name.startswith("cc3m"))):
+            place.say(f"  {thing}")
+        tell(place, told or {})
         return found
 
     if cfg.task == "nlvr":
-        train, labels = nlvr_pairs(cfg.data, "test", tokenizer)
-        val, val_labels = nlvr_pairs(cfg.data, "dev", tokenizer)
+        (train, labels), (val, val_labels) = (nlvr_pairs(cfg.data, split, tokenizer) for split in ("test", "dev"))
         place.say(f"  {train}\n  {val}")
         make = lambda p, y, **k: PairBatches(p, "nlvr", units, cfg.seed, labels=y, **k)
-        return [make(train, labels, **share)], [1], {"nlvr": make(val, val_labels)}, train.store
+        return Streams([make(train, labels, **share)], [1], {"nlvr": make(val, val_labels)}, train.store)
     if cfg.task == "pretrain":
-        store = RegionStore(Path(cfg.regions) / "coco")
-        train, val = (pairs(coco(cfg.data, s), store, f"COCO {s}") for s in ("train2014", "val2014"))
-        shares = pretrain_shares(cfg)
-        tasks = [t for t in shares if t != "wra"]
-        streams = [PairBatches(train, t, units, cfg.seed, **share, mask_rate=cfg.mask_rate) for t in tasks]
-        return streams, [shares[t] for t in tasks], {t: PairBatches(val, t, cfg.units, cfg.seed) for t in tasks}, store
-    store = RegionStore(Path(cfg.regions) / "flickr30k")
-    train, val = (pairs(flickr30k(cfg.data, s), store, f"Flickr30k {s}") for s in ("train", "val"))
-    ranking = dict(negatives=cfg.negatives, candidates=cfg.candidates, alternate=cfg.alternate)
-    return ([RankingBatches(train, units, cfg.seed, **share, **ranking)], [1],
-            {"rank": RankingBatches(val, cfg.units, cfg.seed, negatives=cfg.negatives)}, store)
+        return pretraining_streams(cfg, place, pairs, share, units)
+    if cfg.task == "retrieval":
+        store = RegionStore(Path(cfg.regions) / cfg.dataset)
+        train, val = (pairs({"coco": coco_karpathy, "flickr30k": flickr30k}[cfg.dataset](cfg.data, s), store, f"{cfg.dataset} {s}") for s in ("train", "val"))
+        ranking = dict(negatives=cfg.negatives, candidates=cfg.candidates, alternate=cfg.alternate)
+        return Streams([RankingBatches(train, units, cfg.seed, **share, **ranking)], [1],
+                       {"rank": RankingBatches(val, cfg.units, cfg.seed, negatives=cfg.negatives)}, store)
+    names, told = answer_list_of(cfg.task, cfg.data), {"vqa": "train2014"}.get(cfg.task, "train")
+    tasks = [load_task(dataclasses.asdict(cfg), tokenizer, split, names) for split in (cfg.split or told, VALIDATION[cfg.task])]
+    for task in tasks:
+        place.say(f"  {task.pairs.store}\n  {task.pairs}; {len(task.target):,} examples")
+        tell(place, task.told)
+    train, val = tasks
+    return Streams([TaskBatches(train, units, cfg.seed, **share)], [1], {cfg.task: TaskBatches(val, cfg.units, cfg.seed)}, train.pairs.store, names)
 
 
-def load_batches(cfg, place, streams, shares, start):
+def tell(place, told):
+    """What was counted while reading."""
+    for what, n in told.items():
+        if n:
+            place.say(f"    {n:,} {what}")
+
+
+def pretraining_streams(cfg, place, pairs, share, units):
+    """One stream for each pre-training task of each corpus."""
+    shares, corpora = pretrain_shares(cfg), read_shares(cfg.corpora, {name: 1 for name in [*CORPORA, "vcr"]}, "--corpora")
+    tasks, streams, weights, val = [t for t in shares if t != "wra"], [], [], {}
+    out = held_out(cfg.data) if set(corpora) - {"vcr"} else None
+    for number, (corpus, weight) in enumerate(corpora.items()):
+        found = {}
+        for split in ("train", "val"):
+            if corpus == "vcr":                     # second stage: question and answer, and with the reason, the right ones
+                parts = [vcr(cfg.data, split, part, choices=False) for part in ("qa", "qar")]
+                texts, told, store = [t for p in parts for t in p[0]], parts[0][1], vcr_store(cfg.regions)
+            else:
+                reader, *stores = CORPORA[corpus]
+                texts, told = reader(cfg.data, split, out)
+                store = RegionStore(Path(cfg.regions) / stores[split == "val"])
+            found[split] = pairs(texts, store, f"{corpus} {split}", told)
+        for task in tasks:
+            how = dict(mask_rate=cfg.mask_rate, joint=cfg.joint_masking, corpus=number)
+            streams.append(PairBatches(found["train"], task, units, cfg.seed, **share, **how))
+            weights.append(weight * shares[task])
+            val[task if number == 0 else f"{corpus}/{task}"] = PairBatches(found["val"], task, cfg.units, cfg.seed, corpus=number)
+    return Streams(streams, weights, val, streams[0].pairs.store)
+
+
+def load_batches(cfg, place, streams, start):
     """Iterator over the steps from start on; workers keep ahead of the model if there are any."""
-    mix = Mix(streams, shares, cfg.steps, cfg.seed, cfg.accumulate)
+    mix = Mix(streams.train, streams.shares, cfg.steps, cfg.seed, cfg.accumulate)
     workers = cfg.workers if cfg.workers >= 0 else 2 * (place.device.type == "cuda")
     return iter(torch.utils.data.DataLoader(mix, batch_size=None, sampler=range(start, cfg.steps), num_workers=workers, collate_fn=as_is,
                                             pin_memory=place.device.type == "cuda", persistent_workers=workers > 0))
@@ -279,12 +372,19 @@ def as_is(batch):
 
 # 5. Model ----------------------------------------------------------------------------------------------------------
 
-def build_model(cfg, place, tokenizer, store):
-    """A model of the recipe's size for this vocabulary and these features, filled from --init."""
+def model_sizes(cfg, tokenizer, streams):
+    """What the data and the task ask of the model; kept in the checkpoint."""
+    vcr_words = "vcr" if tokenizer.new_words else cfg.task
+    return dict(vocab=len(tokenizer), features=store_width(streams.store), classes=streams.store.classes or 1601, types=TYPES_OF.get(vcr_words, 2),
+                head=cfg.form if cfg.task == "nlvr2" else cfg.head or HEAD_OF.get(cfg.task, ""), answers=len(streams.answer_list))
+
+
+def build_model(cfg, place, tokenizer, streams):
+    """A model of the recipe's size for this vocabulary, these features and this task, filled from --init."""
     torch.manual_seed(cfg.seed)
-    model = Uniter(len(tokenizer), store_width(store), store.classes or 1601, dropout=cfg.dropout, **SIZES[cfg.size])
+    model = Uniter(**model_sizes(cfg, tokenizer, streams), dropout=cfg.dropout, **SIZES[cfg.size])
     if cfg.init:
-        place.say(f"  {cfg.init}: {load_pretrained(model, cfg.init)}")
+        place.say(f"  {cfg.init}: {load_pretrained(model, cfg.init, tokenizer.new_words)}")
     return model.to(place.device)
 
 
@@ -346,7 +446,7 @@ def maps_wanted(cfg):
 
 
 def objective_mlm(cfg, model, batch):
-    out = model(**batch["input"], masked_words=batch["masked_words"])
+    out = model(**batch["input"], masked_words=batch["masked_words"], hidden_regions=batch.get("hidden_regions"))
     return {"mlm": losses.mlm(out.word_logits, batch["word_targets"])}
 
 
@@ -385,7 +485,34 @@ def objective_rank(cfg, model, batch):
     return {"rank": losses.ranking(scores, cfg.margin), **alignment(cfg, out, batch["positive"], batch["anchor"])}
 
 
-OBJECTIVES = {"mlm": objective_mlm, "itm": objective_itm, "nlvr": objective_itm, "rank": objective_rank,
+def objective_task(cfg, model, batch):
+    """A downstream task; with --loss also the alignment of its texts and images."""
+    x, task, target = batch["input"], batch["task"], batch["target"]
+    out = model(**x, heads=("task",), maps=maps_wanted(cfg))
+    if task == "vqa":
+        loss = losses.soft_answers(out.scores, target)
+    elif task == "ve" and cfg.task_loss != "ce":
+        loss = losses.soft_answers(out.scores, torch.nn.functional.one_hot(target, out.scores.shape[1]).float())
+    elif task == "vcr":                             # four choices an example, each right or wrong by itself
+        loss = losses.classify(out.scores, (torch.arange(4, device=target.device) == target[:, None]).flatten().long())
+    elif task == "re" and cfg.task_loss == "rank":
+        loss = losses.ranking(torch.stack([out.scores.gather(1, i[:, None])[:, 0] for i in (target, wrong_region(out.scores, x["region_mask"], target))], dim=1), cfg.margin)
+    elif task == "re":
+        loss = losses.pick_region(out.scores, x["region_mask"], target)
+    else:
+        loss = losses.classify(out.scores, target)
+    return {task: loss, **alignment(cfg, out, x)}
+
+
+def wrong_region(scores, region_mask, target, hard=0.3):
+    """Another region of each row: the highest scored, or with probability 1 - hard any [authors' code]."""
+    scores, may = scores.detach().float(), region_mask.scatter(1, target[:, None], False)
+    may |= ~may.any(dim=1, keepdim=True) & region_mask              # one region alone is its own rival
+    draw = torch.where(torch.rand(len(scores), 1, device=scores.device) < hard, scores, torch.rand_like(scores))
+    return draw.masked_fill(~may, float("-inf")).argmax(dim=1)
+
+
+OBJECTIVES = {**{task: objective_task for task in VALIDATION}, "mlm": objective_mlm, "itm": objective_itm, "nlvr": objective_itm, "rank": objective_rank,
               "mrfr": objective_regions, "mrc": objective_regions, "mrckl": objective_regions}
 
 
@@ -411,8 +538,12 @@ def mine_hardest(cfg, place, model, stream, batch):
 
 def make_optimizer(cfg, model):
     """AdamW; matrices decay, biases and norms do not (the authors' code also decays four norms of the region embedding and heads)."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    groups = []
+    for head in (False, True):
+        some = [p for name, p in model.named_parameters() if name.startswith("task_head.") == head]
+        groups += [{"params": [p for p in some if (p.dim() >= 2) == matrix], "weight_decay": cfg.weight_decay * matrix, "scale": cfg.head_lr if head else 1.0}
+                   for matrix in (True, False)]
+    groups = [g for g in groups if g["params"]]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps, fused=True)
 
 
@@ -461,7 +592,7 @@ def update(cfg, place, model, optimizer, streams, step, batches):
     for batch in mine:
         if "candidates" in batch:
             batch = mine_hardest(cfg, place, model, streams[0], batch)
-        batch = to(batch, place.device)
+        batch = to(blind(batch, cfg.hide) if cfg.hide else batch, place.device)
         with place.autocast():
             found = OBJECTIVES[batch["task"]](cfg, model, batch)
         weight = {name: cfg.align_weight * late for name in ALIGNMENTS} | {"wra/pretrain": cfg.wra_weight}
@@ -477,7 +608,7 @@ def update(cfg, place, model, optimizer, streams, step, batches):
     if not torch.isfinite(norm):
         raise NonFinite(f"step {step}: the gradient's norm is {norm.item()}, of {', '.join(logged)}\n  Samples: {few([n for b in mine for n in b['names']])}")
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, cfg.lr, cfg.warmup, cfg.steps)
+        group["lr"] = group["scale"] * lr_at(step, cfg.lr, cfg.warmup, cfg.steps)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return logged, norm
@@ -511,15 +642,23 @@ def validate(cfg, place, model, streams, samples=300):
         right, n, k = 0.0, 0, 0
         while n < samples:
             with place.autocast():
-                hits = right_answers(name, model, to(stream[k], place.device))
+                hits = right_answers(model, to(blind(stream[k], cfg.hide) if cfg.hide else stream[k], place.device))
             right, n, k = right + hits.float().sum(), n + len(hits), k + 1
         found[f"val/{name}"] = 100 * right.item() / n
     model.train()
     return found
 
 
-def right_answers(task, model, batch):
-    """Which guesses are right: masked words, region classes, matching, or that the matched pair outscores all of its group."""
+def right_answers(model, batch):
+    """Which guesses are right: masked words, region classes, matching, that the matched pair outscores all of its group, or the task's."""
+    task = batch["task"]
+    if task in VALIDATION:
+        scores, target = model(**batch["input"], heads=("task",)).scores, batch["target"]
+        if task == "vqa":                           # how right
+            return target.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0]
+        if task == "re":
+            scores = scores.masked_fill(~batch["input"]["region_mask"], float("-inf"))
+        return (scores[:, 1].view(-1, 4) if task == "vcr" else scores).argmax(dim=1) == target
     if task == "mlm":
         return model(**batch["input"], masked_words=batch["masked_words"]).word_logits.argmax(-1) == batch["word_targets"]
     if task in ("mrc", "mrckl"):
@@ -562,10 +701,10 @@ def train(cfg, place):
     if place.world > 1:
         dist.barrier()
     tokenizer = load_tokenizer(cfg)
-    streams, shares, val_streams, store = load_streams(cfg, place, tokenizer)
-    model = build_model(cfg, place, tokenizer, store)
+    streams = load_streams(cfg, place, tokenizer)
+    model = build_model(cfg, place, tokenizer, streams)
     optimizer, start = make_optimizer(cfg, model), 0
-    sizes = {"vocab": len(tokenizer), "features": store_width(store), "classes": store.classes or 1601, "size": cfg.size}
+    sizes = model_sizes(cfg, tokenizer, streams) | {"size": cfg.size, "new_words": tokenizer.new_words, "answer_list": streams.answer_list}
     if saved:
         model.load_state_dict(saved.model)
         optimizer.load_state_dict(saved.optimizer)
@@ -576,8 +715,8 @@ def train(cfg, place):
     log, began, pairs = Log(cfg, place, start), time.time(), 0
     bar = tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, desc=f"{cfg.recipe} {cfg.loss}", disable=None if place.main else True)
     model.train()
-    for step, batches in zip(bar, load_batches(cfg, place, streams, shares, start)):
-        found, norm = update(cfg, place, compiled, optimizer, streams, step, batches)
+    for step, batches in zip(bar, load_batches(cfg, place, streams, start)):
+        found, norm = update(cfg, place, compiled, optimizer, streams.train, step, batches)
         pairs += place.world * sum(len(b["names"]) for b in batches)
         if step % cfg.log_every == 0 or step == cfg.steps:
             line = {k: round(v.item(), 5) for k, v in found.items()}
@@ -586,12 +725,12 @@ def train(cfg, place):
             log.write({"step": step, **line, "norm": round(norm.item(), 4), "lr": optimizer.param_groups[0]["lr"], "pairs_per_s": round(pairs / seconds, 1),
                        "seconds_left": round(seconds / (step - start) * (cfg.steps - step), 1)})
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            log.write({"step": step, **validate(cfg, place, compiled, val_streams)})
+            log.write({"step": step, **validate(cfg, place, compiled, streams.val)})
         if (step % cfg.save_every == 0 or step == cfg.steps) and place.main:
             if cfg.task == "pretrain":              # untrained so far: a fine-tuning run finds it started as it should be
                 model.start_rank_from_match()
             save_checkpoint(Path(cfg.out) / "last.pt", cfg, model, optimizer, step, sizes)
-    return last_words(cfg, place, model, tokenizer, log)
+    return last_words(cfg, place, model, tokenizer, log, sizes)
 
 
 class Log:
@@ -626,15 +765,19 @@ def run_first(cfg, place):
 
 # 10. Last words ----------------------------------------------------------------------------------------------------
 
-def last_words(cfg, place, model, tokenizer, log):
+def last_words(cfg, place, model, tokenizer, log, sizes):
     """Final benchmarks and where everything is; the numbers go to done.json too."""
     numbers = {k: v for k, v in log.last.items() if k.startswith("val/")}
     if place.main:
-        if (Path(cfg.data) / "winoground").exists() and cfg.task != "nlvr":
+        if (Path(cfg.data) / "winoground").exists() and cfg.task in ("pretrain", "retrieval") and "vcr" not in cfg.corpora:
             numbers |= evaluate.winoground(model, cfg.data, tokenizer, cfg.regions, autocast=place.autocast,
                                            head="rank" if cfg.task == "retrieval" else "match")
             if cfg.task == "retrieval":
                 evaluate.figures({f"{cfg.recipe} {cfg.loss}": model}, cfg.data, tokenizer, cfg.regions, Path(cfg.out) / "figures")
+        if cfg.recipe == "toy-retrieval":           # at full size this takes hours: evaluate.py --task retrieval
+            numbers |= evaluate.retrieval(model, cfg.data, tokenizer, cfg.regions, cfg.dataset, autocast=place.autocast)
+        if cfg.task in VALIDATION:
+            numbers |= evaluate.downstream(model, dataclasses.asdict(cfg), sizes, tokenizer, hide=cfg.hide, autocast=place.autocast)
         if cfg.task == "nlvr":
             numbers |= evaluate.nlvr(model, cfg.data, tokenizer, autocast=place.autocast)
         evaluate.training_curve(log.path, Path(cfg.out) / "figures" / "curve.png")

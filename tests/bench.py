@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses
 import train
-from data import PairBatches, Pairs, Caption, RegionStore, StoreWriter, WordPiece
+from data import PairBatches, Pairs, Text, RegionStore, StoreWriter, WordPiece
 from model import SIZES, Attention, Uniter
 
 PAIRS, WORDS, REGIONS, D_V = 32, 20, 36, 2048
@@ -142,7 +142,7 @@ def bench_loader(found, folder):
     writer.commit()
     (folder / "vocab.txt").write_text("\n".join([*WordPiece.SPECIAL, "word"]))
     store = RegionStore(folder / "store")
-    pairs = Pairs([Caption(f"{i % images}", "word " * (WORDS - 2), str(i)) for i in range(4 * images)], store, WordPiece(folder / "vocab.txt", True))
+    pairs = Pairs([Text(f"{i % images}", "word " * (WORDS - 2), str(i)) for i in range(4 * images)], store, WordPiece(folder / "vocab.txt", True))
     stream = PairBatches(pairs, "mlm", PAIRS * (WORDS + REGIONS), 0)
 
     def from_npz(ids):

@@ -201,7 +201,7 @@ def test_parts_make_up_the_whole_batch(pairs, task):
 def test_an_epoch_holds_every_caption_once(pairs):
     stream = PairBatches(pairs, "mlm", 512, 0)
     seen = np.concatenate([captions for captions, _, _ in stream.plan(0)])
-    assert sorted(seen) == list(range(len(pairs.captions)))
+    assert sorted(seen) == list(range(len(pairs.texts)))
 
 
 def test_mlm_masks_as_bert(pairs):
@@ -251,7 +251,7 @@ def test_real_nlvr(tmp_path_factory, toy):
     dev, test = data.nlvr(folder, "dev"), data.nlvr(folder, "test")
     assert (len(dev), sum(e.label for e in dev), len(test), sum(e.label for e in test)) == (989, 547, 990, 556)
     pairs, labels = data.nlvr_pairs(folder, "dev", WordPiece(toy / "bert-base-cased/vocab.txt", lower=False))
-    assert len(pairs.captions) == len(labels) == 5934 and pairs.store.image_ids[3] == f"{dev[0].id}-3"
+    assert len(pairs.texts) == len(labels) == 5934 and pairs.store.image_ids[3] == f"{dev[0].id}-3"
     first, k3 = pairs.store.relative_boxes(np.array([0]))[0] * [400, 100, 400, 100], pairs.store.relative_boxes(np.array([3]))[0] * [400, 100, 400, 100]
     assert first[1].round().tolist() == [80, 80, 100, 100]             # box 0 shows the first item at 80, 80
     n = [len(b) for b in dev[0].boxes]
@@ -329,14 +329,14 @@ def test_bad_captions(toy, tmp_path, pairs):
     assert "captoin" in fails("no field 'caption'", data.coco, tree, "train2014")
     fails("is missing", data.coco, tmp_path / "nowhere", "train2014")
     captions = data.coco(toy, "train2014")
-    stray = [*captions, data.Caption("COCO_train2014_999999999999", "a cat", "9")]
+    stray = [*captions, data.Text("COCO_train2014_999999999999", "a cat", "9")]
     assert "--skip-missing" in fails("has captions but no features", Pairs, stray, pairs.store, pairs.tokenizer)
     kept = Pairs(stray, pairs.store, pairs.tokenizer, skip_missing=True)
     assert kept.dropped == 1 and "left out" in str(kept)
 
 
 def test_empty_and_endless_captions_are_kept_and_counted(pairs):
-    odd = [data.Caption(pairs.store.image_ids[0], text, str(i)) for i, text in enumerate(("", "red " * 10_000, "a red circle"))]
+    odd = [data.Text(pairs.store.image_ids[0], text, str(i)) for i, text in enumerate(("", "red " * 10_000, "a red circle"))]
     p = Pairs(odd, pairs.store, pairs.tokenizer)
     assert (p.empty, p.cut) == (1, 1) and p.n_words.tolist() == [2, 62, 5]
     assert "1 captions cut" in str(p) and "1 captions empty" in str(p)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import data
+import evaluate
 import losses
 from model import Uniter, load_pretrained
 
@@ -153,18 +155,18 @@ def test_iais_in_a_whole_retrieval_model(mode):
 
 # ----------------------------------------------------------------------------------------------------------- UNITER
 
-def uniter(z, prefix="", extra=()):
+def uniter(z, prefix="", extra=(), more_words=0, **settings):
     """Our model of a golden file's sizes with its weights, through load_pretrained and a file on disk, as a user would."""
     config = json.loads(str(z[prefix + "config"]))
     weights = tensors(z, prefix + "sd/")
     for other in extra:
         weights.update(tensors(z, other))
-    model = Uniter(config["vocab_size"], config["img_dim"], config.get("img_label_dim", 5), width=config["hidden_size"],
+    model = Uniter(config["vocab_size"] + more_words, config["img_dim"], config.get("img_label_dim", 5), width=config["hidden_size"],
                    layers=config["num_hidden_layers"], heads=config["num_attention_heads"], inner=config["intermediate_size"],
-                   positions=config["max_position_embeddings"], types=config["type_vocab_size"])
+                   positions=config["max_position_embeddings"], types=settings.pop("types", config["type_vocab_size"]), **settings)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(weights, f"{folder}/uniter.pt")
-        report = load_pretrained(model, f"{folder}/uniter.pt")
+        report = load_pretrained(model, f"{folder}/uniter.pt", new_words=more_words)
     assert not report.unused, report
     return model.eval()
 
@@ -217,6 +219,27 @@ def test_uniter_hidden_states_and_maps():
                           torch.cat([S.S_VL[b][:, r][:, :, t], S.S_VV[b][:, r][:, :, r]], -1)], -2)
         close(ours, z["out/attn_last/logits"][b][:, :n, :n], 3e-5)
         close(ours.softmax(-1), z["out/attn_last/probs"][b][:, :n, :n], 3e-6)
+
+
+def test_uniter_embeddings_and_every_layer():
+    z = golden("uniter_small")
+    model, batch = uniter(z), inputs(z)
+    seen = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        words = model.text_embedding(batch["text"])
+        regions = model.region_embedding(batch["regions"], batch["boxes"], model.text_embedding.token_type.weight[1])
+        out = model(**batch)
+    t, r = batch["text_mask"], batch["region_mask"]
+    close(words[t], tensors(z)["out/txt_embedding"][t], 2e-5)
+    close(regions[r], tensors(z)["out/img_embedding"][r], 2e-5)
+    for b, n in enumerate((t.sum(1) + r.sum(1)).tolist()):
+        close(seen[0][b, :n], z["out/embedding_output"][b, :n], 2e-5)
+        for ours, theirs in zip(seen[1:], z["out/all_layers"]):
+            close(ours[b, :n], theirs[b, :n], 2e-5)
+    for ours, theirs in zip(compacted(out, batch), z["out/all_layers"][-1]):
+        close(ours, theirs[:len(ours)], 2e-5)
 
 
 def test_uniter_on_one_modality():
@@ -310,3 +333,107 @@ def test_uniter_hard_negatives(side):
         assert sorted(hardest.tolist()) == sorted(z[side + "/out/hard_indices"].ravel().tolist())
     ours = losses.ranking(torch.cat([scores[:1], scores[hardest]])[None])
     close(ours, z[side + "/out/rank_loss"].mean(), 2e-5, 1e-5)
+
+
+def answers_of(z, task):
+    """The scores of one head on its own inputs, and the batch."""
+    return tensors(z, f"{task}/in/"), tensors(z, f"{task}/out/")
+
+
+@pytest.mark.parametrize("task", ["vqa", "ve"])
+def test_answer_heads(task):
+    z = golden("uniter_heads")
+    x, wanted = answers_of(z, task)
+    model = uniter(z, extra=[f"{task}/sd/"], head="answers", answers=x["targets"].shape[1])
+    scores = model(**inputs(z, f"{task}/in/"), heads=("task",)).scores
+    close(scores.detach(), wanted["scores"], 2e-5, 1e-5)
+    close(losses.soft_answers(scores, x["targets"]).detach(), wanted["train_loss"], 2e-5, 1e-5)
+
+
+def test_vcr_head():
+    """Four text types and a grown vocabulary; and that a pre-trained checkpoint grows into them as the authors' code does."""
+    z = golden("uniter_heads")
+    x, wanted = answers_of(z, "vcr")
+    new = json.loads(str(z["config"]))["vcr_num_special_tokens"]
+    model = uniter(z, extra=["vcr/sd/"], head="choice", types=4, more_words=new)
+    logits = model(**inputs(z, "vcr/in/"), text_type=x["txt_type_ids"], heads=("task",)).scores
+    close(logits.detach(), wanted["logits2"], 2e-5, 1e-5)
+    close(logits[:, 1:].detach(), wanted["scores"], 2e-5, 1e-5)
+    close(losses.classify(logits, x["targets"][:, 0]).detach(), wanted["loss"], 2e-5, 1e-5)
+    grown = uniter(z, head="choice", types=4, more_words=new).text_embedding
+    table = grown.token_type.weight
+    assert [torch.equal(row, table[0]) for row in table] == z["vcr/init/type_rows_equal_row0"].tolist()
+    torch.testing.assert_close(grown.word.weight[:-new].detach(), tensors(z, "sd/")["uniter.embeddings.word_embeddings.weight"])
+
+
+@pytest.mark.parametrize("task", ["re_cls", "re_cls_mlp2", "re_rank"])
+def test_referring_expression_heads(task):
+    z = golden("uniter_heads")
+    x, wanted = tensors(z, "re/in/"), tensors(z, f"{task}/out/")
+    batch = inputs(z, "re/in/")
+    real = ~x["obj_masks"]                                          # some real regions are no candidates
+    assert (real <= batch["region_mask"]).all()
+    scores = uniter(z, extra=[f"{task}/sd/"], head="region-mlp" if "mlp" in task else "region")(**batch, heads=("task",)).scores
+    close(scores.masked_fill(~real, -1e4).detach(), wanted["scores"], 2e-5, 1e-5)
+    target = x["targets"][:, 0]
+    if task == "re_rank":
+        pair = torch.stack([scores.gather(1, i[:, None])[:, 0] for i in (target, wanted["neg_ix"])], dim=1)
+        each = [losses.ranking(row[None], json.loads(str(z["config"]))["margin"]) for row in pair]
+        hardest = scores.masked_fill(~real, -1e4).scatter(1, target[:, None], -1e4).argmax(dim=1)
+        assert torch.equal(hardest, wanted["neg_ix"])
+    else:
+        each = [losses.pick_region(scores[i:i + 1], real[i:i + 1], target[i:i + 1]) for i in range(len(target))]
+    close(torch.stack(each).detach(), wanted["loss"], 2e-5, 1e-5)
+    close(losses.pick_region(scores, real, target).detach() if task != "re_rank" else losses.ranking(pair).detach(), wanted["loss"].mean(), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("task", ["nlvr2_triplet", "nlvr2_paired", "nlvr2_paired_attn"])
+def test_nlvr2_heads(task):
+    z = golden("uniter_heads")
+    source = "nlvr2_triplet" if task == "nlvr2_triplet" else "nlvr2_paired"
+    x, wanted, batch = tensors(z, f"{source}/in/"), tensors(z, f"{task}/out/"), inputs(z, f"{source}/in/")
+    head = {"nlvr2_triplet": "triplet", "nlvr2_paired": "pair", "nlvr2_paired_attn": "pair-biattn"}[task]
+    model = uniter(z, extra=[f"{task}/sd/"], head=head, types=3)
+    scores = model(**batch, region_type=x["img_type_ids"], heads=("task",)).scores
+    close(scores.detach(), wanted["scores"], 2e-5, 1e-5)
+    close(losses.classify(scores, x["targets"]).detach(), wanted["loss"].mean(), 2e-5, 1e-5)
+    grown = uniter(z, head=head, types=3).text_embedding.token_type.weight
+    assert torch.equal(grown[2], grown[1]) and not torch.equal(grown[0], grown[1])
+
+
+def test_nlvr2_pair_attention_inside():
+    """What either side attends to, and what the pooling makes of it."""
+    z = golden("uniter_heads")
+    x, wanted, batch = tensors(z, "nlvr2_paired/in/"), tensors(z, "nlvr2_paired_attn/out/"), inputs(z, "nlvr2_paired/in/")
+    model = uniter(z, extra=["nlvr2_paired_attn/sd/"], head="pair-biattn", types=3)
+    seen = {}
+    head = model.task_head
+    head.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], mask=args[1]))
+    head.out.register_forward_pre_hook(lambda _, args: seen.update(pooled=args[0]))
+    with torch.no_grad():
+        model(**batch, region_type=x["img_type_ids"], heads=("task",))
+        for ask, own, name in ((head.left_asks, 0, "l2r"), (head.right_asks, 1, "r2l")):
+            h, mask = seen["x"], seen["mask"]
+            _, S = ask(h[own::2], h[1 - own::2], mask[1 - own::2], need_maps=True)
+            P = losses.masked_softmax(S, mask[1 - own::2]).mean(dim=1)
+            for ours, theirs, rows in zip(P, wanted[f"{name}_attn_weights"], mask[own::2]):
+                close(ours[rows], theirs[rows], 3e-6)
+    close(seen["pooled"], torch.cat([wanted["pool_left"], wanted["pool_right"]], -1), 2e-5)
+
+
+def test_box_overlap():
+    """The authors' IoU of x y w h boxes: right edge x + w - 1, one shared pixel is none."""
+    x = tensors(golden("uniter_heads"), "re/iou/")
+    torch.testing.assert_close(torch.from_numpy(data.iou(x["box1"].numpy(), x["box2"].numpy())), x["iou"], atol=1e-12, rtol=0)
+
+
+def test_recall_against_the_authors_where_theirs_is_right():
+    """Text recall as they have it; image recall as it should be (theirs counts row numbers, and is higher)."""
+    z = golden("uniter_heads")
+    ours = evaluate.recall(z["itm_eval/score_matrix"].astype(np.float32), z["itm_eval/gt_img_of_txt"])
+    for side, name in (("image", "img"), ("text", "txt")):
+        plain = z[f"itm_eval/plain_{name}_r1_r5_r10"]
+        assert [ours[f"{side}/r{k}"] for k in (1, 5, 10)] == pytest.approx((100 * plain).tolist(), abs=1e-9)
+    official = dict(zip(z["itm_eval/names"].tolist(), z["itm_eval/official"].tolist()))
+    assert official["txt_r1"] == pytest.approx(ours["text/r1"] / 100)
+    assert official["img_r10"] > ours["image/r10"] / 100

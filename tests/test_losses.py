@@ -287,6 +287,10 @@ def test_each_function_runs_when_copied_with_the_helpers_its_docstring_names(nam
              x=torch.randn(4).bfloat16(), count=4, S=torch.randn(2, 1, 3, 4), column_mask=region, own_mask=text, other_mask=region, row_mask=text)
     x |= dict(S_own=x["S_LL"], S_cross=x["S_LV"], S_other=x["S_VV"], cross=x["S_LV"], other=x["S_VV"])
     x |= {k.replace("S_", "P_"): v.softmax(-1) for k, v in x.items() if k.startswith("S_")} | dict(P_back=x["S_VL"].softmax(-1), p=x["S_LL"].softmax(-1), q=x["S_LL"].mT.softmax(-1))
+    if name == "soft_answers":
+        x |= dict(target=torch.rand(2, 3))
+    if name == "pick_region":
+        x |= dict(scores=torch.randn(2, 4), target=torch.tensor([3, 0]))
     needed = [p.name for p in inspect.signature(getattr(losses, name)).parameters.values() if p.default is p.empty]
     if name == "joint_softmax":
         x |= {k: v[:, None] for k, v in x.items() if k in ("S_LL", "S_LV", "S_VL", "S_VV")}
