@@ -690,7 +690,7 @@ def corpus_sbu(data, split, out):
         urls, said = (read_text(folder / f"SBU_captioned_photo_dataset_{n}.txt", "SBU Captions, one a line").rstrip("\n").split("\n") for n in ("urls", "captions"))
     if len(urls) != len(said):
         raise DataError(f"{folder}: {len(urls):,} addresses and {len(said):,} captions\n  Wanted: as many of either. Fetch both files again.")
-    cut = len(urls) - max(1, len(urls) // 100)
+    cut = len(urls) - max(10, len(urls) // 100)
     wanted = range(cut) if split == "train" else range(cut, len(urls))
     twice = {i for i in wanted if photo_id(urls[i]) in out.photos}
     return [Text(str(i), said[i].strip(), str(i)) for i in wanted if i not in twice], {"images held out, also in Flickr30k": len(twice)}
@@ -997,6 +997,7 @@ def unit_batches(lengths, units):
     return batches
 
 
+HARDEST = 20                                        # mined negatives kept of each caption and image [UNITER sec. A.2]
 BUCKET = 8192                                       # pairs sorted by length together [UNITER's code]
 STREAMS = {"mlm": 1, "mrfr": 2, "mrc": 3, "mrckl": 4, "itm": 5, "rank": 6, "nlvr": 7, "vqa": 8, "vcr": 9, "nlvr2": 10, "ve": 11, "re": 12}
 
@@ -1130,16 +1131,17 @@ class RankingBatches(PairBatches):
 
     negatives   how many of each group are trained on
     candidates  0: the negatives are drawn at random. Else so many are drawn, to be scored by the model; the hardest are trained on
+    mined       besides the random negatives one hard image and one hard caption, from the tables that remember() keeps
     alternate   even batches: a caption with other images; odd ones: an image with other captions (IAIS). Else half and half (UNITER)
     [k]         "positive": batch of the G matched pairs; "negatives": list of batches of similar length; "order": (G, K) their places
                 in the list of all negatives; or "candidates" = (captions, images), both (G, candidates), from which choose() goes on
     """
-    def __init__(self, pairs, units, seed, part=0, parts=1, negatives=2, candidates=0, alternate=False):
+    def __init__(self, pairs, units, seed, part=0, parts=1, negatives=2, candidates=0, alternate=False, mined=False):
         super().__init__(pairs, "rank", units, seed, part, parts)
-        self.negatives, self.candidates, self.alternate = negatives, candidates, alternate
+        self.negatives, self.candidates, self.alternate, self.mined = negatives, candidates, alternate, mined
 
     def cost(self, captions, images):
-        return self.pairs.length(captions, images) * (1 + self.negatives)
+        return self.pairs.length(captions, images) * (1 + self.negatives + 2 * self.mined)
 
     def __getitem__(self, k):
         captions, images, _ = self.whole(k)
@@ -1153,6 +1155,7 @@ class RankingBatches(PairBatches):
                 wrong_images[:, j] = other(rng, self.pairs.images, images)
             else:
                 wrong_captions[:, j] = other_caption(rng, self.pairs, images)
+        pick = rng.integers(HARDEST, size=(2, len(captions)))[:, mine]
         captions, images, wrong_captions, wrong_images = (x[mine] for x in (captions, images, wrong_captions, wrong_images))
         batch = {"task": "rank", "names": self.pairs.names(captions, images), "anchor": ("text", "image")[k % 2] if self.alternate else "both",
                  "positive": self.pairs.batch(captions, images) if len(captions) else None}
@@ -1160,7 +1163,29 @@ class RankingBatches(PairBatches):
             return batch
         if self.candidates:
             return batch | {"candidates": (wrong_captions, wrong_images)}
+        if self.mined:                              # the tables are with the model: with_hard() goes on there
+            return batch | {"random": (captions, images, wrong_captions, wrong_images, pick)}
         return batch | self.choose(wrong_captions, wrong_images)
+
+    def drawn(self, rng, n=128):
+        """Captions and images to score in mining: n random other images for each caption, (T, n) twice.           UNITER sec. A.2"""
+        captions = np.repeat(np.arange(len(self.pairs.texts))[:, None], n, 1)
+        return captions, other(rng, self.pairs.images, self.pairs.image[captions.ravel()]).reshape(captions.shape)
+
+    def remember(self, captions, images, scores):
+        """Keep the HARDEST highest-scored images of each caption, and captions of each image (-1: none was drawn)."""
+        self.hard_images = np.take_along_axis(images, np.argsort(-scores, axis=1, kind="stable")[:, np.arange(HARDEST) % scores.shape[1]], 1)
+        order = np.lexsort([-scores.ravel(), images.ravel()])
+        owner, first, n = np.unique(images.ravel()[order], return_index=True, return_counts=True)
+        self.hard_captions = np.full((len(self.pairs.store.n_regions), HARDEST), -1)
+        self.hard_captions[owner] = captions.ravel()[order][first[:, None] + np.arange(HARDEST) % n[:, None]]
+
+    def with_hard(self, batch):
+        captions, images, wrong_captions, wrong_images, pick = batch.pop("random")
+        hard_caption = self.hard_captions[images, pick[0]]
+        hard_caption = np.where(hard_caption < 0, wrong_captions[:, -1], hard_caption)
+        return batch | self.choose(np.column_stack([wrong_captions, captions, hard_caption]),
+                                   np.column_stack([wrong_images, self.hard_images[captions, pick[1]], images]))
 
     def choose(self, captions, images):
         """Batches of these negatives, (G, K) captions and images, shortest first, cut where padding would pass 4 %."""
@@ -1574,7 +1599,7 @@ def make_toy(out, seed=0, scenes=6000):
     try:
         seen, jobs = toy_coco(tmp, seed, cuts)
         said, more = toy_flickr30k(tmp, seed, cuts)
-        jobs += more + toy_winoground(tmp, seed, scenes // 15) + toy_vg(tmp, seed, seen, scenes // 10) + toy_web(tmp, seed, scenes // 20)
+        jobs += more + toy_winoground(tmp, seed, scenes // 15) + toy_vg(tmp, seed, seen, scenes // 10) + toy_web(tmp, seed, max(40, scenes // 20))
         jobs += toy_nlvr2(tmp, seed, scenes // 15) + toy_vcr(tmp, seed, scenes // 4)
         toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
         for folder in {path.parent for path, _ in jobs}:
@@ -1626,7 +1651,7 @@ def toy_coco(tmp, seed, cuts):
         for _ in range(cuts[split]):
             number, things = len(every) + 1, draw_scene(rng)
             name = f"COCO_{split}_{number:012d}.jpg"
-            images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "flickr_url": photo_url(number + (998 if number <= 2 else 10 ** 6))})
+            images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "flickr_url": photo_url(number + (999 if number <= 2 else 10 ** 6))})
             annotations += [{"image_id": number, "id": 10 * number + k, "caption": spoken(describe(rng, things))} for k in range(5)]
             karpathy.append({"filepath": split, "filename": name, "cocoid": number, "imgid": number - 1,
                              "split": "train" if split == "train2014" else ("val", "test")[number % 2],
@@ -1696,7 +1721,9 @@ def xywh(box):
 def toy_vg(tmp, seed, seen, n):
     """Visual Genome: n images of COCO and n of its own, with regions, objects, attributes, relationships and questions."""
     rng, files = np.random.default_rng([seed, 4]), {k: [] for k in ("image_data", "region_descriptions", "objects", "attributes", "relationships", "question_answers")}
-    chosen = [seen[i] for i in rng.choice(len(seen), n, replace=False)] + [Seen("vg", None, draw_scene(rng)) for _ in range(n)]
+    judged = [i for i in seen if i.split == "val2014"][:max(3, n // 20)]      # a few for validation
+    rest = [i for i in seen if i.split == "train2014"]
+    chosen = judged + [rest[i] for i in rng.choice(len(rest), n - len(judged), replace=False)] + [Seen("vg", None, draw_scene(rng)) for _ in range(n)]
     for k, image in enumerate(chosen):
         number, things = 2_000_000 + k, image.things
         files["image_data"].append({"image_id": number, "url": f"https://cs.stanford.edu/people/rak248/VG_100K/{number}.jpg", "width": WIDTH, "height": HEIGHT,

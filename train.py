@@ -46,17 +46,17 @@ RANKING = dict(task="retrieval", steps=5000, warmup=500, units=2048, lr=5e-5, ne
 
 RECIPES = {
     # Small batches and much masking: what breaks the plateau before "left" is told from "right" is the number of updates [ours]
-    "toy-pretrain": dict(task="pretrain", pretrain="mlm:4+itm:1", size="toy", dropout=0.0, steps=4500, warmup=200, units=1024, lr=5e-4, mask_rate=0.4,
+    "toy-pretrain": dict(task="pretrain", pretrain="mlm:4+itm:1", size="toy", dropout=0.0, steps=6000, warmup=200, units=1024, lr=5e-4, mask_rate=0.4,
                          clip=5.0, save_every=500, eval_every=500),
     "toy": dict(task="retrieval", dataset="coco", size="toy", init="toy-pretrain", dropout=0.0, steps=400, warmup=40, units=1536, lr=3e-4, negatives=3,
                 candidates=24, alternate=True, save_every=100, eval_every=100),
     "toy-nlvr": dict(task="nlvr", size="toy", init="toy-pretrain", dropout=0.1, steps=1500, warmup=150, units=2048, lr=2e-4),
-    "toy-vqa": TOY | dict(task="vqa", steps=2000, head_lr=3.0),
-    "toy-vcr": TOY | dict(task="vcr", steps=1500, max_words=220),
-    "toy-nlvr2": TOY | dict(task="nlvr2", steps=1500),
-    "toy-ve": TOY | dict(task="ve", steps=2000),
-    "toy-re": TOY | dict(task="re", dataset="refcoco", steps=1000),
-    "toy-retrieval": TOY | dict(task="retrieval", steps=1000, negatives=3, candidates=24),
+    "toy-vqa": TOY | dict(task="vqa", steps=1500, head_lr=3.0),
+    "toy-vcr": TOY | dict(task="vcr", steps=800, max_words=220),
+    "toy-nlvr2": TOY | dict(task="nlvr2", steps=1000),
+    "toy-ve": TOY | dict(task="ve", steps=1200),
+    "toy-re": TOY | dict(task="re", dataset="refcoco", steps=500),
+    "toy-retrieval": TOY | dict(task="retrieval", steps=400, negatives=3, candidates=24),
     # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README
     "uniter-pretrain": PRETRAIN | dict(corpora="coco+vg", accumulate=2),
     "uniter-pretrain-all": ALL_DATA | dict(accumulate=6),
@@ -181,7 +181,7 @@ def parse(argv):
 
 def make_config(recipe, **changes):
     cfg = Config(**{**RECIPES[known(recipe, RECIPES, "recipe")], **changes, "recipe": recipe})
-    alignment_names(cfg), pretrain_shares(cfg)
+    alignment_names(cfg), pretrain_shares(cfg), corpus_shares(cfg)
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
     cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
     cfg.dataset = cfg.dataset if cfg.task != "re" or cfg.dataset != "flickr30k" else "refcoco"
@@ -195,9 +195,11 @@ def make_config(recipe, **changes):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted at least 1")
     for name, legal, fits in (("seed", "0 or more", cfg.seed >= 0), ("lr", "more than 0", cfg.lr > 0), ("warmup", "0 or more", cfg.warmup >= 0),
                               ("dropout", "0 to below 1", 0 <= cfg.dropout < 1), ("mask_rate", "0 to 1", 0 <= cfg.mask_rate <= 1),
-                              ("clip", "0 or more", cfg.clip >= 0), ("candidates", "0 or more", cfg.candidates >= 0)):
+                              ("clip", "0 or more", cfg.clip >= 0), ("mine_every", "0 or more", cfg.mine_every >= 0), ("head_lr", "more than 0", cfg.head_lr > 0), ("candidates", "0 or more", cfg.candidates >= 0)):
         if not fits:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted {legal}")
+    if cfg.candidates and cfg.mine_every:
+        raise UserError("--candidates and --mine-every are two ways to find hard negatives: choose one, set the other to 0")
     if cfg.candidates and cfg.candidates < cfg.negatives:
         raise UserError(f"--candidates {cfg.candidates} cannot hold --negatives {cfg.negatives} hardest ones; 0 draws negatives at random")
     return cfg
@@ -223,6 +225,14 @@ def read_shares(text, usual, option):
 def pretrain_shares(cfg):
     """{task: share of the steps} from --pretrain; UNITER's own shares are the default."""
     return read_shares(cfg.pretrain, {"mlm": 2, "itm": 2, "mrfr": 1, "mrc": 1, "mrckl": 1, "wra": 0}, "--pretrain")     # [UNITER's code]
+
+
+def corpus_shares(cfg):
+    """{corpus: share of the steps} from --corpora. VCR has a vocabulary of its own, so it comes alone."""
+    shares = read_shares(cfg.corpora, {name: 1 for name in [*CORPORA, "vcr"]}, "--corpora")
+    if "vcr" in shares and len(shares) > 1:
+        raise UserError("--corpora vcr is a second stage with a vocabulary of its own\n  Wanted: vcr alone, with --init from the first stage")
+    return shares
 
 
 # 3. Where it runs --------------------------------------------------------------------------------------------------
@@ -314,7 +324,7 @@ def load_streams(cfg, place, tokenizer):
     if cfg.task == "retrieval":
         store = RegionStore(Path(cfg.regions) / cfg.dataset)
         train, val = (pairs({"coco": coco_karpathy, "flickr30k": flickr30k}[cfg.dataset](cfg.data, s), store, f"{cfg.dataset} {s}") for s in ("train", "val"))
-        ranking = dict(negatives=cfg.negatives, candidates=cfg.candidates, alternate=cfg.alternate)
+        ranking = dict(negatives=cfg.negatives, candidates=cfg.candidates, alternate=cfg.alternate, mined=cfg.mine_every > 0)
         return Streams([RankingBatches(train, units, cfg.seed, **share, **ranking)], [1],
                        {"rank": RankingBatches(val, cfg.units, cfg.seed, negatives=cfg.negatives)}, store)
     names, told = answer_list_of(cfg.task, cfg.data), {"vqa": "train2014"}.get(cfg.task, "train")
@@ -335,7 +345,7 @@ def tell(place, told):
 
 def pretraining_streams(cfg, place, pairs, share, units):
     """One stream for each pre-training task of each corpus."""
-    shares, corpora = pretrain_shares(cfg), read_shares(cfg.corpora, {name: 1 for name in [*CORPORA, "vcr"]}, "--corpora")
+    shares, corpora = pretrain_shares(cfg), corpus_shares(cfg)
     tasks, streams, weights, val = [t for t in shares if t != "wra"], [], [], {}
     out = held_out(cfg.data) if set(corpora) - {"vcr"} else None
     for number, (corpus, weight) in enumerate(corpora.items()):
@@ -534,6 +544,35 @@ def mine_hardest(cfg, place, model, stream, batch):
     return batch | stream.choose(captions[rows, hardest], images[rows, hardest])
 
 
+@torch.no_grad()
+def mine(cfg, place, model, stream, step):
+    """Hard negatives for the next --mine-every updates: score 128 random images for each caption, keep the hardest each way.
+
+    The scores go to --out, so that a resumed run has the same; every process scores its share.                  UNITER sec. A.2
+    """
+    path = Path(cfg.out) / f"hard-{step}.npy"
+    captions, images = stream.drawn(np.random.default_rng([cfg.seed, 13, step]))
+    if not path.exists():
+        place.say(f"  mining hard negatives at step {step}: {captions.size:,} pairs")
+        mine = np.arange(place.rank, len(captions), place.world)
+        scores = evaluate.score_pairs(model, stream.pairs, captions[mine].ravel(), images[mine].ravel(), units=max(cfg.units, 8192),
+                                      autocast=place.autocast, progress="mining").reshape(len(mine), -1)
+        shares = [scores]
+        if place.world > 1:
+            shares = [None] * place.world
+            dist.all_gather_object(shares, scores)
+        whole = np.empty(captions.shape, np.float32)
+        for rank, part in enumerate(shares):
+            whole[rank::place.world] = part
+        if place.main:
+            with open(f"{path}.tmp", "wb") as file:
+                np.save(file, whole)
+            os.replace(f"{path}.tmp", path)
+        if place.world > 1:
+            dist.barrier()
+    stream.remember(captions, images, np.load(path))
+
+
 # 7. Optimiser and schedule -----------------------------------------------------------------------------------------
 
 def make_optimizer(cfg, model):
@@ -592,6 +631,8 @@ def update(cfg, place, model, optimizer, streams, step, batches):
     for batch in mine:
         if "candidates" in batch:
             batch = mine_hardest(cfg, place, model, streams[0], batch)
+        if "random" in batch:
+            batch = streams[0].with_hard(batch)
         batch = to(blind(batch, cfg.hide) if cfg.hide else batch, place.device)
         with place.autocast():
             found = OBJECTIVES[batch["task"]](cfg, model, batch)
@@ -608,7 +649,7 @@ def update(cfg, place, model, optimizer, streams, step, batches):
     if not torch.isfinite(norm):
         raise NonFinite(f"step {step}: the gradient's norm is {norm.item()}, of {', '.join(logged)}\n  Samples: {few([n for b in mine for n in b['names']])}")
     for group in optimizer.param_groups:
-        group["lr"] = group["scale"] * lr_at(step, cfg.lr, cfg.warmup, cfg.steps)
+        group["lr"] = group.get("scale", 1.0) * lr_at(step, cfg.lr, cfg.warmup, cfg.steps)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return logged, norm
@@ -680,6 +721,8 @@ def prepare_out(cfg, place):
     if not (out / "last.pt").exists():
         if place.main:
             out.mkdir(parents=True, exist_ok=True)
+            for left in out.glob("hard-*.npy"):     # of a run that never saved
+                left.unlink()
         return None
     saved = read_checkpoint(out / "last.pt")
     was, now = saved.config, dataclasses.asdict(cfg)
@@ -716,6 +759,8 @@ def train(cfg, place):
     bar = tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, desc=f"{cfg.recipe} {cfg.loss}", disable=None if place.main else True)
     model.train()
     for step, batches in zip(bar, load_batches(cfg, place, streams, start)):
+        if cfg.mine_every and ((step - 1) % cfg.mine_every == 0 or step == start + 1):
+            mine(cfg, place, model, streams.train[0], (step - 1) // cfg.mine_every * cfg.mine_every)
         found, norm = update(cfg, place, compiled, optimizer, streams.train, step, batches)
         pairs += place.world * sum(len(b["names"]) for b in batches)
         if step % cfg.log_every == 0 or step == cfg.steps:

@@ -7,6 +7,9 @@ python tests/bench.py            about eight minutes on two cores; the last line
 (c) the step's floating-point rate over torch.matmul's at the model's sizes; the bf16 step over the fp32 one
 (d) the loader: pairs a second from the store over one npz an image, and over what the model consumes
 (e) ipot over its plain form; lines a second through the tokenizer
+(f) pre-training (mlm) on ragged captions and images, 10,240 positions a batch: share of matmul's rate; pairs a second over those of a
+    padded fp32 VisualBERT that predicts every word, as published code trains it (transformers' if it is installed, else our own stand-in)
+(g) scoring every caption with every image: pairs a second over those of the bare forward
 """
 import json
 import re
@@ -21,9 +24,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate
 import losses
 import train
-from data import PairBatches, Pairs, Text, RegionStore, StoreWriter, WordPiece
+from data import PairBatches, Pairs, RegionStore, StoreWriter, Text, WordPiece, unit_batches
 from model import SIZES, Attention, Uniter
 
 PAIRS, WORDS, REGIONS, D_V = 32, 20, 36, 2048
@@ -173,6 +177,114 @@ def bench_loader(found, folder):
     found["store_vs_model"] = found["loader_pairs_per_s"] / found["pairs_per_s"]
 
 
+def ragged_store(folder, images=400):
+    """Captions of 9 to 24 words and images of 10 to 100 regions, as COCO's are."""
+    rng = np.random.default_rng(0)
+    writer = StoreWriter(folder / "ragged", ["features", "boxes"], {"source": "bench", "features": D_V}, every=10 ** 9)
+    for i in range(images):
+        n = int(min(100, max(10, rng.gamma(4, 9))))
+        corner = rng.random((n, 2)) * 200
+        writer.add(f"{i}", (400, 400), features=rng.random((n, D_V), dtype=np.float32), boxes=np.concatenate([corner, corner + 100], 1))
+    writer.commit()
+    (folder / "words.txt").write_text("\n".join([*WordPiece.SPECIAL, *(f"word{i}" for i in range(28_991))]))
+    texts = [Text(f"{i % images}", " ".join(f"word{w}" for w in rng.integers(28_991, size=int(rng.integers(7, 23)))), str(i)) for i in range(5 * images)]
+    return Pairs(texts, RegionStore(folder / "ragged"), WordPiece(folder / "words.txt", False))
+
+
+class VisualBert(torch.nn.Module):
+    """What stands in for transformers' VisualBERT where it is not installed: written-out attention, words at every place."""
+    def __init__(self):
+        super().__init__()
+        self.encoder = Uniter(28996, D_V, 1601, **SIZES["base"])
+        for layer in self.encoder.layers:
+            written_out(layer.attention)
+
+    def forward(self, text, text_mask, regions, boxes, region_mask):
+        every = torch.arange(text.numel(), device=text.device)
+        return self.encoder(text, text_mask, regions, boxes, region_mask, masked_words=every).word_logits
+
+
+def visual_bert():
+    """(name, a training step's forward and loss on our batch, parameters)"""
+    try:
+        from transformers import VisualBertConfig, VisualBertForPreTraining
+    except ImportError:
+        model = VisualBert().to(DEVICE).train()
+        return "our stand-in", lambda x, labels: torch.nn.functional.cross_entropy(model(**x), labels.flatten(), ignore_index=-100), model.parameters()
+    model = VisualBertForPreTraining(VisualBertConfig(vocab_size=28996, visual_embedding_dim=D_V)).to(DEVICE).train()
+
+    def loss(x, labels):
+        every = torch.cat([labels, torch.full(x["region_mask"].shape, -100, device=labels.device)], 1)
+        return model(input_ids=x["text"], attention_mask=x["text_mask"].long(), visual_embeds=x["regions"].float(), labels=every,
+                     visual_attention_mask=x["region_mask"].long()).loss
+    return "transformers", loss, model.parameters()
+
+
+def bench_pretraining(found, folder):
+    pairs = ragged_store(folder)
+    native = train.native_bf16() or DEVICE.type == "cuda"
+    stream = PairBatches(pairs, "mlm", 10_240, 0)
+    stream.whole(0)
+    step = Step()
+    sizes = sorted(range(len(stream.batches)), key=lambda k: stream.batches[k][0].size)
+    middle = stream[sizes[len(sizes) // 2]]
+    x, L = middle["input"], SIZES["base"]
+    tokens, N = len(x["text"]) * x["length"], x["length"]
+    D, inner = L["width"], L["inner"]
+    work = 3 * (L["layers"] * (2 * tokens * (4 * D * D + 2 * D * inner) + 4 * tokens * N * D) + 2 * x["regions"].shape[0] * x["regions"].shape[1] * D_V * D
+                + 2 * len(middle["masked_words"]) * D * (D + 28996))
+    product, flops = matmul_rate()
+    many = lambda: [product() for _ in range(12)]
+    update = lambda one, batch: train.update(one.cfg, one.place, one.model, one.optimizer, [], 1000, [batch])
+    found["pretrain_matmul_share"] = (work / (12 * flops)) * ratio(many, lambda: update(step, middle), rounds=3)
+    some = [stream[k] for k in range(4)]
+    ours = sum(len(b["names"]) for b in some)
+    if native:
+        step = Step(bf16=True)
+    fast = seconds(lambda: [update(step, b) for b in some], rounds=2)[0]
+    del step
+    name, loss, parameters = visual_bert()
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    n = 32                                          # padded: to the longest of 32 pairs as they come
+    batches = []
+    for start in range(0, 3 * n, n):
+        rows = np.random.default_rng(start).integers(len(pairs.texts), size=n)
+        batch = pairs.batch(rows, pairs.image[rows])
+        batch.pop("length")
+        batches.append((train.to(batch, DEVICE), torch.where(torch.rand(batch["text"].shape) < 0.15, batch["text"], -100).to(DEVICE)))
+
+    def padded():
+        for x, labels in batches:
+            loss(x, labels).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    slow = seconds(padded, rounds=2)[0]
+    found["pretrain_pairs_per_s"], found["visual_bert_pairs_per_s"] = ours / fast, 3 * n / slow
+    found["pretrain_vs_visual_bert"] = found["pretrain_pairs_per_s"] / found["visual_bert_pairs_per_s"]
+    print(f"(f) against {name}")
+
+
+def bench_retrieval(found, folder):
+    """A part of 1,000 x 5,000: all captions with a few images, against the forward alone on batches of the same sizes."""
+    pairs = ragged_store(folder / "retrieval")
+    place = train.Place(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
+    model = Uniter(28996, D_V, 1601, **SIZES["base"]).to(DEVICE).eval()
+    captions = Pairs([Text("0", t.text, t.id) for t in pairs.texts[:600]], pairs.store, pairs.tokenizer)
+    ready = []
+    order = np.argsort(captions.n_words, kind="stable")
+    for rows in unit_batches(captions.n_words[order] + pairs.store.n_regions[0], 8192):
+        ready.append(train.to(captions.batch(order[rows], captions.image[order[rows]]), DEVICE))
+
+    @torch.inference_mode()
+    def forward():
+        for x in ready:
+            with place.autocast():
+                model(**x, heads=("rank",)).rank.float().cpu()
+    found["retrieval_vs_forward"] = ratio(forward, lambda: evaluate.score_all(model, captions, units=8192, autocast=place.autocast), rounds=3)
+
+
 def bench_small(found, folder):
     full = torch.ones(PAIRS, WORDS, dtype=torch.bool, device=DEVICE), torch.ones(PAIRS, REGIONS, dtype=torch.bool, device=DEVICE)
     cost = torch.rand(PAIRS, WORDS, REGIONS, device=DEVICE)
@@ -191,6 +303,9 @@ MEANING = {
     "matmul_share": ("(c) fp32 step's rate / matmul's", ">= 0.85"), "bf16_vs_fp32": ("(c) fp32 step / bf16 step", ">= 2.5 where native"),
     "pairs_per_s": ("    the model's pairs a second", ""), "store_vs_npz": ("(d) npz time / store time", ">= 5"), "loader_pairs_per_s": ("    the loader's pairs a second", ""),
     "store_vs_model": ("(d) loader / model", ">= 10"), "ipot": ("(e) ipot / its plain form", "<= 1"), "tokenizer_lines_per_s": ("(e) tokenizer lines a second", ""),
+    "pretrain_matmul_share": ("(f) ragged pre-training step's rate / matmul's, fp32", ">= 0.8"), "pretrain_pairs_per_s": ("    pre-training's pairs a second", ""),
+    "visual_bert_pairs_per_s": ("    padded fp32 VisualBERT's", ""), "pretrain_vs_visual_bert": ("(f) pre-training / VisualBERT", ">= 3"),
+    "retrieval_vs_forward": ("(g) all-pairs scoring / the bare forward", ">= 0.95"),
 }
 
 
@@ -200,6 +315,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench_small(found, Path(folder))
         bench_steps(found)
+        bench_pretraining(found, Path(folder))
+        (Path(folder) / "retrieval").mkdir()
+        bench_retrieval(found, Path(folder))
         bench_loader(found, Path(folder))
     print(f"{'UNITER-base, 32 pairs of 20 + 36; ' + DEVICE.type + f', {torch.get_num_threads()} threads':60}   measured   wanted")
     for name, (what, wanted) in MEANING.items():

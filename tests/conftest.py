@@ -1,9 +1,12 @@
-"""Makes the five files importable from wherever pytest is started, and points to optional third-party data."""
+"""Makes the five files importable from wherever pytest is started; a toy tree, a checkpoint and a run of train.py for the tests."""
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,3 +27,38 @@ def toy_tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "toy"
     data.make_toy(folder, scenes=300)
     return folder
+
+
+QUICK = ["--workers", "0", "--precision", "fp32"]
+
+
+def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
+    """train.py (under torchrun for several processes) from a folder of its own, one thread a process; returns the finished process."""
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([*start, str(ROOT / "train.py"), *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    assert done.returncode == expect or expect is None, done.stderr[-3000:]
+    return done
+
+
+def last_line(done):
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def pretrained(toy_tree, tmp_path_factory):
+    """A barely trained toy checkpoint to start from, and the run that made it."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    done = run(folder, "--recipe", "toy-pretrain", "--data", toy_tree, "--steps", 20, "--warmup", 5, "--units", 512, "--out", "run", *QUICK,
+               "--pretrain", "mlm+itm+mrfr+mrc+mrckl+wra")
+    return folder / "run/last.pt", done
+
+
+def weights(folder):
+    from model import read_checkpoint
+    return read_checkpoint(folder / "last.pt").model
+
+
+def same(a, b, **tolerance):
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)), msg=lambda m: f"{name}: {m}")

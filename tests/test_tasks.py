@@ -1,0 +1,595 @@
+"""Downstream tasks: readers, the toy tree's balance, batches, twenty steps of each, evaluation, submission files, and bad input."""
+import csv
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from conftest import QUICK, ROOT, run, same, shared, weights
+from data import DataError, JoinedStore, PairBatches, Pairs, RankingBatches, RegionStore, TaskBatches
+from model import read_checkpoint
+
+TASKS = [("vqa",), ("vcr",), ("nlvr2",), ("nlvr2", "--form", "pair"), ("nlvr2", "--form", "triplet"), ("ve",), ("ve", "--task-loss", "ce"),
+         ("re",), ("re", "--task-loss", "rank"), ("re", "--dataset", "refcoco+", "--head", "region-mlp"), ("re", "--dataset", "refcocog"),
+         ("retrieval",), ("retrieval", "--candidates", 0, "--mine-every", 8), ("retrieval", "--dataset", "coco")]
+
+
+def configured(toy_tree, *argv):
+    cfg = train.parse(["--data", str(toy_tree), "--precision", "fp32", "--init", "none", "--workers", "0", *map(str, argv)])
+    return cfg, train.find_place(cfg), train.load_tokenizer(cfg)
+
+
+def load(toy_tree, name, split, **more):
+    cfg, _, tokenizer = configured(toy_tree, "--task", name, *more.pop("argv", ()))
+    return evaluate.load_task(train.dataclasses.asdict(cfg), tokenizer, split, evaluate.answer_list_of(name, toy_tree), **more)
+
+
+# -------------------------------------------------------------------------------------------- the toy tree's balance
+
+def test_nothing_to_guess_from_the_text_or_the_picture_alone(toy_tree):
+    """Each statement has its labels equally often, and so has each picture."""
+    statements, pictures = defaultdict(Counter), defaultdict(Counter)
+    for e in data.nlvr2(toy_tree, "train"):
+        statements[e.id.split("-")[1], e.text][e.label] += 1
+        pictures[e.left][e.label] += 1
+    assert all(c[True] == c[False] for c in [*statements.values(), *pictures.values()])
+    texts, _ = data.snli_ve(toy_tree, "train")
+    kinds, pictures = defaultdict(Counter), defaultdict(Counter)
+    for t in texts:
+        kinds[t.text.split(" is ")[0]][t.target] += 1
+        pictures[t.image][t.target] += 1
+    assert all(len(set(c[i] for i in range(3))) == 1 for c in [*kinds.values(), *pictures.values()])
+    places = Counter((t.text.split(" is ")[1], t.target) for t in texts)
+    for what in {p for p, _ in places}:
+        assert max(places[what, i] for i in range(3)) < 1.4 * min(places[what, i] for i in range(3))
+    texts, _ = data.vcr(toy_tree, "train", "qa")
+    choices = [texts[i:i + 4] for i in range(0, len(texts), 4)]
+    assert all(len({t.text for t in c}) == 4 for c in choices)
+    assert Counter(c[0].target for c in choices).most_common(1)[0][1] < 0.35 * len(choices)
+    colours = Counter(c[c[0].target].text[1][1].split()[-2] for c in choices)
+    offered = Counter(t.text[1][1].split()[-2] for t in texts)
+    assert all(abs(colours[c] / offered[c] - 0.25) < 0.1 for c in offered)
+
+
+def test_vqa_questions_come_in_complements(toy_tree):
+    texts, told = data.vqa(toy_tree, "train2014")
+    assert told == {"questions without annotations": 0} and len(texts) % 2 == 0
+    for a, b in zip(texts[::2], texts[1::2]):
+        assert a.text == b.text and a.image != b.image and a.target.said[-1] != b.target.said[-1]
+
+
+def test_toy_labels_are_true(toy_tree):
+    """Labels against the scenes as the annotated boxes tell them: referring expressions name one thing of the right shape."""
+    store = RegionStore(toy_tree / "regions/refcoco_gt")
+    texts, _ = data.referring(toy_tree, "refcoco", "train")
+    for t in texts[:200]:
+        image = np.array([store.index[t.image]])
+        boxes, row = store.read(image, "boxes")[0], store.read(image, "cls_id")[0]
+        x, y, w, h = t.target
+        i = int(np.abs(boxes - [x, y, x + w, y + h]).sum(1).argmin())
+        named = [s for s in data.SHAPES if s in t.text]
+        colour = [c for c in data.COLOURS if c in t.text]
+        assert not named or data.SHAPES[row[i]] == named[0]
+        assert not colour or list(data.COLOURS)[store.read(image, "attr_id")[0][i]] == colour[0]
+
+
+# --------------------------------------------------------------------------------------------------- official files
+
+def test_real_nlvr2(tmp_path):
+    """Counts as published; consistency groups come from the identifier, not from the sentence."""
+    (tmp_path / "nlvr2").mkdir()
+    for split, n, true, groups in (("dev", 6982, 3551, 2018), ("test1", 6967, 3558, 1995)):
+        shutil.copy(shared(f"real/nlvr2/{split}.json.gz"), tmp_path / "nlvr2")
+        examples = data.nlvr2(tmp_path, split)
+        assert (len(examples), sum(e.label for e in examples)) == (n, true)
+        assert len({tuple(np.array(e.id.split("-"))[[1, 3]]) for e in examples}) == groups
+    assert len({e.text for e in data.nlvr2(tmp_path, "dev")}) == 2004
+    (tmp_path / "nlvr2/balanced").mkdir()
+    shutil.copy(shared("real/nlvr2/balanced_dev.json.gz"), tmp_path / "nlvr2/balanced")
+    assert len(data.nlvr2(tmp_path, "balanced/balanced_dev")) == 2300
+
+
+def test_real_refcoco_plus_boxes_and_answer_list(tmp_path):
+    (tmp_path / "refer/refcoco+").mkdir(parents=True), (tmp_path / "vqa2").mkdir()
+    for split, sentences in (("testA", 5726), ("testB", 4889)):
+        shutil.copy(shared(f"real/phraseloc/refcoco+/annotation_{split}.json"), tmp_path / "refer/refcoco+")
+        texts, _ = data.referring(tmp_path, "refcoco+", split)
+        assert len(texts) == sentences and len({t.image for t in texts}) == 750 and all(len(t.target) == 4 and min(t.target[2:]) > 0 for t in texts)
+        assert all(t.image.startswith("COCO_train2014_") for t in texts)
+    shutil.copy(shared("real/lxmert_vqa/trainval_label2ans.json"), tmp_path / "vqa2")
+    answers = data.answer_list(tmp_path)
+    assert len(answers) == len(set(answers)) == 3129
+
+
+def test_answer_list_by_the_published_rule(toy_tree, tmp_path):
+    """Normalised, at least nine questions of train and val together; the same list a file would give."""
+    made = data.answer_list(toy_tree)
+    assert made == sorted(made) and {"yes", "no", "red", "circle"} <= set(made) and "maybe" not in made
+    (tmp_path / "vqa2").mkdir()
+    notes = lambda n: {"annotations": [{"question_id": i, "multiple_choice_answer": a} for i, a in enumerate(["A cat."] * n + ["two"] * 4)]}
+    for split, n in (("train2014", 5), ("val2014", 4)):
+        (tmp_path / f"vqa2/v2_mscoco_{split}_annotations.json").write_text(json.dumps(notes(n)))
+    assert data.answer_list(tmp_path) == ["cat"]
+    assert data.soft_target(["yes"] * 7 + ["no"] * 2 + ["Maybe"], {"yes": 0, "no": 1}) == {0: 1.0, 1: 0.6}
+
+
+def test_pretraining_sees_no_evaluation_image(toy_tree):
+    out = data.held_out(toy_tree)
+    judged = {i["cocoid"] for i in data.karpathy_images(toy_tree, "coco")[0] if i["split"] != "train"}
+    judged |= {int(t.image[-12:]) for name in data.REFER for split in ("val", "testA", "testB", "test") for t in data.referring(toy_tree, name, split)[0]}
+    assert judged == out.coco and out.told["Karpathy val"] > 0 and out.told["refcocog val, test"] > 0
+    coco, told = data.corpus_coco(toy_tree, "train", out)
+    assert not {int(t.image[-12:]) for t in coco} & judged and told["images held out, also in Flickr30k"] == 2
+    assert {t.image for t in data.corpus_coco(toy_tree, "val", out)[0]} == {t.image for t in data.coco_karpathy(toy_tree, "val")}
+    images = data.vg_images(toy_tree)
+    for text in data.corpus_vg(toy_tree, "train", out)[0]:
+        assert images[int(text.image)]["coco_id"] not in judged
+    for corpus in (data.corpus_cc3m, data.corpus_sbu):
+        texts, told = corpus(toy_tree, "train", out)
+        assert told == {"images held out, also in Flickr30k": 1} and len(texts) > 5 and "3" not in {t.id for t in texts}
+
+
+def test_photo_numbers():
+    assert data.photo_id("http://farm3.staticflickr.com/2567/3907012345_abc0_z.jpg") == "3907012345"
+    assert data.photo_id("http://static.flickr.com/2723/4385058960_b0f291553e.jpg") == "4385058960"
+    assert data.photo_id("http://example.org/1/4385058960_b0f291553e.jpg") == data.photo_id(None) == ""
+
+
+def test_vcr_texts_have_their_types_and_tags(toy_tree):
+    task = load(toy_tree, "vcr", "val", part="qar")
+    ids, mask = task.pairs.text(np.arange(4))
+    types, tokenizer = task.pairs.text(np.arange(4), "types")[0], task.pairs.tokenizer
+    seps = [np.flatnonzero(row == tokenizer.sep) for row in ids]
+    for row, kind, where, real in zip(ids, types, seps, mask):
+        assert len(where) == 3 and where[-1] == real.sum() - 1
+        assert (kind[:where[0]] == 0).all() and (kind[where[0]:where[1]] == 2).all() and (kind[where[1]:where[2] + 1] == 3).all()
+    people = [t for t in task.pairs.texts if "person_" in t.text[0][1]]
+    assert people and all(tokenizer(f"person_{i}") == [len(tokenizer) - 81 + i] for i in (0, 80))
+    cut = Pairs(task.pairs.texts[:4], task.pairs.store, tokenizer, max_words=5)
+    assert (cut.n_words == 7).all() and len(cut.types) == len(cut.tokens) and cut.cut == 4
+    assert len(task.target) * 4 == len(task.pairs.texts) and len(load(toy_tree, "vcr", "val", part="all").ids) == len(task.target)
+
+
+def test_joined_store_is_its_parts_side_by_side(toy_tree):
+    left, right = RegionStore(toy_tree / "regions/vcr_gt"), RegionStore(toy_tree / "regions/vcr_det")
+    a, b = np.array([3, 0, 5]), np.array([1, 4, 2])
+    joined = JoinedStore(["x", "y", "z"], [(left, a, 1), (right, b, np.array([2, 2, 1]))])
+    order = np.array([2, 0])
+    for column in ("features", "boxes", "cls_id"):
+        got = joined.read(order, column)
+        for row, i in zip(got, order):
+            n, m = left.n_regions[a[i]], right.n_regions[b[i]]
+            assert np.array_equal(row[:n], left.read(a[i:i + 1], column)[0]) and np.array_equal(row[n:n + m], right.read(b[i:i + 1], column)[0])
+            assert not row[n + m:].any()
+    types = joined.region_types(order)
+    for row, i, second in zip(types, order, (1, 2)):
+        n, m = left.n_regions[a[i]], right.n_regions[b[i]]
+        assert row.tolist() == [1] * n + [second] * m + [0] * (len(row) - n - m)
+    assert joined.relative_boxes(order).max() <= 1 and (joined.n_regions == left.n_regions[a] + right.n_regions[b]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+@pytest.mark.parametrize("task", ["mlm", "mrfr"])
+def test_conditional_and_joint_masking(toy_tree, task):
+    """Conditional masking leaves the other modality whole; joint masking hides both and still asks for one."""
+    cfg, place, tokenizer = configured(toy_tree, "--recipe", "toy-pretrain")
+    pairs = Pairs(data.coco(toy_tree, "val2014"), RegionStore(toy_tree / "regions/coco"), tokenizer)
+    one, both = (PairBatches(pairs, task, 512, 0, mask_rate=0.4, joint=joint) for joint in (False, True))
+    captions, images, _ = one.whole(0)
+    assert np.array_equal(both.whole(0)[0], captions)
+    truth = torch.from_numpy(pairs.text(captions)[0])
+    assert ("hidden_regions" in one[0]) is False and (task == "mlm") == (not torch.equal(one[0]["input"]["text"], truth))
+    batch = both[0]
+    assert not torch.equal(batch["input"]["text"], truth)
+    assert len(batch["hidden_regions" if task == "mlm" else "masked_regions"]) >= len(captions)
+    assert ("masked_words" in batch) == (task == "mlm") and ("masked_regions" in batch) == (task == "mrfr")
+
+
+def test_masking_leaves_every_separator(toy_tree):
+    cfg, place, tokenizer = configured(toy_tree, "--recipe", "vcr-pretrain", "--mask-rate", "1.0")
+    streams = train.load_streams(cfg, place, tokenizer)
+    batch = streams.train[0][0]
+    text = batch["input"]["text"].flatten()
+    assert not (batch["word_targets"] == tokenizer.sep).any() and (text == tokenizer.sep).sum() >= 2 * len(batch["names"])
+
+
+def test_task_batches_are_the_examples_once_an_epoch(toy_tree):
+    task = load(toy_tree, "nlvr2", "dev")
+    whole, halves = TaskBatches(task, 600, 0), [TaskBatches(task, 600, 0, part, 2) for part in (0, 1)]
+    names, k = [], 0
+    while len(names) < len(task.target):
+        names += whole[k]["names"]
+        assert sorted(whole[k]["names"]) == sorted(halves[0][k]["names"] + halves[1][k]["names"])
+        assert len(whole[k]["input"]["text"]) == 2 * len(whole[k]["names"]) and whole[k]["input"]["region_type"][::2].max() == 1
+        k += 1
+    assert sorted(names) == sorted(task.ids)
+    rows = whole[0]["input"]
+    assert torch.equal(rows["text"][::2], rows["text"][1::2]) and set(rows["region_type"][1::2].unique().tolist()) <= {0, 2}
+
+
+@pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
+def test_hidden_is_hidden(toy_tree, name):
+    """A control's output does not move when what it may not see does."""
+    cfg, place, tokenizer = configured(toy_tree, "--task", name)
+    streams = train.load_streams(cfg, place, tokenizer)
+    model, batch = train.build_model(cfg, place, tokenizer, streams).eval(), streams.train[0][0]
+    for hide, keys in (("text", ["text"]), ("regions", ["regions", "boxes"])):
+        other = batch | {"input": {k: v.flip(0) if k in keys else v for k, v in batch["input"].items()}}
+        if hide == "text":                          # other words, as many
+            other["input"]["text"] = torch.where(batch["input"]["text"] > 4, batch["input"]["text"].roll(1), batch["input"]["text"])
+        with torch.no_grad():
+            a, b = (model(**data.blind(x, hide)["input"], heads=("task",)).scores for x in (batch, other))
+        torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            assert not torch.equal(model(**batch["input"], heads=("task",)).scores, model(**other["input"], heads=("task",)).scores)
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+@pytest.mark.parametrize("argv", TASKS, ids=lambda a: "-".join(map(str, a)))
+def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RankingBatches.drawn, "__defaults__", (8,))
+    cfg, place, _ = configured(toy_tree, "--task", *argv, "--init", pretrained[0], "--steps", 20, "--warmup", 2, "--units", 256, "--log-every", 1)
+    numbers = train.train(cfg, place)
+    log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
+    values = [r[cfg.task if cfg.task != "retrieval" else "rank"] for r in log if "norm" in r]
+    assert len(values) == 20 and all(np.isfinite(values))
+    wanted = {"vqa": ["vqa/accuracy", "vqa/majority"], "vcr": ["vcr/q_a", "vcr/qa_r", "vcr/q_ar"], "nlvr2": ["nlvr2/accuracy", "nlvr2/consistency"],
+              "ve": ["ve/accuracy"], "re": ["re/gt/accuracy", "re/det/accuracy", "re/gt/chance"], "retrieval": ["winoground/group"]}[cfg.task]
+    assert all(0 <= numbers[name] <= 100 for name in wanted)
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", cfg.task, "--ckpt", f"{cfg.out}/last.pt", "--data", str(toy_tree),
+                           *(["--dataset", cfg.dataset] if cfg.task == "retrieval" else [])], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = json.loads(done.stdout)
+    assert all(again[name] == pytest.approx(numbers[name], abs=0.01) for name in wanted if name in again)
+
+
+@pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
+def test_training_lowers_the_loss_of_each_task(toy_tree, name):
+    cfg, place, tokenizer = configured(toy_tree, "--task", name, "--steps", 60, "--warmup", 1, "--lr", 3e-4, "--units", 256, "--head-lr", 1)
+    streams = train.load_streams(cfg, place, tokenizer)
+    model = train.build_model(cfg, place, tokenizer, streams)
+    optimizer, batch = train.make_optimizer(cfg, model), streams.train[0][0]
+    values = [train.update(cfg, place, model, optimizer, streams.train, 1, [batch])[0][name].item() for _ in range(60)]
+    assert values[-1] < 0.7 * values[0], values[::10]
+    hits = train.right_answers(model.eval(), batch).float().mean()
+    assert hits > 0.6
+
+
+def test_alignment_losses_run_on_downstream_tasks(toy_tree, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg, place, _ = configured(toy_tree, "--task", "vqa", "--loss", "cacr+wra", "--init", pretrained[0], "--steps", 3, "--warmup", 1, "--units", 256, "--log-every", 1)
+    train.train(cfg, place)
+    log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(r["cacr"]) and np.isfinite(r["wra"]) for r in log if "norm" in r)
+
+
+def test_second_stage_and_all_corpora_then_vcr(toy_tree, pretrained, tmp_path, monkeypatch):
+    """Four corpora, then VCR's second stage from that, then VCR itself: vocabulary and types grow on the way and stay."""
+    monkeypatch.chdir(tmp_path)
+    short = ("--size", "toy", "--steps", 4, "--warmup", 1, "--units", 256, "--accumulate", 1)
+    cfg, place, _ = configured(toy_tree, "--recipe", "uniter-pretrain-all", *short, "--out", "first")
+    numbers = train.train(cfg, place)
+    assert {"val/mlm", "val/vg/mlm", "val/cc3m/itm", "val/sbu/mrckl"} <= set(numbers)
+    cfg, place, _ = configured(toy_tree, "--recipe", "vcr-pretrain", *short, "--init", "first/last.pt", "--out", "second")
+    train.train(cfg, place)
+    second = read_checkpoint("second/last.pt")
+    assert second.sizes["types"] == 4 and second.sizes["vocab"] == read_checkpoint("first/last.pt").sizes["vocab"] + 81
+    cfg, place, _ = configured(toy_tree, "--task", "vcr", *short, "--init", "second/last.pt", "--out", "third")
+    assert "vcr/q_ar" in train.train(cfg, place)
+
+
+def test_heads_learn_faster_when_asked(toy_tree):
+    cfg, place, tokenizer = configured(toy_tree, "--task", "vqa", "--head-lr", 10)
+    streams = train.load_streams(cfg, place, tokenizer)
+    model = train.build_model(cfg, place, tokenizer, streams)
+    optimizer = train.make_optimizer(cfg, model)
+    train.update(cfg, place, model, optimizer, streams.train, cfg.warmup, [streams.train[0][0]])
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert all(rates[id(p)] == pytest.approx(cfg.lr * (10 if name.startswith("task_head") else 1)) for name, p in model.named_parameters())
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_head_of_another_task_stays_at_its_start(toy_tree, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ("--steps", 2, "--warmup", 1, "--units", 256)
+    cfg, place, _ = configured(toy_tree, "--task", "vqa", *short, "--init", pretrained[0])
+    train.train(cfg, place)
+    cfg, place, _ = configured(toy_tree, "--task", "ve", *short, "--init", f"{cfg.out}/last.pt")
+    assert "ve/accuracy" in train.train(cfg, place)
+
+
+# ------------------------------------------------------------------------------------------- retrieval and its mining
+
+def small_retrieval(toy_tree):
+    cfg, place, tokenizer = configured(toy_tree, "--task", "retrieval")
+    streams = train.load_streams(cfg, place, tokenizer)
+    return train.build_model(cfg, place, tokenizer, streams).eval(), data.Pairs(data.flickr30k(toy_tree, "test"), streams.store, tokenizer)
+
+
+def test_all_pairs_are_the_pairs_one_by_one_and_features_are_read_once(toy_tree, tmp_path, monkeypatch):
+    model, pairs = small_retrieval(toy_tree)
+    T, I = len(pairs.texts), len(pairs.images)
+    slow = evaluate.score_pairs(model, pairs, np.repeat(np.arange(T), I), np.tile(pairs.images, T)).reshape(T, I)
+    reads, read = [], RegionStore.read
+    monkeypatch.setattr(RegionStore, "read", lambda self, images, column="features": (reads.append(len(images)) if column == "features" else None, read(self, images, column))[1])
+    np.testing.assert_allclose(evaluate.score_all(model, pairs), slow, atol=2e-5)
+    assert sum(reads) == I
+
+
+def test_retrieval_goes_on_after_a_kill(toy_tree, tmp_path):
+    """Columns made before the kill are kept as they are, the others made."""
+    model, pairs = small_retrieval(toy_tree)
+    keep = tmp_path / "scores.npy"
+    whole = evaluate.score_all(model, pairs)
+    made, forward = [], model.forward
+
+    def dies(*a, **k):
+        made.append(1)
+        if len(made) > 5:
+            raise KeyboardInterrupt
+        return forward(*a, **k)
+    model.forward = dies
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.score_all(model, pairs, keep=keep)
+    half = np.load(keep)
+    done = ~np.isnan(half).any(axis=0)
+    assert 0 < done.sum() < len(done)
+    keep_open = np.load(keep, mmap_mode="r+")
+    keep_open[:, 0] = 7.0                           # a mark: it must not be made again
+    model.forward = forward
+    again = np.array(evaluate.score_all(model, pairs, keep=keep))
+    assert (again[:, 0] == 7.0).all()
+    np.testing.assert_array_equal(again[:, 1:], whole[:, 1:])
+    with pytest.raises(DataError, match="another file"):
+        evaluate.score_all(model, data.Pairs(data.flickr30k(toy_tree, "val")[:-3], pairs.store, pairs.tokenizer), keep=keep)
+
+
+def test_mining_keeps_the_hardest(toy_tree):
+    model, _ = small_retrieval(toy_tree)
+    cfg, place, tokenizer = configured(toy_tree, "--task", "retrieval")
+    store = RegionStore(toy_tree / "regions/flickr30k")
+    stream = RankingBatches(Pairs(data.flickr30k(toy_tree, "train"), store, tokenizer), 600, 0, negatives=2, mined=True)
+    captions, images = stream.drawn(np.random.default_rng(0))
+    assert (images != stream.pairs.image[:, None]).all() and images.shape == (len(stream.pairs.texts), 128)
+    scores = np.random.default_rng(1).random(images.shape, np.float32)
+    stream.remember(captions, images, scores)
+    best = scores.argmax(1)
+    assert np.array_equal(stream.hard_images[:, 0], images[np.arange(len(images)), best])
+    one = int(images[0, 0])
+    at = np.argwhere(images == one)
+    top = at[np.argsort(-scores[at[:, 0], at[:, 1]], kind="stable")][:, 0][:data.HARDEST]
+    assert stream.hard_captions[one].tolist() == [int(top[i % len(top)]) for i in range(data.HARDEST)]
+    batch = stream[0]
+    G = len(batch["names"])
+    whole = stream.with_hard(batch)
+    assert whole["order"].shape == (G, 4) and sum(len(b["text"]) for b in whole["negatives"]) == 4 * G
+    owners = stream.pairs.image[stream.hard_captions[stream.hard_captions >= 0]]
+    image_of_row = np.repeat(np.arange(len(stream.hard_captions)), (stream.hard_captions >= 0).sum(1))
+    assert (owners != image_of_row).all()
+
+
+def test_mining_resumes_to_the_same_bits(toy_tree, pretrained, tmp_path):
+    args = ["--task", "retrieval", "--data", toy_tree, "--init", pretrained[0], "--candidates", 0, "--mine-every", 4, "--negatives", 2, "--steps", 8,
+            "--warmup", 2, "--units", 256, "--save-every", 3, *QUICK]
+    run(tmp_path, *args, "--out", "whole")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "cut/last.pt").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(tmp_path, *args, "--out", "cut", "--resume")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+# ------------------------------------------------------------------------------------------------- evaluation, files
+
+def test_nlvr2_metrics_against_the_official_script(tmp_path):
+    """Accuracy and consistency, overall and on the balanced and unbalanced subsets."""
+    z = np.load(shared("golden/metrics_nlvr2.npz"))
+    ids, labels = z["identifiers"], z["labels"].astype(bool)
+    for name in ("random", "acc70", "bysentence", "all_true"):
+        said = z[f"pred/{name}"].astype(bool)
+        for subset in ("dev", "balanced", "unbalanced"):
+            some = np.ones(len(ids), bool) if subset == "dev" else z[f"subset/{subset}"]
+            ours = evaluate.nlvr2_scores(said[some].tolist(), ids[some].tolist(), labels[some].tolist())
+            accuracy, consistency = z[f"official/{name}/{subset}"]
+            assert ours["nlvr2/accuracy"] / 100 == pytest.approx(accuracy, abs=1e-12) and ours["nlvr2/consistency"] / 100 == pytest.approx(consistency, abs=1e-12)
+            assert ours["nlvr2/accuracy"] == pytest.approx(float(z[f"official_filtered_percent/{name}/{subset}"]), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2"])
+def test_submission_files(toy_tree, pretrained, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    cfg, place, _ = configured(toy_tree, "--task", name, "--init", pretrained[0], "--steps", 2, "--warmup", 1, "--units", 256)
+    train.train(cfg, place)
+    file = tmp_path / f"submit.{'json' if name == 'vqa' else 'csv'}"
+    split = {"vqa": "val2014", "vcr": "val", "nlvr2": "test1"}[name]
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", name, "--ckpt", f"{cfg.out}/last.pt", "--data", str(toy_tree), "--split", split,
+                           "--submit", str(file)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if name == "vqa":
+        rows = json.loads(file.read_text())
+        assert {r["question_id"] for r in rows} == {int(t.id) for t in data.vqa(toy_tree, split)[0]} and all(isinstance(r["answer"], str) for r in rows)
+    else:
+        rows = list(csv.reader(file.open()))
+        if name == "nlvr2":
+            assert [r[0] for r in rows] == [e.id for e in data.nlvr2(toy_tree, split)] and {r[1] for r in rows} <= {"True", "False"}
+        else:
+            assert len(rows[0]) == 21 and rows[0][:2] == ["annot_id", "answer_0"] and rows[0][-1] == "rationale_conditioned_on_a3_3"
+            values = np.array([r[1:] for r in rows[1:]], float).reshape(len(rows) - 1, 5, 4)
+            np.testing.assert_allclose(values.sum(-1), 1, atol=1e-5)
+
+
+def test_a_test_set_without_labels_can_be_answered(toy_tree, pretrained, tmp_path, monkeypatch):
+    """VQA's test2015 has no annotations file, VCR's and NLVR2's test records lack the labels."""
+    monkeypatch.chdir(tmp_path)
+    tree = shutil.copytree(toy_tree, tmp_path / "toy")
+    questions = json.loads((tree / "vqa2/v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    store = tree / "regions/coco"
+    (store / "image_ids.txt").write_text((store / "image_ids.txt").read_text().replace("COCO_val2014", "COCO_test2015"))
+    (tree / "vqa2/v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(questions))
+    task = load(tree, "vqa", "test-dev2015")
+    assert task.target == [None] * len(questions["questions"])
+    with pytest.raises(DataError, match="no example with an answer"):
+        TaskBatches(task, 256, 0)
+    records = [json.loads(line) for line in (tree / "vcr1/val.jsonl").read_text().splitlines()]
+    for r in records:
+        del r["answer_label"], r["rationale_label"]
+    (tree / "vcr1/test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert load(tree, "vcr", "test", part="all").target == [None] * len(records)
+    with pytest.raises(DataError, match="no answer_label"):
+        load(tree, "vcr", "test", part="qar")
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+def edited(toy_tree, tmp_path, file, change, lines=False):
+    """A copy of the tree with one file changed."""
+    tree = tmp_path / "toy"
+    if not tree.exists():
+        shutil.copytree(toy_tree, tree)
+    path = tree / file
+    text = path.read_text()
+    record = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    record = change(record) or record
+    path.write_text("".join(json.dumps(r) + "\n" for r in record) if lines else json.dumps(record))
+    return tree
+
+
+def banner(tree, pretrained, tmp_path, *argv, expect=0):
+    return run(tmp_path, "--data", tree, "--init", pretrained[0], "--steps", 1, "--warmup", 1, "--units", 256, *QUICK, "--task", *argv, expect=expect)
+
+
+def test_vqa_questions_without_annotations_are_counted(toy_tree, pretrained, tmp_path):
+    tree = edited(toy_tree, tmp_path, "vqa2/v2_mscoco_train2014_annotations.json", lambda r: r["annotations"].__delitem__(slice(0, 7)))
+    assert "7 questions without annotations" in banner(tree, pretrained, tmp_path, "vqa").stdout
+
+
+def test_nlvr2_missing_image_is_counted_or_an_error(toy_tree, pretrained, tmp_path):
+    def lose(records):
+        records[0]["identifier"] = "train-9999-0-0"
+    tree = edited(toy_tree, tmp_path, "nlvr2/train.json", lose, lines=True)
+    stopped = banner(tree, pretrained, tmp_path, "nlvr2", expect=1)
+    assert "train-9999-0-img0" in stopped.stderr and "--skip-missing" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert "1 examples left out: an image has no features" in banner(tree, pretrained, tmp_path, "nlvr2", "--skip-missing").stdout
+
+
+def test_nlvr2_missing_image_counts_as_wrong_in_evaluation(toy_tree, tmp_path):
+    class Always:
+        target, told, ids = [True, True], {"examples left out: an image has no features": 2}, ["dev-0-0-0", "dev-0-1-0"]
+    evaluate_predict, evaluate.predict = evaluate.predict, lambda *a, **k: np.array([[0, 1], [0, 1.0]])
+    try:
+        assert evaluate.nlvr2(None, Always)[0]["nlvr2/accuracy"] == 50
+    finally:
+        evaluate.predict = evaluate_predict
+
+
+def test_vcr_tag_past_the_boxes_is_counted(toy_tree, pretrained, tmp_path):
+    tree = edited(toy_tree, tmp_path, "vcr1/train.jsonl", lambda r: r[0]["question"].__setitem__(3, [17]), lines=True)
+    assert "2 tags that point past the boxes, read as [UNK]" in banner(tree, pretrained, tmp_path, "vcr").stdout      # once for answers, once for reasons
+    texts, _ = data.vcr(tree, "train", "qa")
+    assert texts[0].text[0] == (0, "What color is [UNK] ?")
+
+
+def test_snli_ve_without_a_gold_label_is_counted(toy_tree, pretrained, tmp_path):
+    tree = edited(toy_tree, tmp_path, "snli_ve/snli_ve_train.jsonl", lambda r: [{**x, "gold_label": "-"} if i < 3 else x for i, x in enumerate(r)], lines=True)
+    assert "3 pairs left out: label '-'" in banner(tree, pretrained, tmp_path, "ve").stdout
+    tree = edited(tree, tmp_path, "snli_ve/snli_ve_train.jsonl", lambda r: [{**x, "gold_label": "perhaps"} for x in r], lines=True)
+    with pytest.raises(DataError, match="label 'perhaps', wanted one of"):
+        data.snli_ve(tree, "train")
+
+
+def test_snli_ve_image_names_old_and_new(toy_tree, tmp_path):
+    old = lambda records: [{"Flikr30kID": r.pop("Flickr30K_ID") + ".jpg", **r} for r in records]
+    tree = edited(toy_tree, tmp_path, "snli_ve/snli_ve_dev.jsonl", old, lines=True)
+    assert [t.image for t in data.snli_ve(tree, "dev")[0]] == [t.image for t in data.snli_ve(toy_tree, "dev")[0]]
+
+
+def test_expression_that_matches_no_region_is_counted_and_wrong(toy_tree, pretrained, tmp_path):
+    def move(record):
+        for a in record["annotations"][-5:]:
+            a["bbox"] = [0.0, 0.0, 2.0, 2.0]
+    tree = edited(toy_tree, tmp_path, "refer/refcoco/instances.json", move)
+    assert "10 expressions whose box matches no region" in banner(tree, pretrained, tmp_path, "re").stdout
+    task = load(tree, "re", "train")
+    assert task.target.count(-1) == 10 and not set(np.flatnonzero(np.array(task.target) == -1)) & set(TaskBatches(task, 256, 0).drawn)
+
+
+def test_expression_about_an_unknown_object_is_counted(toy_tree, pretrained, tmp_path):
+    tree = edited(toy_tree, tmp_path, "refer/refcoco/instances.json", lambda r: r["annotations"].__delitem__(slice(-3, None)))
+    assert "6 expressions whose object is not in instances.json" in banner(tree, pretrained, tmp_path, "re").stdout
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/nanoalign_was_here",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps([Evil()]), b"\x80\x02]q", b"no pickle at all", pickle.dumps(np.arange(3))], ids=["code", "cut", "text", "array"])
+def test_pickles_with_more_than_plain_containers_are_refused(toy_tree, tmp_path, content):
+    tree = shutil.copytree(toy_tree, tmp_path / "toy")
+    (tree / "refer/refcoco/refs(unc).p").write_bytes(content)
+    with pytest.raises(DataError, match="no pickle of plain lists"):
+        data.refs(tree, "refcoco")
+    assert not os.path.exists("/tmp/nanoalign_was_here")
+
+
+def test_python2_pickles_are_read(tmp_path):
+    """Protocol 0 and 2, byte strings, as the official files."""
+    folder = tmp_path / "refer/refcoco"
+    folder.mkdir(parents=True)
+    record = [{"ref_id": 5, "sent": "caf\xe9"}]
+    for protocol in (0, 2):
+        (folder / "refs(unc).p").write_bytes(pickle.dumps(record, protocol=protocol))
+        assert data.refs(tmp_path, "refcoco") == record
+    (folder / "refs(unc).p").write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'a cup'\np3\nsa.")
+    assert data.refs(tmp_path, "refcoco") == [{"sent": "a cup"}]
+
+
+@pytest.mark.parametrize("task, file", [("vqa", "vqa2/v2_OpenEnded_mscoco_train2014_questions.json"), ("vqa", "vqa2/v2_mscoco_train2014_annotations.json"),
+                                        ("vcr", "vcr1/train.jsonl"), ("nlvr2", "nlvr2/train.json"), ("ve", "snli_ve/snli_ve_train.jsonl"), ("re", "refer/refcoco/instances.json")])
+@pytest.mark.parametrize("how", ["cut", "missing", "another"])
+def test_malformed_files_are_one_clear_error(toy_tree, tmp_path, task, file, how):
+    tree = tmp_path / "toy"
+    tree.mkdir()
+    for name in toy_tree.iterdir():                 # links, but for the data set at hand
+        (tree / name.name).symlink_to(name) if name.name != file.split("/")[0] else shutil.copytree(name, tree / name.name)
+    path = tree / file
+    text = path.read_text()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_text(text[:len(text) // 2] if how == "cut" else re.sub(r'"(question_id|question|sentence|sentence2|annotations)":', r'"x_\1":', text))
+    with pytest.raises(DataError) as error:
+        load(tree, task, {"vqa": "train2014"}.get(task, "train"))
+    assert path.name in str(error.value) and "\n" in str(error.value)
+
+
+def test_evaluating_a_model_of_another_task(toy_tree, pretrained, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", "vqa", "--ckpt", str(pretrained[0]), "--data", str(toy_tree)],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "was trained for pretrain, not for vqa" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argv, match", [(["--task", "re", "--dataset", "refcocoo"], "did you mean refcoco"), (["--task", "vqa", "--task-loss", "rank"], "not for --task vqa"),
+                                         (["--corpora", "coco+vgg"], "did you mean vg"), (["--corpora", "coco+vcr"], "vcr alone"), (["--mine-every", "5"], "choose one"), (["--head-lr", "0"], "more than 0")])
+def test_wrong_settings(argv, match):
+    with pytest.raises(train.UserError, match=match):
+        train.parse(argv)
