@@ -456,9 +456,14 @@ def npz_rows(folder, sizes, skip=0):
 
 
 def uniter_image_id(stem):
-    """coco_train2014_000000000042 -> COCO_train2014_000000000042; flickr30k_000001000092795 -> 1000092795"""
+    """coco_train2014_000000000042, visual_grounding_coco_gt_000000000042 -> COCO_train2014_000000000042; flickr30k_000001000092795 -> 1000092795;
+    nlvr2_dev-850-0-img0 -> dev-850-0-img0; vcr_gt_val_1001_Film_00.11@3 -> 1001_Film_00.11@3"""
     if stem.startswith("coco_"):
         return "COCO_" + stem[5:]
+    if stem.startswith("visual_grounding_"):        # RefCOCO's images are all of train2014
+        return "COCO_train2014_" + stem[-12:]
+    if found := re.match(r"nlvr2_|vcr_(?:gt_)?(?:train|val|test)_", stem):
+        return stem[found.end():]
     head, _, tail = stem.rpartition("_")
     return str(int(tail)) if head and tail.isdigit() else stem
 
@@ -789,7 +794,7 @@ def vcr(data, split, part="qa", choices=True):
     path, texts, told = Path(data) / "vcr1" / f"{split}.jsonl", [], {"tags that point past the boxes, read as [UNK]": 0}
     for record in read_json_lines(path, "VCR's annotations"):
         where = f"{path}, {record.get('annot_id')}"
-        objects, image = field(record, "objects", where), str(Path(field(record, "img_fn", where)).with_suffix(""))
+        objects, image = field(record, "objects", where), Path(field(record, "img_fn", where)).stem
 
         def spoken(tokens):
             words = []
@@ -943,9 +948,9 @@ class Pairs:
         self.images = np.unique(self.image)
 
     def __str__(self):
-        notes = [f"{n:,} captions {what}" for n, what in ((self.dropped, "left out: no features"), (self.cut, "cut: too long"),
+        notes = [f"{n:,} texts {what}" for n, what in ((self.dropped, "left out: no features"), (self.cut, "cut: too long"),
                                                           (self.empty, "empty")) if n]
-        return f"{self.name}: {len(self.texts):,} captions, {len(self.images):,} images" + "".join(f", {n}" for n in notes)
+        return f"{self.name}: {len(self.texts):,} texts, {len(self.images):,} images" + "".join(f", {n}" for n in notes)
 
     def text(self, captions, column="tokens"):
         """(B, N_L) int64 ids (or types) and the mask"""
@@ -1064,8 +1069,9 @@ class PairBatches:
         batch = {"task": self.task, "names": self.pairs.names(captions, images), "match": torch.from_numpy(match[mine])}
         if not len(captions):                       # a batch of fewer pairs than processes
             return batch
-        text, real = self.pairs.text(captions)
+        text = None
         if hidden_words is not None:
+            text, real = self.pairs.text(captions)
             hidden, new = (m[mine, :text.shape[1]] for m in hidden_words)
             hidden = hidden & real
             if self.task == "mlm":
@@ -1885,8 +1891,9 @@ def toy_vcr(tmp, seed, n):
             pick = lambda names: rng.choice(list(names), 4, replace=False).tolist()
             things = placed(rng, list(zip(pick(SHAPES), pick(COLOURS))), "")
             objects = ["person" if t.shape == "circle" else t.shape for t in things]
-            stem = f"{1000 + k // 50}_Shapes/{split}_{k:05d}@0"
-            names.append(stem), scenes.append(things), jobs.append((tmp / f"vcr1/vcr1images/{stem}.jpg", things))
+            name = f"{1000 + k // 50}_Shapes_{split}_{k:05d}@0"
+            stem = f"lsmdc_{1000 + k // 50}_Shapes/{name}"
+            names.append(name), scenes.append(things), jobs.append((tmp / f"vcr1/vcr1images/{stem}.jpg", things))
             dump(tmp / f"vcr1/vcr1images/{stem}.json", {"boxes": [[*map(float, t.box), 1.0] for t in things], "segms": [[] for _ in things], "names": objects,
                                                         "width": WIDTH, "height": HEIGHT})
             for q in rng.permutation(4)[:2].tolist():

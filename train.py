@@ -187,6 +187,8 @@ def make_config(recipe, **changes):
     cfg.dataset = cfg.dataset if cfg.task != "re" or cfg.dataset != "flickr30k" else "refcoco"
     if cfg.task in ("re", "retrieval"):
         known(cfg.dataset, list(REFER) if cfg.task == "re" else ["flickr30k", "coco"], "--dataset")
+    if cfg.hide and cfg.task not in VALIDATION:
+        raise UserError(f"--hide {cfg.hide} is not for --task {cfg.task}\n  Wanted: {', '.join(VALIDATION)}")
     if cfg.task_loss not in {"vqa": ("", "bce"), "ve": ("", "bce", "ce"), "re": ("", "ce", "rank")}.get(cfg.task, ("",)):
         raise UserError(f"--task-loss {cfg.task_loss} is not for --task {cfg.task}\n  vqa: bce; ve: bce or ce; re: ce or rank")
     cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}{'-blind-' * bool(cfg.hide)}{cfg.hide}-seed{cfg.seed}"
@@ -309,8 +311,8 @@ def load_streams(cfg, place, tokenizer):
     share, units = dict(part=place.rank, parts=place.world), cfg.units * place.world
 
     def pairs(texts, store, name, told=None):
-        for thing in (f"{store}", found := Pairs(texts, store, tokenizer, cfg.max_words, name, cfg.skip_missing or name.startswith("cc3m"))):
-            place.say(f"  {thing}")
+        found = Pairs(texts, store, tokenizer, cfg.max_words, name, cfg.skip_missing or name.startswith("cc3m"))       # many addresses are dead
+        place.say(f"  {store}\n  {found}")
         tell(place, told or {})
         return found
 

@@ -1,8 +1,10 @@
 """Makes the five files importable from wherever pytest is started; a toy tree, a checkpoint and a run of train.py for the tests."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,16 @@ def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     assert done.returncode == expect or expect is None, done.stderr[-3000:]
     return done
+
+
+def run_and_kill(tmp_path, args, out):
+    """train.py until its first checkpoint is there, then kill -9."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", out], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / out / "last.pt").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def last_line(done):

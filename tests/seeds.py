@@ -74,6 +74,15 @@ def table(results):
     return "\n".join(lines)
 
 
+def fill(**tables):
+    """Put each table between its marks in the README."""
+    text = README.read_text()
+    for mark, rows in tables.items():
+        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: m[1] + rows + "\n" + m[2], text, flags=re.S)
+        print(rows)
+    README.write_text(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
@@ -83,11 +92,7 @@ def main():
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda s: one_seed(s, max(1, os.cpu_count() // args.jobs), results, args.nlvr), args.seeds))
-    text = README.read_text()
-    for mark, rows in (("seeds", table(results)), ("nlvr", nlvr_table(results))):
-        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: m[1] + rows + "\n" + m[2], text, flags=re.S)
-        print(rows)
-    README.write_text(text)
+    fill(seeds=table(results), nlvr=nlvr_table(results))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,12 @@ python tests/tasks.py --only vqa ve      some rows;   --ablation: table 2 instea
 """
 import argparse
 import json
-import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, README = ROOT / "tests/results.json", ROOT / "README.md"
+from seeds import RESULTS, ROOT, fill
 
 
 class Row(NamedTuple):
@@ -121,11 +118,7 @@ def main():
                 remember(results, f"tasks/{name}/{what}", "train.py", *row.command.split(), "--hide", what, "--out", f"out/tasks/{name}-{what}", "--resume")
         start = next((ROOT / "out").glob("toy-pretrain-seed0-*")) / "last.pt"
         remember(results, "tasks/zero-shot", "evaluate.py", *ZERO_SHOT.command.split(), "--ckpt", start)
-    text = README.read_text()
-    for mark, rows in (("tasks", table(results)), ("ablation", ablation(results))):
-        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: m[1] + rows + "\n" + m[2], text, flags=re.S)
-        print(rows)
-    README.write_text(text)
+    fill(tasks=table(results), ablation=ablation(results))
 
 
 if __name__ == "__main__":

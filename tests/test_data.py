@@ -352,3 +352,13 @@ def test_vocabulary_without_mask(tmp_path):
 def test_command_line_errors_are_one_message(argv, match):
     run = subprocess.run([sys.executable, "data.py", *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
     assert run.returncode == 1 and match in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("npz, image", [("coco_train2014_000000000042", "COCO_train2014_000000000042"), ("flickr30k_000001000092795", "1000092795"),
+                                        ("vg_000000002354", "2354"), ("gcc_train_000000000042", "42"), ("nlvr2_dev-850-0-img0", "dev-850-0-img0"),
+                                        ("nlvr2_train-10171-0-img1", "train-10171-0-img1"), ("vcr_gt_val_1001_Some_Film_00.11@3", "1001_Some_Film_00.11@3"),
+                                        ("vcr_train_1001_Some_Film_00.11@3", "1001_Some_Film_00.11@3"), ("visual_grounding_coco_gt_000000581857", "COCO_train2014_000000581857"),
+                                        ("visual_grounding_det_coco_000000581857", "COCO_train2014_000000581857")])
+def test_names_of_uniters_feature_files(npz, image):
+    """They become the ids that the readers of the same data set use."""
+    assert data.uniter_image_id(npz) == image

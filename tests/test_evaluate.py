@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from conftest import ROOT
-from test_train import pretrained, run                  # noqa: F401 (a fixture)
+from conftest import ROOT, run
 
 
 def slow_recall(scores, image_of_text):

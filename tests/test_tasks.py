@@ -5,10 +5,8 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 import data
 import evaluate
 import train
-from conftest import QUICK, ROOT, run, same, shared, weights
+from conftest import QUICK, ROOT, run, run_and_kill, same, shared, weights
 from data import DataError, JoinedStore, PairBatches, Pairs, RankingBatches, RegionStore, TaskBatches
 from model import read_checkpoint
 
@@ -261,11 +259,11 @@ def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
 
 @pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
 def test_training_lowers_the_loss_of_each_task(toy_tree, name):
-    cfg, place, tokenizer = configured(toy_tree, "--task", name, "--steps", 60, "--warmup", 1, "--lr", 3e-4, "--units", 256, "--head-lr", 1)
+    cfg, place, tokenizer = configured(toy_tree, "--task", name, "--steps", 200, "--warmup", 1, "--lr", 3e-4, "--units", 256, "--head-lr", 1)
     streams = train.load_streams(cfg, place, tokenizer)
     model = train.build_model(cfg, place, tokenizer, streams)
     optimizer, batch = train.make_optimizer(cfg, model), streams.train[0][0]
-    values = [train.update(cfg, place, model, optimizer, streams.train, 1, [batch])[0][name].item() for _ in range(60)]
+    values = [train.update(cfg, place, model, optimizer, streams.train, 1, [batch])[0][name].item() for _ in range(160)]
     assert values[-1] < 0.7 * values[0], values[::10]
     hits = train.right_answers(model.eval(), batch).float().mean()
     assert hits > 0.6
@@ -388,12 +386,7 @@ def test_mining_resumes_to_the_same_bits(toy_tree, pretrained, tmp_path):
     args = ["--task", "retrieval", "--data", toy_tree, "--init", pretrained[0], "--candidates", 0, "--mine-every", 4, "--negatives", 2, "--steps", 8,
             "--warmup", 2, "--units", 256, "--save-every", 3, *QUICK]
     run(tmp_path, *args, "--out", "whole")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "cut/last.pt").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_and_kill(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
@@ -589,7 +582,7 @@ def test_evaluating_a_model_of_another_task(toy_tree, pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("argv, match", [(["--task", "re", "--dataset", "refcocoo"], "did you mean refcoco"), (["--task", "vqa", "--task-loss", "rank"], "not for --task vqa"),
-                                         (["--corpora", "coco+vgg"], "did you mean vg"), (["--corpora", "coco+vcr"], "vcr alone"), (["--mine-every", "5"], "choose one"), (["--head-lr", "0"], "more than 0")])
+                                         (["--corpora", "coco+vgg"], "did you mean vg"), (["--corpora", "coco+vcr"], "vcr alone"), (["--mine-every", "5"], "choose one"), (["--hide", "text"], "not for --task retrieval"), (["--head-lr", "0"], "more than 0")])
 def test_wrong_settings(argv, match):
     with pytest.raises(train.UserError, match=match):
         train.parse(argv)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from conftest import QUICK, ROOT, last_line, run, same, weights
+from conftest import QUICK, ROOT, last_line, run, run_and_kill, same, weights
 from model import CheckpointError, read_checkpoint
 from train import UserError, alignment_weight, lr_at, make_config, parse
 
@@ -60,12 +60,7 @@ def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
     """6 steps = 3, kill -9 while the fourth or a later one runs, resume."""
     args = toy_run(toy_tree, pretrained, "--loss", "cacr", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
     run(tmp_path, *args, "--out", "whole")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "cut/last.pt").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_and_kill(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     strip = lambda p: [{k: v for k, v in json.loads(l).items() if k not in ("pairs_per_s", "seconds_left")} for l in (p / "log.jsonl").read_text().splitlines()]
