@@ -1173,7 +1173,7 @@ class RankingBatches(PairBatches):
             return batch | {"random": (captions, images, wrong_captions, wrong_images, pick)}
         return batch | self.choose(wrong_captions, wrong_images)
 
-    def drawn(self, rng, n=128):
+    def drawn(self, rng, n):
         """Captions and images to score in mining: n random other images for each caption, (T, n) twice.           UNITER sec. A.2"""
         captions = np.repeat(np.arange(len(self.pairs.texts))[:, None], n, 1)
         return captions, other(rng, self.pairs.images, self.pairs.image[captions.ravel()]).reshape(captions.shape)
@@ -1194,14 +1194,14 @@ class RankingBatches(PairBatches):
                                    np.column_stack([wrong_images, self.hard_images[captions, pick[1]], images]))
 
     def choose(self, captions, images):
-        """Batches of these negatives, (G, K) captions and images, shortest first, cut where padding would pass 4 %."""
+        """Batches of these negatives, (G, K) captions and images, shortest first, cut where padding would pass 3 %."""
         length = self.pairs.length(captions.ravel(), images.ravel())
         order = np.argsort(length, kind="stable")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         cuts, start, rising = [], 0, length[order]
         for i in range(len(order)):
-            if i - start >= 8 and rising[start:i + 1].sum() < 0.96 * rising[i] * (i + 1 - start):
+            if i - start >= 4 and rising[start:i + 1].sum() < 0.97 * rising[i] * (i + 1 - start):
                 cuts.append(i)
                 start = i
         return {"negatives": [self.pairs.batch(captions.ravel()[p], images.ravel()[p]) for p in np.split(order, cuts)],
@@ -1598,8 +1598,8 @@ def make_toy(out, seed=0, scenes=6000):
         raise DataError(f"{out} exists already\n  Wanted: a new folder. Delete it first, or choose another --out.")
     if seed < 0:
         raise DataError(f"--seed {seed}\n  Wanted: 0 or more.")
-    if scenes < 200:
-        raise DataError(f"--scenes {scenes}\n  Wanted: at least 200, so that every split gets some.")
+    if scenes < 60:
+        raise DataError(f"--scenes {scenes}\n  Wanted: at least 60, so that every split gets some.")
     tmp = Path(f"{out}.tmp{os.getpid()}")
     cuts = dict(zip(("train2014", "val2014", "train", "val", "test"), np.diff(np.round(np.cumsum([0, 0.65, 0.03, 0.26, 0.0267, 0.0333]) * scenes).astype(int)).tolist()))
     try:
@@ -1898,6 +1898,9 @@ def toy_vcr(tmp, seed, n):
                                                         "width": WIDTH, "height": HEIGHT})
             for q in rng.permutation(4)[:2].tolist():
                 colours, places = [things[i].colour for i in rng.permutation(4)], [corners[i] for i in rng.permutation(4)]
+                for choices, right, at in ((colours, things[q].colour, len(lines) % 4), (places, corner(things[q]), len(lines) // 4 % 4)):
+                    choices.remove(right)           # the right one stands at each place equally often
+                    choices.insert(at, right)
                 lines.append({"movie": stem.split("/")[0], "objects": objects, "img_fn": f"{stem}.jpg", "metadata_fn": f"{stem}.json",
                               "question": ["What", "color", "is", [q], "?"], "answer_choices": [[[q], "is", c, "."] for c in colours],
                               "answer_label": colours.index(things[q].colour),

@@ -127,7 +127,8 @@ class Config:
     mask_rate: float = opt(0.15, "share of words or regions masked in pre-training [UNITER sec. 3.2]")
     negatives: int = opt(2, "mismatched pairs a matched one in ranking: 2 [UNITER sec. 4.1], 31 [CACR sec. 4]")
     candidates: int = opt(0, "score so many negatives and train on the hardest: 399 [IAIS code]; 0 draws them at random")
-    mine_every: int = opt(0, "mine hard negatives every so many updates: 128 random ones scored, 1 of the 20 hardest each way added [UNITER sec. A.2]")
+    mine_every: int = opt(0, "mine hard negatives every so many updates; to the random ones one of the 20 hardest each way is added [UNITER sec. A.2]")
+    mine_from: int = opt(128, "random images scored for each caption in mining [UNITER sec. A.2]")
     alternate: bool = opt(False, "text anchors and the language side one batch, image anchors and the vision side the next [IAIS code]")
     margin: float = opt(0.2, "of the ranking loss [authors' code]")
     align_weight: float = opt(1.0, "final weight of the alignment losses [ours]; the IAIS code's accumulation makes it 8")
@@ -192,7 +193,7 @@ def make_config(recipe, **changes):
     if cfg.task_loss not in {"vqa": ("", "bce"), "ve": ("", "bce", "ce"), "re": ("", "ce", "rank")}.get(cfg.task, ("",)):
         raise UserError(f"--task-loss {cfg.task_loss} is not for --task {cfg.task}\n  vqa: bce; ve: bce or ce; re: ce or rank")
     cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}{'-blind-' * bool(cfg.hide)}{cfg.hide}-seed{cfg.seed}"
-    for name in ("steps", "units", "accumulate", "negatives", "save_every", "log_every", "eval_every"):
+    for name in ("steps", "units", "accumulate", "negatives", "mine_from", "save_every", "log_every", "eval_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted at least 1")
     for name, legal, fits in (("seed", "0 or more", cfg.seed >= 0), ("lr", "more than 0", cfg.lr > 0), ("warmup", "0 or more", cfg.warmup >= 0),
@@ -548,12 +549,12 @@ def mine_hardest(cfg, place, model, stream, batch):
 
 @torch.no_grad()
 def mine(cfg, place, model, stream, step):
-    """Hard negatives for the next --mine-every updates: score 128 random images for each caption, keep the hardest each way.
+    """Hard negatives for the next --mine-every updates: score random images for each caption, keep the hardest each way.
 
     The scores go to --out, so that a resumed run has the same; every process scores its share.                  UNITER sec. A.2
     """
     path = Path(cfg.out) / f"hard-{step}.npy"
-    captions, images = stream.drawn(np.random.default_rng([cfg.seed, 13, step]))
+    captions, images = stream.drawn(np.random.default_rng([cfg.seed, 13, step]), cfg.mine_from)
     if not path.exists():
         place.say(f"  mining hard negatives at step {step}: {captions.size:,} pairs")
         mine = np.arange(place.rank, len(captions), place.world)

@@ -84,10 +84,10 @@ def test_toy_is_left_alone_or_made_again(tmp_path):
     data.ensure_toy(tmp_path / "toy")
     assert (tmp_path / "toy/toy.json").stat().st_mtime_ns == before
     (tmp_path / "toy/nlvr").mkdir()
-    (tmp_path / "toy/toy.json").write_text(json.dumps({"version": 0, "seed": 4, "scenes": 50}))
+    (tmp_path / "toy/toy.json").write_text(json.dumps({"version": 0, "seed": 4, "scenes": 70}))
     data.ensure_toy(tmp_path / "toy")
     made = json.loads((tmp_path / "toy/toy.json").read_text())
-    assert made == {"version": data.TOY_VERSION, "seed": 4, "scenes": 50} and (tmp_path / "toy/nlvr").exists()
+    assert made == {"version": data.TOY_VERSION, "seed": 4, "scenes": 70} and (tmp_path / "toy/nlvr").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -339,7 +339,7 @@ def test_empty_and_endless_captions_are_kept_and_counted(pairs):
     odd = [data.Text(pairs.store.image_ids[0], text, str(i)) for i, text in enumerate(("", "red " * 10_000, "a red circle"))]
     p = Pairs(odd, pairs.store, pairs.tokenizer)
     assert (p.empty, p.cut) == (1, 1) and p.n_words.tolist() == [2, 62, 5]
-    assert "1 captions cut" in str(p) and "1 captions empty" in str(p)
+    assert "1 texts cut" in str(p) and "1 texts empty" in str(p)
 
 
 def test_vocabulary_without_mask(tmp_path):
@@ -348,7 +348,7 @@ def test_vocabulary_without_mask(tmp_path):
 
 
 @pytest.mark.parametrize("argv, match", [(["pack", "nothing.tsv", "--out", "x"], "is missing"), (["toy", "--out", "README.md"], "exists already"),
-                                         (["toy", "--out", "x", "--scenes", "3"], "at least 40"), (["toy", "--out", "x", "--seed", "-2"], "--seed -2")])
+                                         (["toy", "--out", "x", "--scenes", "3"], "at least 60"), (["toy", "--out", "x", "--seed", "-2"], "--seed -2")])
 def test_command_line_errors_are_one_message(argv, match):
     run = subprocess.run([sys.executable, "data.py", *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
     assert run.returncode == 1 and match in run.stderr and "Traceback" not in run.stderr
