@@ -3,14 +3,17 @@
 Letters: B pairs, N_L words, N_V regions, D_V width of a region feature, C region classes (background first).
 A batch is a dict of tensors with fixed names; masks are bool, True = real; boxes are x1 y1 x2 y2 in [0, 1].
 
-    1. Errors and files     DataError  write_atomic  read_json
+    1. Errors and files     DataError  write_atomic  read_json  read_pickle
     2. Text                 WordPiece                                           as BERT, cased or uncased
-    3. Region features      RegionStore  StoreWriter  pack                      memory-mapped; from TSV and npz files
-    4. Readers              coco  coco_karpathy  flickr30k  winoground  nlvr                  official files -> records
-    5. Pairs                Pairs  load_pairs                                   captions and regions, ready for batches
+    3. Region features      RegionStore  JoinedStore  StoreWriter  pack         memory-mapped; from TSV and npz files
+    4. Readers              coco  coco_karpathy  flickr30k  winoground  nlvr                  official files -> Texts
+         pre-training       held_out  corpus_coco  corpus_vg  corpus_cc3m  corpus_sbu         without what downstream tasks are judged on
+         downstream         vqa  vg_questions  vcr  nlvr2  snli_ve  referring                 with what is right
+    5. Pairs                Pairs                                               texts and regions, ready for batches
     6. Batches              unit_batches  PairBatches  RankingBatches  Mix      every batch is a function of (seed, number)
-    7. ShapesWorld          make_toy  ensure_toy                                a toy world in the official formats
-    8. Command line         python data.py toy | pack
+    7. Downstream tasks     Task  TaskBatches  vqa_task  vcr_task  nlvr2_task  ve_task  re_task  blind
+    8. ShapesWorld          make_toy  ensure_toy                                a toy world in the official formats
+    9. Command line         python data.py toy | pack
 
 python data.py toy --out data/toy --seed 0 --scenes 6000
 python data.py pack train2014_obj36.tsv --out DATA/regions/coco
@@ -312,7 +315,7 @@ class JoinedStore(RegionStore):
         out = np.zeros((len(images), sum(counts).max(initial=0), *pieces[0].shape[2:]), pieces[0].dtype)
         start = np.zeros(len(images), np.int64)
         for piece, n in zip(pieces, counts):
-            place = np.arange(piece.shape[1])[None] < n[:, None]
+            place = real_first(n, piece.shape[1])
             row, column = np.nonzero(place)
             out[row, column + start[row]] = piece[place]
             start += n
@@ -955,7 +958,7 @@ class Pairs:
     def text(self, captions, column="tokens"):
         """(B, N_L) int64 ids (or types) and the mask"""
         n, source = self.n_words[captions], getattr(self, column)
-        mask = np.arange(n.max(initial=0))[None] < n[:, None]
+        mask = real_first(n, n.max(initial=0))
         out = np.full(mask.shape, self.tokenizer.pad if column == "tokens" else 0, np.int64)
         out[mask] = np.concatenate([source[self.starts[c]:self.starts[c] + k] for c, k in zip(captions, n)])
         return out, mask
@@ -969,7 +972,7 @@ class Pairs:
         n = self.store.n_regions[images]
         t = torch.from_numpy
         batch = {"text": t(ids if text is None else text), "text_mask": t(text_mask), "regions": t(self.store.read(images)),
-                 "boxes": t(self.store.relative_boxes(images)), "region_mask": t(np.arange(n.max())[None] < n[:, None]),
+                 "boxes": t(self.store.relative_boxes(images)), "region_mask": t(real_first(n)),
                  "length": int(self.length(captions, images).max())}
         if self.types is not None:
             batch["text_type"] = t(self.text(captions, "types")[0])
@@ -1064,7 +1067,7 @@ class PairBatches:
         captions, images, match = self.whole(k)
         rng, mine, regions = self.rng(k, 1), slice(self.part, None, self.parts), self.task in ("mrfr", "mrc", "mrckl")
         hidden_words = self.hide_words(rng, captions) if self.task == "mlm" or self.joint and regions else None
-        hidden_regions = self.hide(rng, *self.region_places(images)) if regions or self.joint and self.task == "mlm" else None
+        hidden_regions = self.hide(rng, real_first(self.pairs.store.n_regions[images])) if regions or self.joint and self.task == "mlm" else None
         captions, images = captions[mine], images[mine]
         batch = {"task": self.task, "names": self.pairs.names(captions, images), "match": torch.from_numpy(match[mine])}
         if not len(captions):                       # a batch of fewer pairs than processes
@@ -1088,15 +1091,10 @@ class PairBatches:
 
     # Masks are drawn for all processes at once, so that any number of them sees the same.
 
-    def hide(self, rng, place, may):
+    def hide(self, rng, may):
         """Which of the places that may be hidden are: (B, N) bool, at least one in each row that has any."""
         draw = np.where(may, rng.random(may.shape), 2.0)
         return (draw < self.mask_rate) | ((draw == draw.min(axis=1, keepdims=True)) & may)
-
-    def region_places(self, images):
-        n = self.pairs.store.n_regions[images]
-        place = np.arange(n.max())[None]
-        return place, place < n[:, None]
 
     def hide_words(self, rng, captions):
         """Which words to hide (B, N) bool, and what stands there instead, an id or -1 for the word itself.
@@ -1104,13 +1102,18 @@ class PairBatches:
         Of the hidden words 80 % become [MASK], 10 % another word, 10 % stay; [CLS] and [SEP] are never hidden.  UNITER fn. 7
         """
         n, ids = self.pairs.n_words[captions], self.pairs.tokenizer
-        place = np.arange(n.max())[None]
-        may = (place >= 1) & (place < n[:, None] - 1)
+        may = real_first(n - 1, n.max())
+        may[:, 0] = False
         if self.pairs.types is not None:            # segments: a [SEP] inside
             may &= self.pairs.text(captions)[0] != ids.sep
-        hidden, how = self.hide(rng, place, may), rng.random(may.shape)
+        hidden, how = self.hide(rng, may), rng.random(may.shape)
         random_word = ids.ordinary[rng.integers(len(ids.ordinary), size=may.shape)]
         return hidden, np.where(how < 0.8, ids.mask, np.where(how < 0.9, random_word, -1))
+
+
+def real_first(n, width=None):
+    """(B, N) bool, True in the first n[b] places of row b."""
+    return np.arange(max(n) if width is None else width)[None] < n[:, None]
 
 
 def other(rng, pool, avoid):
@@ -1207,6 +1210,30 @@ class RankingBatches(PairBatches):
         return {"negatives": [self.pairs.batch(captions.ravel()[p], images.ravel()[p]) for p in np.split(order, cuts)],
                 "order": torch.from_numpy(place.reshape(captions.shape))}
 
+
+class Mix(torch.utils.data.Dataset):
+    """Training step -> its batches. One stream is drawn for each step by its share, the same on all processes.
+
+    streams      list of batch makers ([k] -> batch); shares: how often each is drawn
+    accumulate   batches of a step, all of its stream
+    """
+    def __init__(self, streams, shares, steps, seed, accumulate=1):
+        p = np.array(shares, float)
+        self.streams, self.steps, self.accumulate = streams, steps, accumulate
+        self.choice = np.random.default_rng([seed, 0]).choice(len(streams), size=steps, p=p / p.sum())
+        self.number = np.zeros(steps, np.int64)                     # how often the step's stream was drawn before
+        for s in range(len(streams)):
+            self.number[self.choice == s] = np.arange((self.choice == s).sum())
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        stream, k = self.streams[self.choice[step]], self.number[step] * self.accumulate
+        return [stream[int(k) + a] for a in range(self.accumulate)]
+
+
+# 7. Downstream tasks -----------------------------------------------------------------------------------------------
 
 class Task(NamedTuple):
     """One split of a downstream task: `group` consecutive texts are one example."""
@@ -1369,29 +1396,7 @@ def blind(batch, to):
     return batch | {"input": x}
 
 
-class Mix(torch.utils.data.Dataset):
-    """Training step -> its batches. One stream is drawn for each step by its share, the same on all processes.
-
-    streams      list of batch makers ([k] -> batch); shares: how often each is drawn
-    accumulate   batches of a step, all of its stream
-    """
-    def __init__(self, streams, shares, steps, seed, accumulate=1):
-        p = np.array(shares, float)
-        self.streams, self.steps, self.accumulate = streams, steps, accumulate
-        self.choice = np.random.default_rng([seed, 0]).choice(len(streams), size=steps, p=p / p.sum())
-        self.number = np.zeros(steps, np.int64)                     # how often the step's stream was drawn before
-        for s in range(len(streams)):
-            self.number[self.choice == s] = np.arange((self.choice == s).sum())
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, step):
-        stream, k = self.streams[self.choice[step]], self.number[step] * self.accumulate
-        return [stream[int(k) + a] for a in range(self.accumulate)]
-
-
-# 7. ShapesWorld ----------------------------------------------------------------------------------------------------
+# 8. ShapesWorld ----------------------------------------------------------------------------------------------------
 # Scenes of coloured shapes, photographed (PNG, JPEG), described by templates, and seen by a noisy detector; all of it is written in
 # the official formats, so no reader knows that it is a toy.
 
@@ -2001,7 +2006,7 @@ def nlvr_pairs(data, split, tokenizer, orders=6):
     return pairs, np.repeat([e.label for e in examples], orders)
 
 
-# 8. Command line ---------------------------------------------------------------------------------------------------
+# 9. Command line ---------------------------------------------------------------------------------------------------
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -729,7 +729,7 @@ def prepare_out(cfg, place):
         return None
     saved = read_checkpoint(out / "last.pt")
     was, now = saved.config, dataclasses.asdict(cfg)
-    other = [f"--{k.replace('_', '-')} {was[k]} there, {now[k]} here" for k in now if k not in PLACE and was.get(k) != now[k]]
+    other = [f"--{k.replace('_', '-')} {was.get(k, 'nothing')} there, {now[k]} here" for k in now if k not in PLACE and was.get(k) != now[k]]
     if other:
         raise UserError(f"{out} holds a run of another configuration: {'; '.join(other)}\n  Choose another --out, or delete that folder.")
     if not cfg.resume:

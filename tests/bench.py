@@ -1,6 +1,7 @@
 """What things cost, as ratios measured side by side in one run (machines are noisy; ratios less so).
 
-python tests/bench.py            about eight minutes on two cores; the last line is one JSON object; --readme puts the table there
+python tests/bench.py            about a quarter of an hour on two cores; the last line is one JSON object
+python tests/bench.py retrieval --readme      one part; the figures go to tests/results.json and the README's table
 
 (a) a UNITER-base training step, 32 pairs of 20 words and 36 regions: written-out attention over fused
 (b) the step with each alignment loss over the step without
@@ -11,8 +12,8 @@ python tests/bench.py            about eight minutes on two cores; the last line
     padded fp32 VisualBERT that predicts every word, as published code trains it (transformers' if it is installed, else our own stand-in)
 (g) scoring every caption with every image: pairs a second over those of the bare forward
 """
+import argparse
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -28,7 +29,8 @@ import evaluate
 import losses
 import train
 from data import PairBatches, Pairs, RegionStore, StoreWriter, Text, WordPiece, unit_batches
-from model import SIZES, Attention, Uniter
+from model import SIZES, Uniter
+from seeds import RESULTS, fill
 
 PAIRS, WORDS, REGIONS, D_V = 32, 20, 36, 2048
 
@@ -100,7 +102,7 @@ def matmul_rate(size="base", dtype=torch.float32):
     return (lambda: [a @ b for a, b in work]), sum(2 * n * k * m for n, k, m in shapes)
 
 
-def bench_steps(found):
+def bench_steps(found, folder):
     fused, slow = Step(), Step()
     for layer in slow.model.layers:
         written_out(layer.attention)
@@ -120,6 +122,7 @@ def bench_steps(found):
     half = Step(bf16=True)
     found["bf16_vs_fp32"] = ratio(fused, half)
     found["pairs_per_s"] = PAIRS / seconds(half if train.native_bf16() or DEVICE.type == "cuda" else fused, rounds=3)[0]
+    bench_loader(found, folder)
 
 
 def plain_ipot(cost, beta=0.5, iterations=50):
@@ -236,8 +239,8 @@ def bench_pretraining(found, folder):
     product, flops = matmul_rate()
     many = lambda: [product() for _ in range(12)]
     update = lambda one, batch: train.update(one.cfg, one.place, one.model, one.optimizer, [], 1000, [batch])
-    found["pretrain_matmul_share"] = (work / (12 * flops)) * ratio(many, lambda: update(step, middle), rounds=3)
-    some = [stream[k] for k in range(4)]
+    found["pretrain_matmul_share"] = (work / (12 * flops)) * ratio(many, lambda: update(step, middle), rounds=2)
+    some = [stream[k] for k in range(2)]
     ours = sum(len(b["names"]) for b in some)
     if native:
         step = Step(bf16=True)
@@ -248,7 +251,7 @@ def bench_pretraining(found, folder):
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     n = 32                                          # padded: to the longest of 32 pairs as they come
     batches = []
-    for start in range(0, 3 * n, n):
+    for start in range(0, 2 * n, n):
         rows = np.random.default_rng(start).integers(len(pairs.texts), size=n)
         batch = pairs.batch(rows, pairs.image[rows])
         batch.pop("length")
@@ -260,15 +263,15 @@ def bench_pretraining(found, folder):
             torch.nn.utils.clip_grad_norm_(parameters, 5.0)
             optimizer.step()
             optimizer.zero_grad()
-    slow = seconds(padded, rounds=2)[0]
-    found["pretrain_pairs_per_s"], found["visual_bert_pairs_per_s"] = ours / fast, 3 * n / slow
+    slow = seconds(padded, rounds=1)[0]
+    found["pretrain_pairs_per_s"], found["visual_bert_pairs_per_s"] = ours / fast, 2 * n / slow
     found["pretrain_vs_visual_bert"] = found["pretrain_pairs_per_s"] / found["visual_bert_pairs_per_s"]
     print(f"(f) against {name}")
 
 
 def bench_retrieval(found, folder):
     """A part of 1,000 x 5,000: all captions with a few images, against the forward alone on batches of the same sizes."""
-    pairs = ragged_store(folder / "retrieval")
+    pairs = ragged_store(folder)
     place = train.Place(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
     model = Uniter(28996, D_V, 1601, **SIZES["base"]).to(DEVICE).eval()
     captions = Pairs([Text("0", t.text, t.id) for t in pairs.texts[:600]], pairs.store, pairs.tokenizer)
@@ -309,24 +312,32 @@ MEANING = {
 }
 
 
+PARTS = {"small": bench_small, "steps": bench_steps, "pretraining": bench_pretraining, "retrieval": bench_retrieval}
+
+
+def table(results):
+    found = results.get("bench", {})
+    return "\n".join(["| | measured | wanted |", "|---|---|---|", *(f"| {what} | {found[k]:,.2f} | {wanted} |" for k, (what, wanted) in MEANING.items() if k in found)])
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="which (default: all)")
+    parser.add_argument("--readme", action="store_true", help="keep the figures in tests/results.json and put the table into the README")
+    args = parser.parse_args()
     train.keep_memory()                             # as train.py does on a CPU
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        bench_small(found, Path(folder))
-        bench_steps(found)
-        bench_pretraining(found, Path(folder))
-        (Path(folder) / "retrieval").mkdir()
-        bench_retrieval(found, Path(folder))
-        bench_loader(found, Path(folder))
+    results, found = json.loads(RESULTS.read_text()), {}
+    for part in args.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            PARTS[part](found, Path(folder))
+        if args.readme:
+            results["bench"] = results.get("bench", {}) | {k: round(v, 4) for k, v in found.items()}
+            RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
     print(f"{'UNITER-base, 32 pairs of 20 + 36; ' + DEVICE.type + f', {torch.get_num_threads()} threads':60}   measured   wanted")
-    for name, (what, wanted) in MEANING.items():
-        print(f"{what:60} {found[name]:10.3f}   {wanted}")
-    if "--readme" in sys.argv:
-        rows = [f"| {MEANING[k][0]} | {v:,.2f} | {MEANING[k][1]} |" for k, v in found.items()]
-        readme = Path(__file__).resolve().parent.parent / "README.md"
-        table = "\n".join(["| | measured | wanted |", "|---|---|---|", *rows])
-        readme.write_text(re.sub(r"(<!-- bench -->\n).*?(<!-- /bench -->)", lambda m: m[1] + table + "\n" + m[2], readme.read_text(), flags=re.S))
+    for name, value in found.items():
+        print(f"{MEANING[name][0]:60} {value:10.3f}   {MEANING[name][1]}")
+    if args.readme:
+        fill(bench=table(results))
     print(json.dumps({k: round(v, 4) for k, v in found.items()}))
 
 

@@ -3,6 +3,7 @@ import json
 import re
 import shlex
 
+import bench
 import data
 import evaluate
 import losses
@@ -48,7 +49,7 @@ def test_set_up_commands_are_there_and_ci_runs_one():
 
 def test_seed_table_is_the_results_file():
     results = json.loads((ROOT / "tests/results.json").read_text())
-    for mark, table in (("seeds", seeds.table), ("nlvr", seeds.nlvr_table), ("tasks", tasks.table), ("ablation", tasks.ablation)):
+    for mark, table in (("seeds", seeds.table), ("nlvr", seeds.nlvr_table), ("tasks", tasks.table), ("bench", bench.table)):
         assert re.search(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", README, re.S)[1] == table(results)
 
 

@@ -586,3 +586,21 @@ def test_evaluating_a_model_of_another_task(toy_tree, pretrained, tmp_path):
 def test_wrong_settings(argv, match):
     with pytest.raises(train.UserError, match=match):
         train.parse(argv)
+
+
+def test_an_official_fine_tuned_checkpoint_is_judged_as_it_comes(toy_tree, pretrained, tmp_path, monkeypatch):
+    """Weights alone, under the authors' names, with nothing but --size and the task."""
+    monkeypatch.chdir(tmp_path)
+    cfg, place, _ = configured(toy_tree, "--task", "vqa", "--init", pretrained[0], "--steps", 3, "--warmup", 1, "--units", 256)
+    numbers = train.train(cfg, place)
+    names = {"text_embedding.word": "uniter.embeddings.word_embeddings", "task_head": "vqa_output", "pooler": "uniter.pooler.dense"}
+    official = {}
+    for name, tensor in read_checkpoint(f"{cfg.out}/last.pt").model.items():
+        if not name.startswith("classifier"):       # the toy's detector knows other classes
+            ours = next((k for k in names if name.startswith(k)), "")
+            official[names.get(ours, "") + name[len(ours):]] = tensor
+    torch.save(official, "vqa.pt")
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", "vqa", "--size", "toy", "--ckpt", "vqa.pt", "--data", str(toy_tree)],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["vqa/accuracy"] == pytest.approx(numbers["vqa/accuracy"], abs=0.3)

@@ -97,11 +97,13 @@ def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
         same(weights(whole), weights(tmp_path / "cut/out" / whole.name))
 
 
-@pytest.mark.parametrize("kind", ["rank", "pretrain", "few"])
+@pytest.mark.parametrize("kind", ["rank", "pretrain", "few", "vcr", "nlvr2"])
 def test_two_processes_are_one_with_the_doubled_batch(toy_tree, pretrained, tmp_path, kind):
     args = toy_run(toy_tree, pretrained, "--loss", "cacr+wra", "--steps", 6, "--dropout", 0)
     if kind == "pretrain":
         args = ["--recipe", "toy-pretrain", "--data", toy_tree, "--pretrain", "mlm+itm+mrfr+mrckl+wra", "--loss", "cacr", "--steps", 12, "--warmup", 2, *QUICK]
+    if kind in ("vcr", "nlvr2"):                    # several rows an example
+        args = ["--task", kind, "--data", toy_tree, "--init", pretrained[0], "--steps", 6, "--warmup", 2, *QUICK]
     units = 30 if kind == "few" else 256            # few: one group at a time, so the second process has nothing to do
     run(tmp_path, *args, "--units", 2 * units, "--out", "one")
     run(tmp_path, *args, "--units", units, "--out", "two", processes=2)
