@@ -111,6 +111,7 @@ def main():
                 remember(results, f"{name}/{task}", "train.py", "--task", task, *more, "--steps", 200, "--out", f"{out}-{task}", "--resume",
                          "--init", f"{out}/last.pt" if tasks else "none")
     else:
+        remember(results, "tasks/pretraining", "train.py", "--task", "re", "--steps", 1, "--warmup", 0, "--out", "out/tasks/first", "--resume")      # so that no row pays for it
         for name in args.only:
             row = ROWS[name]
             remember(results, f"tasks/{name}", "train.py", *row.command.split(), "--out", f"out/tasks/{name}", "--resume")
