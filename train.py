@@ -56,7 +56,7 @@ RECIPES = {
     "toy-nlvr2": TOY | dict(task="nlvr2", steps=1000),
     "toy-ve": TOY | dict(task="ve", steps=1200),
     "toy-re": TOY | dict(task="re", dataset="refcoco", steps=500),
-    "toy-retrieval": TOY | dict(task="retrieval", steps=400, negatives=3, candidates=24),
+    "toy-retrieval": TOY | dict(task="retrieval", steps=300, negatives=3, candidates=24),
     # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README
     "uniter-pretrain": PRETRAIN | dict(corpora="coco+vg", accumulate=2),
     "uniter-pretrain-all": ALL_DATA | dict(accumulate=6),
