@@ -118,7 +118,10 @@ class Config:
     accumulate: int = opt(1, "batches an update")
     lr: float = opt(5e-5, "peak learning rate of AdamW [authors' code]")
     head_lr: float = opt(1.0, "the downstream head learns so many times faster [authors' code]")
-    warmup: int = opt(500, "updates of linear warm-up; then linear to zero")
+    warmup: int = opt(500, "updates of linear warm-up; then as --schedule says")
+    schedule: str = opt("linear", "linear to zero; linear-from-0: the same counted from 0 [LXMERT's code]; noam; steps: up in quarters, down by fifths; constant",
+                        ("linear", "linear-from-0", "noam", "steps", "constant"))
+    optimizer: str = opt("adamw", "adamw; bertadam has no bias correction and decays every weight [LXMERT's code]", ("adamw", "bertadam"))
     weight_decay: float = opt(0.01, "on matrices, not on biases and norms [UNITER sec. A.2]")
     beta2: float = opt(0.98, "AdamW's second beta [authors' code]; the first is 0.9")
     eps: float = opt(1e-6, "AdamW's epsilon [authors' code]")
@@ -132,6 +135,7 @@ class Config:
     alternate: bool = opt(False, "text anchors and the language side one batch, image anchors and the vision side the next [IAIS code]")
     margin: float = opt(0.2, "of the ranking loss [authors' code]")
     align_weight: float = opt(1.0, "final weight of the alignment losses [ours]; the IAIS code's accumulation makes it 8")
+    align_schedule: str = opt("exp", "how that weight comes in: exp [CACR sec. 4, IAIS code], linear, log, or constant", ("exp", "linear", "log", "constant"))
     cacr_on: str = opt("probs", "CACR on attention logits or probabilities [ours, measured: README]", ("logits", "probs"))
     wra_weight: float = opt(0.1, "weight of WRA in pre-training [authors' code]")
     precision: str = opt("auto", "auto: bf16 where the hardware multiplies it natively", ("auto", "fp32", "bf16"))
@@ -580,24 +584,58 @@ def mine(cfg, place, model, stream, step):
 
 def make_optimizer(cfg, model):
     """AdamW; matrices decay, biases and norms do not (the authors' code also decays four norms of the region embedding and heads)."""
-    groups = []
+    groups, every = [], cfg.optimizer == "bertadam"
     for head in (False, True):
         some = [p for name, p in model.named_parameters() if name.startswith("task_head.") == head]
-        groups += [{"params": [p for p in some if (p.dim() >= 2) == matrix], "weight_decay": cfg.weight_decay * matrix, "scale": cfg.head_lr if head else 1.0}
+        groups += [{"params": [p for p in some if (p.dim() >= 2) == matrix], "weight_decay": cfg.weight_decay * (matrix or every), "scale": cfg.head_lr if head else 1.0}
                    for matrix in (True, False)]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps, fused=True)
+    settings = dict(lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps)
+    return BertAdam(groups, settings) if every else torch.optim.AdamW(groups, **settings, fused=True)
 
 
-def lr_at(step, peak, warmup, steps):
-    """Rate of update `step` (the first is 1): linear up to the peak, then linear to 0, never below 1e-8.    UNITER's code"""
-    factor = step / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
-    return max(peak * factor, 1e-8)
+class BertAdam(torch.optim.Optimizer):
+    """w -= lr (m / (sqrt(v) + eps) + decay w):  Adam without bias correction, as BERT and LXMERT were trained.     LXMERT's code"""
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            grads, m, v = [p.grad for p in params], [self.state[p]["m"] for p in params], [self.state[p]["v"] for p in params]
+            beta1, beta2 = group["betas"]
+            torch._foreach_lerp_(m, grads, 1 - beta1)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+            change = torch._foreach_div(m, torch._foreach_add(torch._foreach_sqrt(v), group["eps"]))
+            torch._foreach_add_(change, params, alpha=group["weight_decay"])
+            torch._foreach_add_(params, change, alpha=-group["lr"])
 
 
-def alignment_weight(step, steps):
-    """exp(5 (t/T - 1)): the alignment losses come in late.     "exponential warm-up schedule", CACR sec. 4; IAIS code"""
-    return math.exp(5 * (step / steps - 1))
+def lr_at(step, peak, warmup, steps, schedule="linear", decay=None):
+    """Rate of update `step` (the first is 1): linear up to the peak, then linear to 0, never below 1e-8.    UNITER's code
+
+    linear-from-0: the first update counts as 0 and has rate 0 [LXMERT's code]; noam: 1 / sqrt(step) after the peak; constant: stays there;
+    steps: 1/4, 2/4, 3/4 of the peak for a third of the warm-up each, later multiplied by decay = (from step, every, rate) [UNITER's code]
+    """
+    if schedule == "linear-from-0":
+        step -= 1
+    if schedule == "steps":
+        start, every, rate = decay or (0.6 * steps, 0.1 * steps, 0.2)
+        factor = min(1, (1 + 3 * step // max(1, warmup)) / 4) * rate ** max(0, math.ceil((step - start) / every))
+    elif step < warmup:
+        factor = step / warmup
+    else:
+        factor = {"noam": math.sqrt(max(1, warmup) / max(1, step)), "constant": 1.0}.get(schedule, max(0.0, (steps - step) / max(1, steps - warmup)))
+    return peak * factor if schedule == "linear-from-0" else max(peak * factor, 1e-8)
+
+
+def alignment_weight(step, steps, schedule="exp"):
+    """exp(5 (t/T - 1)): the alignment losses come in late.     "exponential warm-up schedule", CACR sec. 4; IAIS code, which has the others"""
+    return {"exp": math.exp(5 * (step / steps - 1)), "linear": step / steps, "log": 1 - math.exp(-5 * step / steps), "constant": 1.0}[schedule]
 
 
 # 8. Checkpoint -----------------------------------------------------------------------------------------------------
@@ -630,7 +668,7 @@ def update(cfg, place, model, optimizer, streams, step, batches):
     total = torch.tensor(float(sum(count(b) for b in batches)), device=place.device)
     if place.world > 1:
         dist.all_reduce(total)
-    late, logged, mine = alignment_weight(step, cfg.steps), {}, [b for b in batches if b["names"]]
+    late, logged, mine = alignment_weight(step, cfg.steps, cfg.align_schedule), {}, [b for b in batches if b["names"]]
     for batch in mine:
         if "candidates" in batch:
             batch = mine_hardest(cfg, place, model, streams[0], batch)
@@ -652,7 +690,7 @@ def update(cfg, place, model, optimizer, streams, step, batches):
     if not torch.isfinite(norm):
         raise NonFinite(f"step {step}: the gradient's norm is {norm.item()}, of {', '.join(logged)}\n  Samples: {few([n for b in mine for n in b['names']])}")
     for group in optimizer.param_groups:
-        group["lr"] = group.get("scale", 1.0) * lr_at(step, cfg.lr, cfg.warmup, cfg.steps)
+        group["lr"] = group.get("scale", 1.0) * lr_at(step, cfg.lr, cfg.warmup, cfg.steps, cfg.schedule)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return logged, norm

@@ -120,10 +120,19 @@ def test_schedules_are_the_authors():
     np.testing.assert_allclose([max(lr_at(int(s), 1.0, q["warmup_steps"], q["num_train_steps"]), 0) for s in z["steps"]],
                                np.maximum(z["uniter_lr/warmup_linear_factor"], 1e-8), rtol=1e-9)
     q = json.loads(str(z["lxmert_lr/params"]))                      # the same ramp, counted from 0
-    ramp = [lr_at(int(s), q["lr"], q["warmup"] * q["t_total"], q["t_total"]) for s in z["steps"]]
-    np.testing.assert_allclose(ramp, np.maximum(z["lxmert_lr/warmup_linear"], 1e-8), rtol=1e-9)
+    for ours, theirs in (("linear-from-0", "warmup_linear"), ("constant", "warmup_constant")):
+        ramp = [lr_at(int(s) + (ours != "constant"), q["lr"], q["warmup"] * q["t_total"], q["t_total"], ours) for s in z["steps"]]
+        np.testing.assert_allclose(ramp, np.maximum(z[f"lxmert_lr/{theirs}"], 0 if ours != "constant" else 1e-8), rtol=1e-9)
+    halved = [lr_at(int(s) + 1, q["lr"] / 2, 0, q["t_total"], "linear-from-0") for s in z["steps"]]
+    np.testing.assert_allclose(halved, z["lxmert_lr/warmup_linear_warmup_minus1"], rtol=1e-9)       # "no warm-up" there halves the rate
+    w = json.loads(str(z["noam/params"]))["warmup_step"]
+    np.testing.assert_allclose([lr_at(int(s), 1.0, w, 1000, "noam") for s in z["steps"]], np.maximum(z["noam/factor"], 1e-8), rtol=1e-9)
+    v = json.loads(str(z["vqa/params"]))
+    ours = [lr_at(int(s), 1.0, 3 * v["warmup_interval"], 1000, "steps", (v["decay_start"], v["decay_interval"], v["decay_rate"])) for s in z["steps"]]
+    np.testing.assert_allclose(ours, np.maximum(z["vqa/factor"], 1e-8), rtol=1e-9)
     T = json.loads(str(z["iais_tsa/params"]))["num_train_steps"]
-    np.testing.assert_allclose([alignment_weight(int(s), T) for s in z["steps"]], z["iais_tsa/exp_schedule"], rtol=1e-6)
+    for how in ("exp", "linear", "log"):
+        np.testing.assert_allclose([alignment_weight(int(s), T, how) for s in z["steps"]], z[f"iais_tsa/{how}_schedule"], rtol=1e-6)
 
 
 def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
@@ -143,6 +152,25 @@ def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
         path.append(w.detach()[0].numpy().copy())
     np.testing.assert_allclose(path, z["opt/torch_adamw_same_settings"], rtol=1e-9)
     assert 1e-5 < np.abs(np.array(path) - z["opt/uniter_adamw"]).max() < 1e-3
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_bertadam_is_the_authors(scheduled):
+    folder = os.environ.get("GOLDEN_DIR", ROOT / "tests/golden")
+    z = np.load(f"{folder}/schedules.npz")
+    p, A, b = json.loads(str(z["opt/bertadam_params"])), torch.tensor(z["opt/A"]), torch.tensor(z["opt/b"])
+    wanted, module = z["opt/bertadam_scheduled" if scheduled else "opt/bertadam_constant_lr"], torch.nn.Module()
+    module.w = torch.nn.Parameter(torch.tensor(z["opt/w0"]))        # a vector: LXMERT decays those too
+    cfg = make_config("toy", lr=p["lr"], beta2=p["b2"], eps=p["e"], weight_decay=p["weight_decay"], optimizer="bertadam")
+    optimizer, path = train.make_optimizer(cfg, module), [module.w.detach().numpy().copy()]
+    for step in range(1, len(wanted)):
+        optimizer.zero_grad()
+        (0.5 * module.w @ A @ module.w - module.w @ b).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, p["lr"], p["warmup"] * p["t_total"], p["t_total"], "linear-from-0") if scheduled else p["lr"]
+        optimizer.step()
+        path.append(module.w.detach().numpy().copy())
+    np.testing.assert_allclose(path, wanted, rtol=1e-9)
 
 
 @pytest.mark.parametrize("decay", [True, False])
