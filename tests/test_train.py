@@ -132,7 +132,7 @@ def test_schedules_are_the_authors():
     np.testing.assert_allclose(ours, np.maximum(z["vqa/factor"], 1e-8), rtol=1e-9)
     T = json.loads(str(z["iais_tsa/params"]))["num_train_steps"]
     for how in ("exp", "linear", "log"):
-        np.testing.assert_allclose([alignment_weight(int(s), T, how) for s in z["steps"]], z[f"iais_tsa/{how}_schedule"], rtol=1e-6)
+        np.testing.assert_allclose([alignment_weight(int(s), T, how) for s in z["steps"]], z[f"iais_tsa/{how}_schedule"], rtol=1e-6, atol=6e-8)       # float32 there: 1 - exp(...)
 
 
 def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
