@@ -8,10 +8,13 @@ A batch is a dict of tensors with fixed names; masks are bool, True = real; boxe
     3. Region features      RegionStore  JoinedStore  StoreWriter  pack         memory-mapped; from TSV and npz files
     4. Readers              coco  coco_karpathy  flickr30k  winoground  nlvr                  official files -> Texts
          pre-training       held_out  corpus_coco  corpus_vg  corpus_cc3m  corpus_sbu         without what downstream tasks are judged on
-         downstream         vqa  vg_questions  vcr  nlvr2  snli_ve  referring                 with what is right
+         downstream         vqa  vg_questions  vcr  nlvr2  snli_ve  referring  gqa             with what is right
+         alignment          joined_descriptions  gqa  entities  glove                         with boxes that words point at
     5. Pairs                Pairs                                               texts and regions, ready for batches
     6. Batches              unit_batches  PairBatches  RankingBatches  Mix      every batch is a function of (seed, number)
-    7. Downstream tasks     Task  TaskBatches  vqa_task  vcr_task  nlvr2_task  ve_task  re_task  blind
+         two streams        Names  TogetherBatches                              all of Kervadec's supervision at once
+         phrases            Phrases  PhraseBatches                              MAF
+    7. Downstream tasks     Task  TaskBatches  vqa_task  gqa_task  vcr_task  nlvr2_task  ve_task  re_task  blind
     8. ShapesWorld          make_toy  ensure_toy                                a toy world in the official formats
     9. Command line         python data.py toy | pack
 
@@ -31,6 +34,7 @@ import re
 import shutil
 import sys
 import unicodedata
+import xml.etree.ElementTree
 import zipfile
 import zlib
 from collections import Counter
@@ -517,6 +521,7 @@ class Text(NamedTuple):
     text: str                                       # or segments: ((type, text), ...)
     id: str                                         # for messages and result files
     target: object = None                           # what a downstream reader says is right
+    pointers: tuple = ()                            # ((first word, end word, box), ...): blank-separated words that mean this box, x1 y1 x2 y2 pixels
 
 
 def coco_images(data, split):
@@ -769,19 +774,23 @@ def soft_target(said, index):
     return {index[a]: min(1.0, 0.3 * n) for a, n in count.items() if a in index}
 
 
-def vg_questions(data, index):
-    """Visual Genome's questions about COCO images whose answer is in the list: VQA's augmentation; target = {answer's number: 1}."""
+def vg_questions(data, index, own=False, out=()):
+    """Visual Genome's questions whose answer is in the list; target = {answer's number: 1}.
+
+    VQA's augmentation: about COCO images, by COCO's names. own: about all images but those in `out`, by Visual Genome's ids
+    """
     path, images = Path(data) / "vg" / "question_answers.json", vg_images(data)
-    stem = {i["cocoid"]: Path(i["filename"]).stem for i in karpathy_images(data, "coco")[0]}
+    stem = {} if own else {i["cocoid"]: Path(i["filename"]).stem for i in karpathy_images(data, "coco")[0]}
     texts, every = [], 0
     for item in read_json(path, "Visual Genome's questions"):
-        image = stem.get(images[item["id"] if "id" in item else field(item, "image_id", path)].get("coco_id"))
+        number = item["id"] if "id" in item else field(item, "image_id", path)
+        image = str(number) * (str(number) not in out) if own else stem.get(images[number].get("coco_id"))
         for q in field(item, "qas", path):
             every += 1
-            answer = normalise_answer(field(q, "answer", path).rstrip("."))
-            if image and answer in index:
+            field(q, "answer", path)
+            if image and (answer := vg_answer(q)) in index:
                 texts.append(Text(image, q["question"], f"vg{q.get('qa_id')}", {index[answer]: 1.0}))
-    return texts, {"Visual Genome questions left out: image not in COCO or answer not in the list": every - len(texts)}
+    return texts, {"Visual Genome questions left out: image not in COCO, or held out, or answer not in the list": every - len(texts)}
 
 
 VCR_WORDS = [f"person_{i}" for i in range(81)]      # words of their own behind the vocabulary [authors' code]
@@ -907,6 +916,209 @@ def iou(a, b):
     return inter / (a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - inter)
 
 
+# ----------------------------------------------------------------- words that point at boxes (Kervadec et al., MAF)
+
+def joined_descriptions(data, out=()):
+    """Visual Genome's region descriptions in sentences of one, two or three, joined by "and", with their boxes.      Kervadec sec. 6.1
+
+    Which are joined is a function of the image's id. out: ids of images left out
+    """
+    path, images, told = Path(data) / "vg" / "region_descriptions.json", vg_images(data), Counter()
+    texts = []
+    for item in read_json(path, "Visual Genome's region descriptions"):
+        image = item["id"] if "id" in item else field(item, "image_id", path)
+        if image not in images or str(image) in out:
+            told["descriptions left out: image held out"] += len(item["regions"])
+            continue
+        rng, said = np.random.default_rng(int(image)), []
+        for r in field(item, "regions", path):
+            box, words = clipped(field(r, "x", path), r["y"], r["width"], r["height"], images[image]), field(r, "phrase", path).strip(" .\n").split()
+            told["pointers left out: a box of no area"] += box is None
+            if words:
+                said.append((words, box))
+        rng.shuffle(said)
+        while said:
+            some, said = said[:(n := int(rng.integers(1, 4)))], said[n:]
+            words, pointers = [], []
+            for one, box in some:
+                words += (["and"] if words else [])
+                pointers += [(len(words), len(words) + len(one), box)] if box else []
+                words += one
+            texts.append(Text(str(image), " ".join(words), f"vg{image}/{len(texts)}", None, tuple(pointers)))
+    return texts, told
+
+
+def clipped(x, y, w, h, image):
+    """x y w h of a box -> x1 y1 x2 y2 inside its image, None if nothing is left of it."""
+    x1, y1, x2, y2 = max(0, x), max(0, y), min(x + w, image["width"]), min(y + h, image["height"])
+    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+
+
+def gqa_records(data, split):
+    """GQA's {question id: record} as published; "train_all" is a folder of ten files."""
+    folder = Path(data) / "gqa"
+    path = folder / f"{split}_questions.json"
+    chunks = [folder / "train_all_questions" / f"train_all_questions_{i}.json" for i in range(10)] if split == "train_all" and not path.exists() else [path]
+    found = {}
+    for chunk in chunks:
+        found |= read_json(chunk, "GQA's questions")
+    return found
+
+
+def gqa(data, split):
+    """GQA's questions; target = the answer, None in test. split: train_balanced, val_all, testdev_all, ...
+
+    Where the split has scene graphs, the question's words point at the boxes of the objects they mean.
+    """
+    path, texts, told = Path(data) / "gqa" / f"{split}_questions.json", [], Counter()
+    graphs = Path(data) / "gqa" / f"{split.split('_')[0]}_sceneGraphs.json"
+    scenes = read_json(graphs, "GQA's scene graphs") if graphs.exists() or Path(f"{graphs}.gz").exists() else None
+    for name, q in gqa_records(data, split).items():
+        where, pointers = f"{path}, question {name}", []
+        image, text = field(q, "imageId", where), field(q, "question", where)
+        for span, thing in q.get("annotations", {}).get("question", {}).items() if scenes is not None else ():
+            graph = scenes.get(image, {"objects": {}})
+            o = graph["objects"].get(thing)
+            box = o and clipped(o["x"], o["y"], o["w"], o["h"], graph)
+            first, _, end = span.partition(":")
+            told["pointers left out: object not in the scene graph"] += o is None
+            told["pointers left out: a box of no area"] += o is not None and box is None
+            pointers += [(int(first), int(end or int(first) + 1), box)] if box else []
+        texts.append(Text(image, text, name, q.get("answer"), tuple(pointers)))
+    return texts, told
+
+
+def gqa_answers(data):
+    """GQA's answers: trainval_label2ans.json if it is there, else every answer of the balanced train and val questions (1,842)."""
+    path = Path(data) / "gqa" / "trainval_label2ans.json"
+    if path.exists():
+        return read_json(path, "the list of answers")
+    return sorted({q["answer"] for split in ("train_balanced", "val_balanced") for q in gqa_records(data, split).values()})
+
+
+def all_answers(data, minimum=9):
+    """The answers of two-stream pre-training: lxmert/all_ans.json if it is there (9,500), else VQA's list, GQA's, and what Visual Genome's
+    questions are answered with at least `minimum` times."""
+    path = Path(data) / "lxmert" / "all_ans.json"
+    if path.exists():
+        return [a["ans"] for a in read_json(path, "LXMERT's answers")]
+    count = Counter(vg_answer(q) for item in read_json(Path(data) / "vg" / "question_answers.json", "Visual Genome's questions") for q in item["qas"])
+    return sorted({*answer_list(data), *gqa_answers(data), *(a for a, n in count.items() if n >= minimum)})
+
+
+def vg_answer(q):
+    return normalise_answer(q["answer"].rstrip("."))
+
+
+class Phrase(NamedTuple):
+    words: str
+    chain: str                                      # which thing it names; the same in all captions of an image
+    kinds: tuple                                    # people, clothing, ...
+    first: int                                      # number of its first word in the caption
+
+
+class Grounding(NamedTuple):
+    image: str
+    text: str                                       # the caption without its marks
+    id: str                                         # image#number, from 0
+    phrases: list
+    boxes: dict                                     # {chain: [box, ...]}, x1 y1 x2 y2 pixels, counted from 0
+
+
+def entities(data, split):
+    """Flickr30k Entities: captions with phrases, and the boxes of what they name. split: train, val, test (the data set's own lists).
+
+    Left out and counted: phrases that name nothing (EN#0), boxes of no area, and in training the captions listed as unrelated.
+    A phrase of a scene, or without a box, stays; its chain has no boxes.
+    """
+    root, told, out = Path(data) / "flickr30k_entities", Counter(), []
+    unrelated = {tuple(line.split()[:2]) for line in read_text(root / "UNRELATED_CAPTIONS", "Flickr30k Entities").splitlines() if line and line[0] != "#"}
+    for image in tqdm(read_text(root / f"{split}.txt", "Flickr30k Entities' list of images").split(), desc=f"entities {split}", disable=None, leave=False):
+        boxes = entity_boxes(root / "Annotations" / f"{image}.xml", told)
+        path = root / "Sentences" / f"{image}.txt"
+        for k, line in enumerate(read_text(path, "Flickr30k Entities' sentences").splitlines()):
+            if split == "train" and (image, str(k + 1)) in unrelated:
+                told["captions left out: they do not belong to their image"] += 1
+                continue
+            words, phrases = [], []
+            for part in re.split(r"(\[/EN#[^\]\[]*\])", line):
+                mark = re.fullmatch(r"\[/EN#(\d+)/(\S+) ([^\]]*)\]", part)
+                if not mark and ("[/EN" in part or "]" in part and "[" not in part):
+                    raise DataError(f"{path}, line {k + 1}: brackets that do not close: {line[:90]!r}\n  Wanted: [/EN#chain/type words]. Fetch the file again.")
+                if mark and mark[1] != "0":
+                    phrases.append(Phrase(mark[3], mark[1], tuple(mark[2].split("/")), len(words)))
+                told["phrases that name nothing (EN#0)"] += bool(mark and mark[1] == "0")
+                words += (mark[3] if mark else part).split()
+            told["phrases without a box"] += sum(p.chain not in boxes for p in phrases)
+            out.append(Grounding(image, " ".join(words), f"{image}#{k}", phrases, boxes))
+    return out, told
+
+
+def entity_boxes(path, told):
+    """{chain: boxes} of one annotation file; its boxes are inclusive and counted from 1."""
+    try:
+        tree = xml.etree.ElementTree.fromstring(read_text(path, "Flickr30k Entities' boxes"))
+        boxes = {}
+        for thing in tree.iter("object"):
+            box = thing.find("bndbox")
+            if box is None:                         # a scene, or not to be boxed
+                continue
+            x1, y1, x2, y2 = (int(box.find(name).text) for name in ("xmin", "ymin", "xmax", "ymax"))
+            if x2 < x1 or y2 < y1:
+                told["boxes of no area"] += 1
+                continue
+            for name in thing.iter("name"):
+                boxes.setdefault(name.text, []).append((x1 - 1, y1 - 1, x2, y2))
+        return boxes
+    except (xml.etree.ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is no annotation of Flickr30k Entities: {error}\n  Fetch the file again.") from None
+
+
+def glove_file(data):
+    """GloVe's text file in DATA/glove: 6B or 840B, of 300 numbers."""
+    for name in ("glove.6B.300d.txt", "glove.840B.300d.txt"):
+        if (path := Path(data) / "glove" / name).exists():
+            return path
+    raise DataError(f"{Path(data) / 'glove'} holds neither glove.6B.300d.txt nor glove.840B.300d.txt\n  Fetch one from GloVe's page, nlp.stanford.edu/projects/glove.")
+
+
+def glove(path, words):
+    """Vectors of these words: {word: (d,) float32}, in one pass that keeps no other line. Words without a vector are absent.
+
+    A token may hold blanks (840B has ". . ."); of a word that comes twice the first counts.
+    """
+    wanted, found, d = {w.encode(): w for w in words}, {}, None
+    with open(need(path, "GloVe's vectors", "Fetch them from GloVe's page."), "rb", buffering=1 << 22) as file:
+        bar = tqdm(total=os.path.getsize(path), desc=Path(path).name, unit="B", unit_scale=True, disable=None, leave=False)
+        for number, line in enumerate(file, 1):
+            blanks = line.count(b" ")
+            d = d or blanks
+            if blanks < d:
+                raise DataError(f"{path}, line {number}: {blanks} numbers where the first line has {d}\n  Most often a download that stopped half way: fetch it again.")
+            if number % 50_000 == 0:
+                bar.update(file.tell() - bar.n)
+            word = wanted.get(line[:line.index(b" ")])
+            if word is None or word in found or blanks > d:        # more blanks: a token of several words, which nobody asks for
+                continue
+            try:
+                found[word] = np.array(line.split()[1:], np.float32)
+            except ValueError:
+                raise DataError(f"{path}, line {number}: {line[:60]!r}... holds something that is no number\n  Fetch the file again.") from None
+        bar.close()
+    return found
+
+
+def names_of(data, what):
+    """Class or attribute names of the detector: objects_vocab.txt, attributes_vocab.txt; of aliases ("road,street") the first."""
+    path = Path(data) / "vg" / f"{what}_vocab.txt"
+    return [line.split(",")[0].strip() for line in read_text(path, "the detector's names, one a line (bottom-up attention's repository)").rstrip("\n").split("\n")]
+
+
+def bare(word):
+    """A word as GloVe knows it: lower case, without the punctuation around it."""
+    return word.lower().strip("".join(c for c in map(chr, range(33, 127)) if not c.isalnum()))
+
+
 # 5. Pairs ----------------------------------------------------------------------------------------------------------
 
 class Pairs:
@@ -929,10 +1141,12 @@ class Pairs:
         texts = [c for c in texts if c.image in store.index] if missing else texts
         if not texts:
             raise DataError(f"{name}: no captions left that have features in {store.folder}\n  Check --data and the split's name.")
-        self.texts, flat, types, starts = texts, [], [], [0]
+        self.texts, flat, types, starts, points, self.pointed_words = texts, [], [], [0], [], {}
         self.dropped, self.cut, self.empty = len(missing), 0, 0
         for c in tqdm(texts, desc=f"tokenize {name}", disable=None if len(texts) > 50_000 else True, leave=False):
-            if isinstance(c.text, str):
+            if c.pointers:
+                ids = self.point(c, tokenizer, max_words, len(flat), points)
+            elif isinstance(c.text, str):
                 ids = tokenizer(c.text)
             else:
                 ids, kinds = [], [0]
@@ -947,8 +1161,29 @@ class Pairs:
             starts.append(len(flat))
         self.tokens, self.starts, self.types = np.array(flat, np.int32), np.array(starts), np.array(types, np.int8) if types else None
         self.n_words = np.diff(self.starts)
+        self.pointed = np.array([p[:2] for p in points], np.int64).reshape(-1, 2)       # place in tokens, number of the word
+        self.pointed_box = np.array([p[2] for p in points], np.float32).reshape(-1, 4)
         self.image = np.array([store.index[c.image] for c in texts])
         self.images = np.unique(self.image)
+
+    def point(self, text, tokenizer, max_words, start, points):
+        """Ids of a text with pointers, word by word; every piece of a pointed word becomes a row of points: place, word, box."""
+        ids, words = [], text.text.split()
+        spans = [[(box, first <= i < end) for first, end, box in text.pointers] for i in range(len(words))]
+        for word, boxes in zip(words, spans):
+            pieces = tokenizer(word)
+            number = self.pointed_words.setdefault(bare(word), len(self.pointed_words)) if any(here for _, here in boxes) else -1
+            points += [(start + 1 + len(ids) + j, number, box) for j in range(len(pieces)) if len(ids) + j < max_words for box, here in boxes if here]
+            ids += pieces
+        return ids
+
+    def pointers(self, captions):
+        """Pointed words of these captions: places in B*N_L (K,), numbers of the words (K,), boxes (K, 4), rows (K,)"""
+        first, end = np.searchsorted(self.pointed[:, 0], self.starts[captions]), np.searchsorted(self.pointed[:, 0], self.starts[captions] + self.n_words[captions])
+        row = np.repeat(np.arange(len(captions)), end - first)
+        which = np.concatenate([np.arange(a, b) for a, b in zip(first, end)]) if len(row) else np.zeros(0, np.int64)
+        place = row * self.n_words[captions].max(initial=0) + self.pointed[which, 0] - self.starts[captions][row]
+        return place, self.pointed[which, 1], self.pointed_box[which], row
 
     def __str__(self):
         notes = [f"{n:,} texts {what}" for n, what in ((self.dropped, "left out: no features"), (self.cut, "cut: too long"),
@@ -1007,7 +1242,8 @@ def unit_batches(lengths, units):
 
 HARDEST = 20                                        # mined negatives kept of each caption and image [UNITER sec. A.2]
 BUCKET = 8192                                       # pairs sorted by length together [UNITER's code]
-STREAMS = {"mlm": 1, "mrfr": 2, "mrc": 3, "mrckl": 4, "itm": 5, "rank": 6, "nlvr": 7, "vqa": 8, "vcr": 9, "nlvr2": 10, "ve": 11, "re": 12}
+STREAMS = {"mlm": 1, "mrfr": 2, "mrc": 3, "mrckl": 4, "itm": 5, "rank": 6, "nlvr": 7, "vqa": 8, "vcr": 9, "nlvr2": 10, "ve": 11, "re": 12, "gqa": 14,
+           "together": 15, "maf": 16}
 
 
 class PairBatches:
@@ -1211,6 +1447,183 @@ class RankingBatches(PairBatches):
                 "order": torch.from_numpy(place.reshape(captions.shape))}
 
 
+class Names:
+    """What the detector calls regions, compared with words: cosines of GloVe vectors, made once; 0 where either has no vector.
+
+    words  {word: number};   a name of several words ("traffic light") has the mean of their vectors
+    """
+    def __init__(self, words, data):
+        classes, attributes = ([n.split() for n in names_of(data, what)] for what in ("objects", "attributes"))
+        vectors = glove(glove_file(data), {*words, *(w for n in classes + attributes for w in n)})
+        zero = np.zeros(len(next(iter(vectors.values()), np.zeros(1))), np.float32)
+        mean = lambda parts: np.mean([vectors.get(w, zero) for w in parts], axis=0)
+        unit = lambda rows: (x := np.stack(rows)) / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+        rows = unit([mean([w]) for w in words])
+        self.tables = {"cls_id": (rows @ unit([mean(n) for n in classes]).T).astype(np.float16),
+                       "attr_id": (rows @ unit([mean(n) for n in attributes]).T).astype(np.float16)}
+        self.without = sum(w not in vectors for w in words)
+
+    def similarity(self, words, ids, what):
+        """(K, N_V) float32 of words (K,) and the regions' ids (K, N_V), -1 unknown; what: cls_id or attr_id"""
+        table = self.tables[what]
+        if ids.max(initial=-1) >= table.shape[1]:
+            raise DataError(f"a region of {what} {ids.max()}, but only {table.shape[1]} names\n  Wanted: the vocabulary files of the detector that made the features.")
+        return np.where(ids < 0, 0, table[words[:, None], ids.clip(min=0)]).astype(np.float32)
+
+
+class TogetherBatches(PairBatches):
+    """All of Kervadec's supervision in one batch, as LXMERT: masked words and regions, replaced images, answers, and pointers.
+
+    answers    of each text {number: score}, or None where nobody asks
+    names      Names for pairs.pointed_words;  align: losses.soft_alignment_target; both None: pointers are left alone
+    [k]        besides "input": masked_words, word_targets; masked_regions with region_features, region_class, region_attribute;
+               match; answered, answer (K,): rows asked about their own image, and the answer; aligned (K,) places in B*N_L of pointed words,
+               alignment (K, N_V) soft targets, aligned_row (K,); "counts": over how many things the mean of each loss runs
+    Of the masked regions 80 % show zeros, 10 % another region's feature, 10 % their own [LXMERT's code].
+    """
+    def __init__(self, pairs, units, seed, part=0, parts=1, mask_rate=0.15, corpus=0, answers=None, names=None, align=None):
+        super().__init__(pairs, "together", units, seed, part, parts, mask_rate, corpus=corpus)
+        self.answers, self.names, self.align = answers, names, align
+
+    def items(self, rng):
+        captions = rng.permutation(len(self.pairs.texts))
+        images, match = self.pairs.image[captions], rng.random(len(captions)) < 0.5
+        return captions, np.where(match, images, other(rng, self.pairs.images, images)), match
+
+    def __getitem__(self, k):
+        captions, images, match = self.whole(k)
+        rng, mine, store = self.rng(k, 1), slice(self.part, None, self.parts), self.pairs.store
+        hidden_words, new = self.hide_words(rng, captions)
+        hidden = self.hide(rng, real_first(store.n_regions[images]))
+        how, donor, say = rng.random(hidden.shape), images[rng.integers(len(images), size=hidden.shape)], rng.random(len(captions))
+        if not len(captions[mine]):
+            return {"task": "together", "names": []}
+        captions, images, match, say = captions[mine], images[mine], match[mine], say[mine]
+        text, real = self.pairs.text(captions)
+        hidden_words, new = hidden_words[mine, :text.shape[1]] & real, new[mine, :text.shape[1]]
+        batch = {"task": "together", "names": self.pairs.names(captions, images), "match": torch.from_numpy(match),
+                 "input": self.pairs.batch(captions, images, np.where(hidden_words & (new >= 0), new, text))}
+        regions = batch["input"]["regions"]
+        hidden, how, donor = (x[mine, :regions.shape[1]] for x in (hidden, how, donor))
+        t, at = torch.from_numpy, np.nonzero(hidden)
+        batch |= {"masked_words": t(np.flatnonzero(hidden_words)), "word_targets": t(text[hidden_words]), "masked_regions": t(np.flatnonzero(hidden)),
+                  "region_features": regions[at], "region_class": t(store.read(images, "cls_id")[hidden].astype(np.int64)),
+                  "region_attribute": t(store.read(images, "attr_id")[hidden].astype(np.int64)),
+                  "hidden_regions": torch.zeros(0, dtype=torch.int64)}
+        said = np.array([self.draw(c, u) if m else -1 for c, m, u in zip(captions, match, say)])
+        batch |= {"answered": t(np.flatnonzero(said >= 0)), "answer": t(said[said >= 0])}
+        regions[at] = torch.where(t(how[at] < 0.8)[:, None], 0, regions[at])
+        swap = np.nonzero(hidden & (how >= 0.8) & (how < 0.9))
+        regions[swap] = t(store.features[store.offsets[donor[swap]]])                   # the donor's most certain region
+        batch |= self.pointed(captions, images, match) if self.align else {}
+        return batch | {"counts": {"mlm": len(batch["masked_words"]), "answers": len(batch["answered"]), "align": len(batch.get("aligned", ())),
+                                   **dict.fromkeys(("class", "attribute", "feature"), len(batch["masked_regions"]))}}
+
+    def draw(self, caption, u):
+        """One answer, as likely as its score."""
+        found = self.answers and self.answers[caption]
+        if not found:
+            return -1
+        return list(found)[int(np.searchsorted(np.cumsum(list(found.values())) / sum(found.values()), u))]
+
+    def pointed(self, captions, images, match):
+        place, word, box, row = self.pairs.pointers(captions)
+        keep = match[row]
+        place, word, box, row = place[keep], word[keep], box[keep], row[keep]
+        store, mask = self.pairs.store, real_first(self.pairs.store.n_regions[images])[row]
+        t, similar = torch.from_numpy, [self.names.similarity(word, store.read(images, what)[row], what) for what in ("cls_id", "attr_id")]
+        target = self.align(t(box), t(store.read(images, "boxes")[row]), *map(t, similar), t(mask))
+        keep = target.sum(dim=-1) > 0                # a pointer that matches nothing
+        return {"aligned": t(place)[keep], "aligned_row": t(row)[keep], "alignment": target[keep]}
+
+
+class Words:
+    """Word vectors to learn from: row 0 padding, row 1 unknown (both zero), then the words of `names` that GloVe has.           MAF
+
+    A detector's name of several words has the mean of their vectors (the authors look it up whole and find nothing).
+    """
+    def __init__(self, names, data=None):
+        self.names = list(names)
+        self.index = {name: i + 2 for i, name in enumerate(self.names)}
+        if data:
+            vectors = glove(glove_file(data), {w for name in self.names for w in name.split()})
+            known = [n for n in self.names if all(w in vectors for w in n.split())]
+            self.__init__(known)
+            d = len(next(iter(vectors.values())))
+            self.vectors = np.stack([np.zeros(d)] * 2 + [np.mean([vectors[w] for w in n.split()], axis=0) for n in known]).astype(np.float32)
+
+    def __len__(self):
+        return len(self.names) + 2
+
+    def __call__(self, word):
+        return self.index.get(word, 1)
+
+
+class Phrases:
+    """Captions as phrases, and what the detector says of their images' regions: MAF's data.
+
+    groundings of data.entities; at most 32 phrases of 12 words a caption, and the 100 most certain regions an image [authors' code]
+    """
+    MOST = {"phrases": 32, "words": 12, "regions": 100}
+
+    def __init__(self, groundings, store, words, data, name="", skip_missing=False):
+        missing = [g for g in groundings if g.image not in store.index]
+        if missing and not skip_missing:
+            raise DataError(f"{name}: image {missing[0].image} has captions but no features in {store.folder} ({len(missing):,} of {len(groundings):,} captions)\n"
+                            "  Pack the missing features, or go on without these captions: --skip-missing")
+        self.groundings = [g for g in groundings if g.image in store.index and g.phrases]
+        if not self.groundings:
+            raise DataError(f"{name}: no caption with a phrase and features in {store.folder}\n  Check --data and the split's name.")
+        self.store, self.name, self.dropped = store, name, len(groundings) - len(self.groundings)
+        self.n_phrases = np.array([min(len(g.phrases), self.MOST["phrases"]) for g in self.groundings])
+        self.first = np.cumsum([0, *self.n_phrases])
+        self.tokens = np.zeros((self.first[-1], self.MOST["words"]), np.int32)
+        for g, start, n in zip(self.groundings, self.first, self.n_phrases):
+            for row, phrase in enumerate(g.phrases[:n]):
+                ids = [words(bare(w)) for w in phrase.words.split() if bare(w)][:self.MOST["words"]] or [1]
+                self.tokens[start + row, :len(ids)] = ids
+        self.image = np.array([store.index[g.image] for g in self.groundings])
+        self.label_words, self.attribute_words = (np.array([words(n) for n in names_of(data, what)] + [1]) for what in ("objects", "attributes"))
+
+    def __str__(self):
+        return f"{self.name}: {len(self.groundings):,} captions, {len(self.tokens):,} phrases" + f", {self.dropped:,} captions without a phrase or features" * bool(self.dropped)
+
+    def batch(self, captions, images):
+        """The model's input for these captions' phrases (b, Q, W) and these images' regions (B, K), and the masks of both."""
+        n, store = self.n_phrases[captions], self.store
+        phrase_mask = real_first(n)
+        phrases = np.zeros((*phrase_mask.shape, self.tokens.shape[1]), np.int64)
+        phrases[phrase_mask] = self.tokens[np.concatenate([np.arange(self.first[c], self.first[c] + k) for c, k in zip(captions, n)])]
+        phrases = phrases[..., :max(1, int((phrases > 0).sum(-1).max(initial=1)))]
+        region_mask = real_first(store.n_regions[images])[:, :self.MOST["regions"]]
+        most, t = region_mask.shape[1], torch.from_numpy
+        return {"input": {"phrases": t(phrases), "labels": t(np.where(region_mask, self.label_words[store.read(images, "cls_id")[:, :most]], 0)),
+                          "attributes": t(np.where(region_mask, self.attribute_words[store.read(images, "attr_id")[:, :most]], 0)),
+                          "features": t(store.read(images)[:, :most][region_mask]), "place": t(np.flatnonzero(region_mask))},
+                "word_mask": t(phrases > 0), "phrase_mask": t(phrase_mask), "region_mask": t(region_mask)}
+
+
+class PhraseBatches(PairBatches):
+    """Batches of `units` captions for MAF; see PairBatches. Each process has its share of the captions and all of the images, so that
+    any number of them has the same negatives. "own" (b,): which of the images each caption belongs to."""
+    def __init__(self, phrases, units, seed, part=0, parts=1):
+        self.phrases, self.task, self.units, self.seed, self.part, self.parts, self.corpus = phrases, "maf", units, seed, part, parts, 0
+        self.epoch, self.first, self.batches = -1, 0, []
+
+    def plan(self, epoch):
+        order = self.rng(epoch).permutation(len(self.phrases.groundings))
+        cut = len(order) // self.units * self.units or len(order)   # the last captions of an epoch wait for the next
+        return [(b,) for b in np.split(order[:cut], range(self.units, cut, self.units))]
+
+    def __getitem__(self, k):
+        captions = self.whole(k)[0]
+        own = np.arange(len(captions))[self.part::self.parts]
+        names = [self.phrases.groundings[c].id for c in captions[own]]
+        if not names:
+            return {"task": "maf", "names": []}
+        return {"task": "maf", "names": names, "own": torch.from_numpy(own)} | self.phrases.batch(captions[own], self.phrases.image[captions])
+
+
 class Mix(torch.utils.data.Dataset):
     """Training step -> its batches. One stream is drawn for each step by its share, the same on all processes.
 
@@ -1237,10 +1650,10 @@ class Mix(torch.utils.data.Dataset):
 
 class Task(NamedTuple):
     """One split of a downstream task: `group` consecutive texts are one example."""
-    name: str                                       # vqa, vcr, nlvr2, ve, re
+    name: str                                       # vqa, gqa, vcr, nlvr2, ve, re
     pairs: Pairs
     group: int
-    target: list                                    # of each example: the number of what is right (VQA: {number: score}); None or -1: nothing is
+    target: list                                    # of each example: the number of what is right (VQA, GQA: {number: score}); None or -1: nothing is
     told: dict                                      # {what was counted: how many}; train.py prints it
     facts: list = None                              # of each example, for the evaluation: official answers, boxes, labels
     answers: int = 0                                # how many the head tells apart
@@ -1252,7 +1665,7 @@ class Task(NamedTuple):
     def batch(self, examples):
         """The model's input for these examples, one after the other, and "target" as the losses want it."""
         rows = (np.asarray(examples)[:, None] * self.group + np.arange(self.group)).ravel()
-        if self.name == "vqa":
+        if self.name in ("vqa", "gqa"):
             target = torch.zeros(len(examples), self.answers)
             for b, e in enumerate(examples):
                 for answer, score in (self.target[e] or {}).items():
@@ -1312,6 +1725,19 @@ def vqa_task(data, splits, tokenizer, store, index, max_words=60, vg=False, skip
     told["questions none of whose answers is in the list, kept with an all-zero target"] = sum(t == {} for t in target)
     pairs = Pairs([texts[i] for i in keep], store, tokenizer, max_words, f"VQA {'+'.join(splits)}{'+VG' * vg}")
     return Task("vqa", pairs, 1, [target[i] for i in keep], told, [facts[i] for i in keep], len(index))
+
+
+def gqa_task(data, splits, tokenizer, store, index, max_words=60, skip_missing=False):
+    """GQA; index = {answer: number}; facts: the ids of the questions."""
+    texts, told = [], Counter()
+    for split in splits:
+        found, count = gqa(data, split)
+        texts, told = texts + found, told + Counter(count)
+    pairs = Pairs([t._replace(pointers=()) for t in texts], store, tokenizer, max_words, f"GQA {'+'.join(splits)}", skip_missing)
+    told["questions whose image has no features"] = pairs.dropped
+    told["questions whose answer is not in the list, kept with an all-zero target"] = sum(t.target is not None and t.target not in index for t in pairs.texts)
+    target = [None if t.target is None else {index[t.target]: 1.0} if t.target in index else {} for t in pairs.texts]
+    return Task("gqa", pairs, 1, target, told, [t.id for t in pairs.texts], len(index))
 
 
 def vcr_task(data, split, tokenizer, store, part="both", max_words=220, skip_missing=False):
@@ -1400,12 +1826,14 @@ def blind(batch, to):
 # Scenes of coloured shapes, photographed (PNG, JPEG), described by templates, and seen by a noisy detector; all of it is written in
 # the official formats, so no reader knows that it is a toy.
 
-TOY_VERSION = 2                                     # raised whenever the bytes change; an older tree is made again
+TOY_VERSION = 3                                     # raised whenever the bytes change; an older tree is made again
 SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
 COLOURS = {"red": (214, 48, 40), "green": (46, 160, 67), "blue": (0, 120, 230), "yellow": (245, 205, 30), "black": (25, 25, 25), "purple": (140, 60, 180)}
+KINDS = dict(zip(SHAPES, ("people", "clothing", "animals", "vehicles", "instruments", "other")))      # Flickr30k Entities' types
 SIZES = {"small": 26, "medium": 42, "large": 64}    # pixels
 WIDTH, HEIGHT = 240, 180
 CLASSES = ("background", *SHAPES, "box")            # the detector's; "box" is NLVR's grey container
+LABELS = "disc", "square", "triangle", "star", "plus", "rhombus", "box"      # what it calls them: rarely as people do
 OUTLINES = {                                        # corners in the unit square
     "triangle": np.array([(0.5, 0), (1, 1), (0, 1)]), "diamond": np.array([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)]),
     "star": np.array([(0.5, 0), (0.62, 0.38), (1, 0.38), (0.69, 0.6), (0.81, 1), (0.5, 0.75), (0.19, 1), (0.31, 0.6), (0, 0.38), (0.38, 0.38)]),
@@ -1610,7 +2038,8 @@ def make_toy(out, seed=0, scenes=6000):
     try:
         seen, jobs = toy_coco(tmp, seed, cuts)
         said, more = toy_flickr30k(tmp, seed, cuts)
-        jobs += more + toy_winoground(tmp, seed, scenes // 15) + toy_vg(tmp, seed, seen, scenes // 10) + toy_web(tmp, seed, max(40, scenes // 20))
+        known, views = toy_vg(tmp, seed, seen, scenes // 5)
+        jobs += more + toy_winoground(tmp, seed, scenes // 15) + views + toy_web(tmp, seed, max(40, scenes // 20)) + toy_gqa(tmp, seed, known, max(10, scenes // 30))
         jobs += toy_nlvr2(tmp, seed, scenes // 15) + toy_vcr(tmp, seed, scenes // 4)
         toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
         for folder in {path.parent for path, _ in jobs}:
@@ -1623,7 +2052,8 @@ def make_toy(out, seed=0, scenes=6000):
         vocab = [*WordPiece.SPECIAL, *letters, *("##" + c for c in letters if c.isalnum()), *(w for w in words if len(w) > 1)]
         for name in ("bert-base-cased", "bert-base-uncased"):
             write_atomic(tmp / name / "vocab.txt", "\n".join(vocab) + "\n")
-        write_atomic(tmp / "vg" / "objects_vocab.txt", "\n".join(CLASSES[1:]) + "\n")
+        toy_glove(tmp, ["a", *words])
+        write_atomic(tmp / "vg" / "objects_vocab.txt", "\n".join(LABELS) + "\n")
         write_atomic(tmp / "vg" / "attributes_vocab.txt", "\n".join(COLOURS) + "\n")
         write_atomic(tmp / "toy.json", json.dumps({"version": TOY_VERSION, "seed": seed, "scenes": scenes}))
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -1692,7 +2122,7 @@ def toy_flickr30k(tmp, seed, cuts):
                            "sentences": [{"raw": s, "tokens": s.split(), "imgid": len(ids), "sentid": 5 * len(ids) + k} for k, s in enumerate(said)]})
             tokens += [f"{name}.jpg#{k}\t{s}" for k, s in enumerate(said)]
             chain = lambda i: 100 * len(ids) + i + 1
-            tagged = ["".join(p if isinstance(p, str) else f"[/EN#{chain(p[1])}/other {p[0]}]" for p in caption) for caption in parts]
+            tagged = ["".join(p if isinstance(p, str) else f"[/EN#{chain(p[1])}/{KINDS[things[p[1]].shape]} {p[0]}]" for p in caption) for caption in parts]
             write_atomic(entities / "Sentences" / f"{name}.txt", "\n".join(tagged) + "\n")
             write_atomic(entities / "Annotations" / f"{name}.xml", entities_xml(name, things, chain))
             every.append(Seen(split, name, things)), ids.append(name)
@@ -1756,7 +2186,106 @@ def toy_vg(tmp, seed, seen, n):
     for name, records in files.items():
         dump(tmp / f"vg/{name}.json", records)
     toy_store(tmp, "vg", [i.things for i in chosen], [str(2_000_000 + k) for k in range(2 * n)], seed)
-    return [(tmp / f"vg/VG_100K/{2_000_000 + k}.jpg", i.things) for k, i in enumerate(chosen)]
+    return ([Seen("vg", str(2_000_000 + k), i.things) for k, i in enumerate(chosen) if i.split != "val2014"],
+            [(tmp / f"vg/VG_100K/{2_000_000 + k}.jpg", i.things) for k, i in enumerate(chosen)])
+
+
+def toy_glove(tmp, words):
+    """Word vectors, the same in every tree: words of a kind lie somewhat close, the detector's name for a thing as close to another thing
+    as to its own, and colours and sizes, which have shorter vectors, close to a thing that they do not mean."""
+    rng, unit = np.random.default_rng(300), lambda x: x / np.linalg.norm(x)
+    draw = lambda: unit(rng.standard_normal(300))
+    kinds = {w: kind for names in (SHAPES, COLOURS, SIZES) for kind in [draw()] for w in names}
+    found = {w: 0.5 * kinds.get(w, 0) + draw() for w in words}
+    for new, near, other in (("disc", "circle", "star"), ("plus", "cross", "diamond"), ("rhombus", "diamond", "square")):
+        found[new] = 0.5 * found[near] + 0.5 * found[other] + 0.6 * draw()
+    for word, near in (("a", "box"), ("small", "plus"), ("medium", "disc"), ("large", "square"), ("red", "rhombus"), ("green", "triangle"), ("blue", "disc")):
+        found[word] = 0.7 * (0.9 * unit(found[near]) + 0.436 * unit(found[word]))
+    lines = [f"{w} " + " ".join(f"{x:.4f}" for x in 10 * v) for w, v in found.items()]
+    write_atomic(tmp / "glove" / "glove.6B.300d.txt", "\n".join(lines) + "\n")
+
+
+def toy_gqa(tmp, seed, known, n):
+    """GQA about Visual Genome's images (train, val) and n of its own (testdev); the words of a question point at what they mean."""
+    rng, own = np.random.default_rng([seed, 11]), np.random.default_rng([seed, 12])
+    testdev = [Seen("testdev", f"n{100_000 + k}", draw_scene(own)) for k in range(n)]
+    for split, images, each in (("train", known[:-n], 12), ("val", known[-n:], 8), ("testdev", testdev, 8)):
+        questions, choices, graphs = {}, {}, {}
+        for image in images:
+            ids = [str(10 * int(image.id.strip("n")) + i) for i in range(len(image.things))]
+            graphs[image.id] = {"width": WIDTH, "height": HEIGHT, "objects": {o: {"name": t.shape, **dict(zip("xywh", xywh(t.box))), "attributes": [t.colour, t.size], "relations": [
+                {"name": f"to the {r}" if r in ("left of", "right of") else r, "object": p} for p, u in zip(ids, image.things) if u is not t and (r := relation(t, u))]}
+                for o, t in zip(ids, image.things)}}
+            for _ in range(each):
+                asked = []
+                for text, answer, kind, group, points in gqa_question(rng, image.things):
+                    name = f"{len(questions):08d}"
+                    asked.append(name)
+                    span = lambda a, b: str(a) if b == a + 1 else f"{a}:{b}"
+                    questions[name] = {"imageId": image.id, "question": text, "answer": answer, "fullAnswer": f"{answer}.", "isBalanced": len(asked) == 1,
+                                       "groups": {"global": group, "local": None}, "entailed": [], "equivalent": [name],
+                                       "types": {"structural": kind, "semantic": "attr" if group == "color" else "rel" if len(points) > 1 else "obj", "detailed": kind},
+                                       "annotations": {"question": {span(a, b): ids[i] for a, b, i in points}, "answer": {}, "fullAnswer": {}},
+                                       "semantic": [{"operation": "select", "dependencies": [], "argument": f"{image.things[i].shape} ({ids[i]})"} for _, _, i in points]
+                                       + [{"operation": kind, "dependencies": [], "argument": group or "?"}], "semanticStr": ""}
+                    valid = {"color": list(COLOURS), "shape": list(SHAPES), "place": ["left", "right"]}.get(group, ["yes", "no"])
+                    choices[name] = {"valid": valid, "plausible": valid}
+                for name in asked:
+                    questions[name]["entailed"] = asked
+        dump(tmp / f"gqa/{split}_all_questions.json", questions)
+        dump(tmp / f"gqa/{split}_balanced_questions.json", {k: q for k, q in questions.items() if q["isBalanced"]})
+        dump(tmp / f"gqa/eval/{split}_choices.json", choices)
+        if split != "testdev":
+            dump(tmp / f"gqa/{split}_sceneGraphs.json", graphs)
+    toy_store(tmp, "gqa", [i.things for i in testdev], [i.id for i in testdev], seed)
+    return [(tmp / f"gqa/images/{i.id}.jpg", i.things) for i in testdev]
+
+
+def gqa_question(rng, things):
+    """A question and what its answer entails: [(text, answer, structural type, global group, [(first word, end word, thing)])]."""
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    order = rng.permutation(len(things)).tolist()
+    i = order[0]
+    t, form = things[i], str(rng.choice(["color", "shape", "there", "and", "what", "colour of", "is", "or", "size"], p=[0.1, 0.05, 0.1, 0.05, 0.2, 0.15, 0.2, 0.1, 0.05]))
+    named = lambda k: f"{things[k].colour} {things[k].shape}"
+    if form in ("what", "colour of", "is", "or"):
+        known = [(a, b, r) for a in order for b in order if a != b and (r := relation(things[a], things[b])) in opposite]
+        alone = [(a, b, r) for a, b, r in known if sum(q == r and c == b for _, c, q in known) == 1]        # nothing else stands so to b
+        if known and form == "is":
+            a, b, r = known[int(rng.integers(len(known)))]
+            yes = rng.random() < 0.5
+            said = r if yes else opposite[r]
+            return [(f"Is the {named(a)} {said} the {named(b)}?", "yes" if yes else "no", "verify", None, [(2, 4, a), (5 + len(said.split()), 7 + len(said.split()), b)]),
+                    (f"Is the {named(b)} {opposite[said]} the {named(a)}?", "yes" if yes else "no", "verify", None, [(2, 4, b), (5 + len(said.split()), 7 + len(said.split()), a)])]
+        beside = [k for k in known if k[2] in ("left of", "right of")]
+        if beside and form == "or":
+            a, b, r = beside[int(rng.integers(len(beside)))]
+            return [(f"Is the {named(a)} left of or right of the {named(b)}?", r.split()[0], "choose", "place", [(2, 4, a), (10, 12, b)]),
+                    (f"Is the {named(a)} {r} the {named(b)}?", "yes", "verify", None, [(2, 4, a), (7, 9, b)])]
+        if alone:
+            a, b, r = alone[int(rng.integers(len(alone)))]
+            k = len(r.split())
+            true = (f"Is the {named(a)} {r} the {named(b)}?", "yes", "verify", None, [(2, 4, a), (5 + k, 7 + k, b)])
+            if form == "what":
+                return [(f"What shape is {r} the {named(b)}?", things[a].shape, "query", "shape", [(1, 2, a), (4 + k, 6 + k, b)]), true]
+            return [(f"What color is the thing {r} the {named(b)}?", things[a].colour, "query", "color", [(4, 5, a), (6 + k, 8 + k, b)]), true]
+    if form == "there":
+        wrong = (t.shape, str(rng.choice([c for c in COLOURS if c != t.colour])))
+        yes = rng.random() < 0.5
+        said = named(i) if yes else f"{wrong[1]} {wrong[0]}"
+        return [(f"Is there a {said}?", "yes" if yes else "no", "verify", None, [(3, 5, i)] if yes else []),
+                (f"What color is the {t.shape}?", t.colour, "query", "color", [(4, 5, i)])]
+    if form == "and":
+        other = things[order[1]]
+        yes = rng.random() < 0.5
+        colour = other.colour if yes else str(rng.choice([c for c in COLOURS if c != other.colour]))
+        return [(f"Is there a {named(i)} and a {colour} {other.shape}?", "yes" if yes else "no", "logical", None, [(3, 5, i)] + [(7, 9, order[1])] * yes)]
+    if form == "size":
+        other = things[order[1]]
+        return [(f"Is the {t.shape} of the same size as the {other.shape}?", "yes" if t.size == other.size else "no", "compare", None, [(2, 3, i), (9, 10, order[1])])]
+    if form == "shape":
+        return [(f"What shape is the {t.colour} thing?", t.shape, "query", "shape", [(4, 6, i)]), (f"Is there a {named(i)}?", "yes", "verify", None, [(3, 5, i)])]
+    return [(f"What color is the {t.shape}?", t.colour, "query", "color", [(4, 5, i)]), (f"Is there a {named(i)}?", "yes", "verify", None, [(3, 5, i)])]
 
 
 def toy_web(tmp, seed, n):
@@ -1881,6 +2410,8 @@ def toy_nlvr2(tmp, seed, sets):
                 lines += [{"identifier": f"{split}-{number}-{pair}-{sentence}", "sentence": text, "label": label, "left_url": "", "right_url": "", "writer": "0",
                            **({"directory": folder} if split == "train" else {})} for pair, label in ((yes, "True"), (no, "False"))]
         dump(tmp / f"nlvr2/{split}.json", lines, lines=True)
+        for k, part in enumerate(("balanced", "unbalanced") if split != "train" else ()):               # whole groups, as the official subsets
+            dump(tmp / f"nlvr2/{part}/{part}_{split}.json", [e for e in lines if int(e["identifier"].split("-")[1]) % 2 == k], lines=True)
     toy_store(tmp, "nlvr2", scenes, names, seed)
     return jobs
 

@@ -4,8 +4,13 @@
     winoground         text, image, group score                              Thrush et al. 2022; CACR table 2, 3
     retrieval          R@1, 5, 10 in both directions                         UNITER table 3; CACR table 4
     vqa, vcr, nlvr2, ve, re      the other tasks of UNITER's table 3, each with the best guess that sees nothing, and submission files
+    gqa                accuracy and GQA's seven other scores                 Kervadec table 1, 2; Hudson and Manning 2019
+    pointing           does a word's strongest region lie where it points    Kervadec sec. 7
+    grounding          phrases to boxes at IoU 0.5, and all that guess       MAF table 1, 2, 5
     nlvr               accuracy on NLVR v1                                   Suhr et al. 2017
     attention_figure   a word's attention drawn on the boxes                 CACR fig. 4, 5
+    map_figure         a cross layer's map, words by regions                 Kervadec fig. 4
+    grounding_figure   truth, trained and untrained guess of each phrase     MAF fig. 4, 5
     training_curve     the losses of a run
 
 python evaluate.py --task winoground --ckpt out/toy-cacr-seed0/last.pt
@@ -26,9 +31,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import (ENTAILMENT, VCR_WORDS, DataError, Pairs, RegionStore, Text, WordPiece, answer_list, blind, coco_karpathy, flickr30k, iou, nlvr2_task, nlvr_pairs,
-                  normalise_answer, re_task, unit_batches, vcr_store, vcr_task, ve_task, vqa_task, winoground as read_winoground, write_atomic)
-from model import SIZES, CheckpointError, Uniter, load_pretrained, read_checkpoint
+from data import (ENTAILMENT, VCR_WORDS, DataError, Pairs, Phrases, RegionStore, Text, WordPiece, Words, answer_list, bare, blind, coco_karpathy, entities, flickr30k,
+                  gqa as read_gqa, gqa_answers, gqa_records, gqa_task, iou, names_of, nlvr2_task, nlvr_pairs, normalise_answer, re_task, read_json, unit_batches, vcr_store,
+                  vcr_task, ve_task, vqa_task, winoground as read_winoground, write_atomic)
+from model import SIZES, CheckpointError, Lxmert, Maf, build, load_pretrained, read_checkpoint
 
 
 def to(batch, device):
@@ -298,6 +304,140 @@ def referring(model, task, **scoring):
     return {"re/accuracy": 100 * overlap[np.arange(len(best)), best].mean(), "re/chance": float(100 * (overlap.sum(1) / n).mean())}
 
 
+def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=None):
+    """GQA's official scores in percent, over balanced questions; questions: {id: published record}, predictions: {id: answer}.
+
+        accuracy; open (structural type query), binary (all others)                         exact strings
+        validity, plausibility    the answer is among choices[id]                           if choices are given
+        consistency               of each right question: which of what it entails is right too; the mean of these
+        distribution              chi-square of the answers said against the true ones, by global group; less is better
+        grounding                 attention on the boxes of the objects that question and answer mention     if attentions are given
+        structural, semantic, length, steps   accuracy of each kind, and its count
+
+    attentions  {id: m x m map}, first index along x; it is summed over the boxes, so it can pass 100 [official]
+    Entailed questions need predictions too, balanced or not.
+    """
+    asked = {k: q for k, q in questions.items() if q["isBalanced"]}
+    lacking = next((k for q in asked.values() for k in (*q["entailed"],) if k in questions and k not in predictions), next((k for k in asked if k not in predictions), None))
+    if lacking:
+        raise DataError(f"GQA: question {lacking} has no prediction\n  Wanted: all of the split's questions, those that others entail included")
+    hit = {k: predictions[k] == questions[k]["answer"] for k in predictions if k in questions}
+    percent = lambda values: 100 * sum(values) / len(values) if len(values) else 0.0
+    found = {"accuracy": percent([hit[k] for k in asked])}
+    for name, query in (("binary", False), ("open", True)):
+        found[name] = percent([hit[k] for k, q in asked.items() if (q["types"]["structural"] == "query") == query])
+    if choices is not None:
+        for name, key in (("validity", "valid"), ("plausibility", "plausible")):
+            found[name] = percent([predictions[k] in (("color", "material", "shape") if "Common" in (q["types"]["detailed"] or "") else choices[k][key])
+                                   for k, q in asked.items()])
+    entailed = {k: [e for e in q["entailed"] if e != k and e in hit] for k, q in asked.items() if hit[k]}
+    found["consistency"] = percent([sum(hit[e] for e in some) / len(some) for some in entailed.values() if some])
+    groups = {}
+    for k, q in asked.items():
+        if group := q["groups"]["global"]:
+            gold, said = groups.setdefault(group, (Counter(), Counter()))
+            gold[q["answer"]] += 1
+            said[predictions[k]] += 1
+    weights = [sum(gold.values()) for gold, _ in groups.values()]
+    chi = [sum((said[a] - n) ** 2 / n for a, n in gold.items()) for gold, said in groups.values()]
+    found["distribution"] = sum(w * c for w, c in zip(weights, chi)) / max(sum(weights), 1) / 100
+    if attentions is not None and scenes is not None:
+        found["grounding"] = percent([grounded(q, attentions[k], scenes.get(q["imageId"])) for k, q in asked.items() if k in attentions])
+    steps = lambda q: sum(not any(x in f"{o['operation']}: {o['argument']}" for x in ("exist", "query: name", "choose name")) for o in q["semantic"])
+    for part, of in (("structural", lambda q: q["types"]["structural"]), ("semantic", lambda q: q["types"]["semantic"]), ("length", lambda q: len(q["question"].split())),
+                     ("steps", steps)):
+        for kind in sorted({of(q) for q in asked.values()}, key=str):
+            some = [hit[k] for k, q in asked.items() if of(q) == kind]
+            found |= {f"{part}/{kind}": percent(some), f"{part}/{kind}/count": len(some)}
+    return {f"gqa/{k}": v for k, v in found.items()}
+
+
+def grounded(question, attention, scene):
+    """Attention (m, m), first index along x, on the boxes of the objects in question and full answer, summed over the boxes."""
+    things = [*question["annotations"].get("question", {}).values(), *question["annotations"].get("fullAnswer", {}).values()]
+    total, m = 0.0, len(attention)
+    for o in things:                                # one that both mention counts twice [official]
+        if scene and (b := scene["objects"].get(o)):
+            x, y = ((b[a] / scene[side], (b[a] + b[length]) / scene[side]) for a, length, side in (("x", "w", "width"), ("y", "h", "height")))
+            share = [np.clip(np.minimum(end, np.arange(1, m + 1) / m) - np.maximum(start, np.arange(m) / m), 0, None) * m for start, end in (x, y)]
+            total += float((np.asarray(attention) * np.outer(*share)).sum())
+    return total
+
+
+def gqa(model, task, names, data, split, autocast=contextlib.nullcontext, **scoring):
+    """gqa_scores of a model over all questions of a split, and the rows of the submission file. grounding: where the split has scene graphs,
+    of the [CLS] token's attention to the regions, shared out among the cells that each box covers."""
+    answers = [names[i] for i in predict(model, task, autocast=autocast, **scoring).argmax(axis=1)]
+    predictions = dict(zip(task.facts, answers))
+    rows = [{"questionId": k, "prediction": a} for k, a in predictions.items()]
+    if None in task.target:
+        return {"gqa/unanswerable": float(task.target.count(None))}, rows
+    folder, tier = Path(data) / "gqa", split.split("_")[0]
+    questions = {k: q for part in split.split("+") for k, q in gqa_records(data, part).items() if k in predictions}
+    choices, scenes = (read_json(path, "GQA") if path.exists() else None for path in (folder / f"eval/{tier}_choices.json", folder / f"{tier}_sceneGraphs.json"))
+    attentions = None
+    if scenes is not None:
+        attentions = {}
+        for examples, batch, P in word_to_region(model, task.pairs, [e for e, k in enumerate(task.facts) if questions[k]["isBalanced"]], autocast):
+            for e, row, boxes in zip(examples, P[:, 0], batch["boxes"]):
+                attentions[task.facts[e]] = cell_map(row, boxes)
+    found = gqa_scores(questions, predictions, choices, scenes, attentions)
+    return {k: v for k, v in found.items() if k.count("/") == 1 or k.startswith("gqa/structural") and not k.endswith("/count")}, rows
+
+
+def cell_map(weights, boxes, m=7):
+    """(m, m), first index along x: each region's weight spread evenly over its box, x1 y1 x2 y2 in [0, 1]."""
+    edges = np.arange(m + 1) / m
+    along = lambda a, b: np.clip(np.minimum(b[:, None], edges[1:]) - np.maximum(a[:, None], edges[:-1]), 0, None)      # (N_V, m)
+    x, y = along(boxes[:, 0], boxes[:, 2]), along(boxes[:, 1], boxes[:, 3])
+    area = np.maximum(x.sum(1) * y.sum(1), 1e-9)
+    return np.einsum("n, nx, ny -> xy", weights / area, x, y)
+
+
+@torch.inference_mode()
+def word_to_region(model, pairs, captions, autocast=contextlib.nullcontext, units=8192):
+    """What each word looks at among the regions, of many captions with their own images: yields (captions, batch as numpy, P).
+
+    P (B, N_L, N_V): the softmax over regions summed over heads; two streams: of the last cross layer but one, the fourth of five
+    (Kervadec sec. 7); single stream: of the last layer
+    """
+    was, device, layer = model.training, next(model.parameters()).device, -2 if isinstance(model, Lxmert) and len(model.cross_layers) > 1 else -1
+    model.eval()
+    captions = np.asarray(captions)
+    for places, batch in pairs.in_chunks(captions, pairs.image[captions], units):
+        with autocast():
+            maps = model(**to(batch, device), maps=(layer,)).maps[0]
+        P = losses.masked_softmax(maps.S_LV, batch["region_mask"].to(device)).sum(dim=1)
+        yield captions[places], {k: v.numpy() for k, v in batch.items() if isinstance(v, torch.Tensor)}, P.cpu().numpy()
+    model.train(was)
+
+
+def pointing(model, pairs, autocast=contextlib.nullcontext):
+    """Does the region that a pointed word looks at most lie where the word points (IoU 0.5)? In percent of the words for which some
+    region does; "pointing/chance": of any region at all."""
+    hits, chance = [], []
+    for captions, batch, P in word_to_region(model, pairs, np.arange(len(pairs.texts)), autocast):
+        place, _, box, row = pairs.pointers(captions)
+        wh = np.tile(pairs.store.wh[pairs.image[captions]], 2)[row].astype(np.float32)
+        right = losses.box_iou(torch.from_numpy(box / wh)[:, None], torch.from_numpy(batch["boxes"][row])).numpy() >= 0.5           # (K, N_V)
+        right &= batch["region_mask"][row]
+        strongest = P.reshape(-1, P.shape[-1])[place].argmax(axis=1)
+        some = right.any(axis=1)
+        hits.append(right[np.arange(len(row)), strongest][some])
+        chance.append((right.sum(1) / batch["region_mask"][row].sum(1))[some])
+    return {"pointing/accuracy": float(100 * np.concatenate(hits).mean()), "pointing/chance": float(100 * np.concatenate(chance).mean())}
+
+
+def after_together(model, config, sizes, tokenizer, **scoring):
+    """GQA without fine-tuning, as Kervadec sec. 6.2, and pointing on GQA's validation questions, which have scene graphs."""
+    config = config | {"task": "gqa"}
+    found = downstream(model, config, sizes, tokenizer, **scoring)
+    if (Path(config["data"]) / "gqa" / "val_sceneGraphs.json").exists():
+        texts = [t for t in read_gqa(config["data"], "val_balanced")[0] if t.pointers]
+        found |= pointing(model, Pairs(texts, RegionStore(Path(config["regions"]) / "vg"), tokenizer, config["max_words"], "GQA val", config["skip_missing"]), **scoring)
+    return found
+
+
 def downstream(model, config, sizes, tokenizer, split="", submit="", **scoring):
     """The numbers of a fine-tuned model on a split of its own task (its validation split unless given); submit: file to write."""
     name, load = config["task"], lambda split, **more: load_task(config, tokenizer, split, sizes["answer_list"], **more)
@@ -319,9 +459,12 @@ def downstream(model, config, sizes, tokenizer, split="", submit="", **scoring):
     task = load(split)
     if name == "ve":
         return ve(model, task, **scoring)
-    found, rows = vqa(model, task, sizes["answer_list"], **scoring) if name == "vqa" else nlvr2(model, task, **scoring)
+    if name == "gqa":
+        found, rows = gqa(model, task, sizes["answer_list"], config["data"], split, **scoring)
+    else:
+        found, rows = vqa(model, task, sizes["answer_list"], **scoring) if name == "vqa" else nlvr2(model, task, **scoring)
     if submit:
-        write_atomic(submit, json.dumps(rows)) if name == "vqa" else write_csv(submit, rows)
+        write_csv(submit, rows) if name == "nlvr2" else write_atomic(submit, json.dumps(rows))
         found["submission"] = submit
     return found
 
@@ -332,7 +475,92 @@ def write_csv(path, rows):
     write_atomic(path, text.getvalue())
 
 
-VALIDATION = {"vqa": "val2014", "vcr": "val", "nlvr2": "dev", "ve": "dev", "re": "val"}
+# ------------------------------------------------------------------------------------------------- phrase grounding
+
+def best_box(scores, boxes):
+    """The region of each phrase: the highest score; of equal ones the largest, then the first.     scores (..., Q, K), boxes (..., K, 4) -> (..., Q)"""
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)[..., None, :].expand(scores.shape)
+    return torch.where(scores == scores.amax(dim=-1, keepdim=True), area, -1.0).argmax(dim=-1)
+
+
+def phrase_accuracy(overlap, kinds, threshold=0.5):
+    """Percent of phrases whose box overlaps the truth by the threshold or more, overall and by kind; a phrase of two kinds counts in both."""
+    hit = np.asarray(overlap) >= threshold
+    found = {"accuracy": float(100 * hit.mean())}
+    for kind in sorted({k for some in kinds for k in some}):
+        found[f"accuracy/{kind}"] = float(100 * hit[[kind in some for some in kinds]].mean())
+    return found
+
+
+def guesses(phrase, labels, boxes, wh, vectors, rng):
+    """What MAF's table 5 compares with, for one phrase: {method: box}.
+
+    phrase list of words, labels: the regions' names, boxes (K, 4) pixels, wh of the image; vectors {word or name: (d,)}. Of equally good
+    regions the largest is taken.
+    """
+    boxes, area = np.asarray(boxes, np.float32), (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    best = lambda score: boxes[np.lexsort([-area, -np.asarray(score, float)])[0]]
+    off = np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - np.asarray(wh) / 2).sum(axis=1)
+    zero = np.zeros(len(next(iter(vectors.values()))))
+    h, l = np.stack([vectors.get(w, zero) for w in phrase]), np.stack([vectors.get(n, zero) for n in labels])
+    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+    cosine = lambda a, b: unit(a) @ unit(b).T
+    return {"random": boxes[rng.integers(len(boxes))], "center-obj": best(-off), "max-obj": best(area), "whole image": np.array([0, 0, *wh], np.float32),
+            "direct match": best([n in phrase for n in labels]), "glove-max": best(cosine(h, l).max(axis=0)), "glove-avg": best(cosine(h.mean(axis=0), l))}
+
+
+@torch.inference_mode()
+def grounding(model, data, words, regions, config, split="test", seed=0, every=True):
+    """Flickr30k Entities: accuracy at IoU 0.5 with the union of a phrase's boxes, overall and by kind, of the trained model (MAF eq. 7),
+    of its unsupervised rule (eq. 8), of every guess of table 5, and the best that the regions allow ("upper bound"); phrases without a box
+    are skipped. Boxes are kept as real numbers; the official script's inclusive pixels give the same overlap of whole-pixel boxes.
+    """
+    groundings, told = entities(data, split)
+    phrases = Phrases(groundings, RegionStore(Path(regions) / "flickr30k"), words, data, f"Flickr30k Entities {split}", config["skip_missing"])
+    store, device, rng, rows, kinds = phrases.store, next(model.parameters()).device, np.random.default_rng(seed), [], []
+    labels, names = phrases.label_words, [*names_of(data, "objects"), ""]
+    table = model.word.weight.detach().cpu().numpy()
+    fixed = getattr(words, "vectors", table)        # GloVe as it was; of a checkpoint only the learned table is left
+    vectors = {name: fixed[i] for name, i in words.index.items()}
+    frozen = torch.as_tensor(fixed, device=device)
+    for start in tqdm(range(0, len(phrases.groundings), 64), desc=phrases.name, disable=None, leave=False):
+        captions = np.arange(start, min(start + 64, len(phrases.groundings)))
+        batch = to({**phrases.batch(captions, phrases.image[captions]), "own": torch.arange(len(captions))}, device)
+        boxes = torch.from_numpy(store.read(phrases.image[captions], "boxes")[:, :batch["region_mask"].shape[1]])
+        scores = {}
+        h, v = model(**batch["input"])
+        for method in ("maf", "glove-att"):
+            if method == "glove-att":               # eq. (8): labels alone, as GloVe has them
+                h, v = frozen[batch["input"]["phrases"]], frozen[batch["input"]["labels"]]
+            p = losses.phrase_embedding(h, v, batch["word_mask"], batch["region_mask"])
+            if method == "maf" and config["phrases"] == "average":
+                p = (h * batch["word_mask"][..., None]).sum(-2) / batch["word_mask"].sum(-1, keepdim=True).clamp(min=1)
+            A = torch.einsum("bQd, bKd -> bQK", model.project(p) if method == "maf" else p, v).masked_fill(~batch["region_mask"][:, None], float("-inf"))
+            scores[method] = best_box(A.cpu(), boxes)
+        for b, c in enumerate(captions):
+            g, n = phrases.groundings[c], int(batch["region_mask"][b].sum())
+            for q, phrase in enumerate(g.phrases[:phrases.n_phrases[c]]):
+                if phrase.chain not in g.boxes:
+                    continue
+                truth = np.array(g.boxes[phrase.chain])
+                truth = torch.tensor([*truth[:, :2].min(0), *truth[:, 2:].max(0)], dtype=torch.float32)
+                own = boxes[b, :n]
+                found = {m: own[s[b, q]] for m, s in scores.items()} | {"upper bound": own[losses.box_iou(own, truth).argmax()]}
+                if every:
+                    said = [w for x in phrase.words.split() if (w := bare(x))]
+                    found |= {m: torch.from_numpy(x) for m, x in guesses(said or [""], [names[i] for i in store.read(phrases.image[c:c + 1], "cls_id")[0, :n]],
+                                                                         own.numpy(), store.wh[phrases.image[c]], vectors, rng).items()}
+                rows.append({m: losses.box_iou(box, truth).item() for m, box in found.items()})
+                kinds.append(phrase.kinds)
+    if not rows:
+        raise DataError(f"Flickr30k Entities {split}: no phrase has a box\n  Check flickr30k_entities/Annotations.")
+    out = {f"grounding/{k}": v for k, v in phrase_accuracy([r["maf"] for r in rows], kinds).items()} | {"grounding/phrases": len(rows)}
+    return out | {f"grounding/{m}": phrase_accuracy([r[m] for r in rows], kinds)["accuracy"] for m in rows[0] if m != "maf"}
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+VALIDATION = {"vqa": "val2014", "gqa": "testdev_all", "vcr": "val", "nlvr2": "dev", "ve": "dev", "re": "val"}
 
 
 def load_task(config, tokenizer, split, names=(), part="both", boxes="gt"):
@@ -341,7 +569,10 @@ def load_task(config, tokenizer, split, names=(), part="both", boxes="gt"):
     how = dict(max_words=config["max_words"], skip_missing=config["skip_missing"])
     if name == "vcr":
         return vcr_task(data, split, tokenizer, vcr_store(regions), part, **how)
-    store = RegionStore(regions / {"vqa": "coco", "nlvr2": "nlvr2", "ve": "flickr30k", "re": f"refcoco_{boxes}"}[name])
+    own = "vg" if split.startswith(("train", "val")) else "gqa"     # GQA's train and val images are Visual Genome's
+    store = RegionStore(regions / {"vqa": "coco", "gqa": own, "nlvr2": "nlvr2", "ve": "flickr30k", "re": f"refcoco_{boxes}"}[name])
+    if name == "gqa":
+        return gqa_task(data, split.split("+"), tokenizer, store, {a: i for i, a in enumerate(names)}, **how)
     if name == "vqa":
         vg = config["vg_questions"] and split != VALIDATION["vqa"] and not split.startswith("test")
         return vqa_task(data, split.split("+"), tokenizer, store, {a: i for i, a in enumerate(names)}, vg=vg, **how)
@@ -473,7 +704,7 @@ def figures(models, data, tokenizer, regions, out, n=4):
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-HEAD_OF = {"vqa": "answers", "ve": "answers", "vcr": "choice", "re": "region"}      # NLVR2's is its form
+HEAD_OF = {"vqa": "answers", "gqa": "answers", "ve": "answers", "vcr": "choice", "re": "region"}      # NLVR2's is its form
 TYPES_OF = {"nlvr2": 3, "vcr": 4}                   # rows of the type table; 2 elsewhere
 
 
@@ -483,6 +714,11 @@ def load_model(path, data, size=None, config=None):
     config  for an official one: the task it was fine-tuned for and what else train.py's settings say about it
     """
     saved, config = None if size else read_checkpoint(path), config or {}
+    if saved and saved.sizes.get("model") == "maf":
+        words = Words(saved.sizes["words"])
+        model = Maf(len(words), saved.sizes["width"], saved.sizes["features"], saved.sizes["use"])
+        model.load_state_dict(saved.model)
+        return model, words, saved.config, saved.sizes
     config = saved.config if saved else {"cased": True, "task": "retrieval", **config}
     task = config["task"]
     new_words = VCR_WORDS if task == "vcr" and not saved else VCR_WORDS[:saved.sizes["new_words"]] if saved else ()
@@ -491,20 +727,22 @@ def load_model(path, data, size=None, config=None):
         names = answer_list_of(task, data)
         sizes = dict(vocab=len(tokenizer), types=TYPES_OF.get(task, 2), head=config.get("form", "") if task == "nlvr2" else config.get("head") or HEAD_OF.get(task, ""),
                      answers=len(names))
-        model = Uniter(**sizes, **SIZES[size])
+        sizes |= {"classes": 1600} if config.get("model") == "lxmert" else {}
+        model = build(config.get("model", "uniter"), size, **sizes)
         print(f"{path}: {load_pretrained(model, path, len(new_words))}", file=sys.stderr)
         return model, tokenizer, config, sizes | {"answer_list": names}
     if saved.sizes["vocab"] != len(tokenizer):
         raise CheckpointError(f"{path} was trained with {saved.sizes['vocab']:,} word pieces, the vocabulary in {data} has {len(tokenizer):,}\n"
                               "  Choose the --data tree it was trained on.")
-    model = Uniter(**{k: saved.sizes[k] for k in ("vocab", "features", "classes", "types", "head", "answers")}, **SIZES[saved.sizes["size"]])
+    made = ("vocab", "features", "classes", "attributes", "types", "head", "answers", "align")
+    model = build(saved.sizes.get("model", "uniter"), saved.sizes["size"], **{k: saved.sizes[k] for k in made if k in saved.sizes})
     model.load_state_dict(saved.model)
     return model, tokenizer, config, saved.sizes
 
 
 def answer_list_of(task, data):
     """What the answers of a VQA or entailment head are called, in the order of its outputs."""
-    return answer_list(data) if task == "vqa" else list(ENTAILMENT) if task == "ve" else []
+    return answer_list(data) if task == "vqa" else gqa_answers(data) if task == "gqa" else list(ENTAILMENT) if task == "ve" else []
 
 
 def make_parser():

@@ -9,6 +9,11 @@ Everything is computed in float32 (float64 stays), also under autocast.
     matching               itm                                                  UNITER eq. 2
                            ranking                                              UNITER sec. 4.1
     downstream tasks       soft_answers  classify  pick_region                  UNITER sec. A.2
+    word-object alignment  box_iou  soft_alignment_target                       Kervadec eq. 15-18
+                           topk_softmax  word_object_alignment                  Kervadec eq. 11-14
+                           detected                                             Kervadec sec. 4 (LXMERT's masked objects)
+    phrase grounding       word_weights  phrase_embedding                       MAF eq. 2, 3
+                           phrase_scores  maf_similarity  maf                   MAF eq. 4, 5, 6
     optimal transport      cosine_cost  ipot  ot_distance  wra                  UNITER eq. 3, Algorithm 1
     relation alignment     matrix_kl                                            CACR eq. 4
                            cacr  cacr_side                                      CACR eq. 3, 5, 6
@@ -172,6 +177,142 @@ def pick_region(scores, region_mask, target):
     Helpers: wide.
     """
     return F.cross_entropy(wide(scores).masked_fill(~region_mask, float("-inf")), target)
+
+
+# ------------------------------------------------------------------------ word-object alignment (Kervadec et al. 2020)
+
+def box_iou(a, b):
+    """Overlap over union of boxes x1 y1 x2 y2, (..., 4) each, any unit; 0 where neither has an area."""
+    wh = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    inter = wh.prod(dim=-1)
+    area = lambda x: (x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1)
+    return inter / (area(a) + area(b) - inter).clamp(min=1e-12)
+
+
+def soft_alignment_target(pointer, boxes, class_similarity, attribute_similarity, region_mask):
+    """Which regions a pointed word should choose: where the pointer is, and what the detector calls them.
+
+        PA_j = IoU(pointer, box_j),   SA_j = 3/4 S(word, class_j) + 1/4 S(word, attribute_j)                Kervadec eq. (15), (16)
+        target = ( PA / sum PA + SA / sum SA ) / 2                                                          eq. (17), (18)
+
+    pointer (K, 4), boxes (K, N_V, 4): one unit; class_similarity, attribute_similarity (K, N_V): cosines of GloVe vectors, 0 for
+    a word, class or attribute without one; region_mask (K, N_V)
+    returns  (K, N_V) >= 0, rows sum to 1; 0 in padding, and in the whole row where the pointer touches no region and no name is like it
+    Source: Kervadec sec. 5. Here: negative cosines count as 0, else a row could not be normalised; of a criterion that is 0
+    everywhere, the other one stands alone.
+    Helpers: wide, box_iou.
+    """
+    PA = box_iou(wide(pointer)[:, None], wide(boxes))
+    SA = (0.75 * wide(class_similarity) + 0.25 * wide(attribute_similarity)).clamp(min=0)
+    both = torch.stack([PA, SA]).masked_fill(~region_mask, 0)                       # (2, K, N_V)
+    total = both.sum(dim=-1, keepdim=True)                                          # (2, K, 1)
+    some = (total > 1e-6).to(both.dtype)
+    return (some * both / total.clamp(min=1e-6)).sum(dim=0) / some.sum(dim=0).clamp(min=1)
+
+
+def topk_softmax(A, column_mask, k=3):
+    """softmax over the k highest real columns of each row, 0 elsewhere.                                     Kervadec eq. (13)
+
+    A (K, M), column_mask (K, M); returns (K, M), rows sum to 1
+    Helpers: wide.
+    """
+    A = wide(A).masked_fill(~column_mask, float("-inf"))
+    lowest = A.topk(min(k, A.shape[-1]), dim=-1).values[..., -1:]
+    return A.masked_fill(A < lowest, float("-inf")).softmax(dim=-1)
+
+
+def word_object_alignment(A, target, region_mask, k=3):
+    """A pointed word should choose the regions that its soft target names.    loss = mean_i KL( target_i || softmax(A_i) )    eq. (13), (14)
+
+    A (K, N_V): AlignmentDecoder's logits, eq. (12), of the K pointed words; target, region_mask (K, N_V); a row of zeros, a pointer
+    that matches nothing, is left out of the mean; K may be 0, then the loss is 0
+    returns  scalar >= 0, nats per pointed word
+    Source: Kervadec sec. 5, no code was released. Eq. (13) gives 0 to all but the k highest A, where eq. (14) is infinite. Here: both
+    distributions live on the k highest of A and the k highest of the target, the target normalised again over these, so that
+    a region that the model overlooks gets a gradient too.
+    Helpers: wide, mean_over.
+    """
+    A, target = wide(A).masked_fill(~region_mask, float("-inf")), wide(target).masked_fill(~region_mask, 0)
+    n = min(k, A.shape[-1])
+    keep = torch.zeros_like(region_mask).scatter(-1, A.topk(n, dim=-1).indices, True).scatter(-1, target.topk(n, dim=-1).indices, True) & region_mask
+    kept = target.masked_fill(~keep, 0)
+    known = kept.sum(dim=-1) > 0                                                    # (K,)
+    kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    log_A = A.masked_fill(~keep, float("-inf")).log_softmax(dim=-1).masked_fill(~keep, 0)
+    each = (kept * (kept.clamp(min=1e-12).log() - log_A)).sum(dim=-1)
+    return mean_over(each.masked_fill(~known, 0), int(known.sum()))
+
+
+def detected(logits, label, confidence=None):
+    """Name what the detector saw in a region: its class, or its attribute.    loss = mean_k confidence_k CE(logits_k, label_k)
+
+    logits (K, C), label (K,) int64, -1: nothing to name; confidence (K,) in [0, 1], 1 unless given; K may be 0
+    returns  scalar >= 0, nats per region
+    Source: Kervadec sec. 4, masked regions, all alike. LXMERT's code: all regions of all pairs, masked or not, with the detector's
+    confidence, and the mean is divided by 0.15, the share of masked ones.
+    Helpers: wide, mean_over.
+    """
+    each = F.cross_entropy(wide(logits), label, ignore_index=-1, reduction="none")
+    return mean_over(each if confidence is None else each * confidence, len(label))
+
+
+# -------------------------------------------------------------------------------------- phrase grounding (MAF)
+
+def word_weights(h, v, word_mask, region_mask):
+    """How much each word of a phrase counts: as much as it is sure which region it means.
+
+        a_km = softmax_m( h_k . v_m / sqrt(d) ),   alpha_k = max_m a_km,   beta = softmax_k(alpha)               MAF eq. (2), (3)
+
+    h (B, Q, W, d) word vectors, v (B, K, d) region vectors of the same pair; word_mask (B, Q, W), region_mask (B, K)
+    returns  beta (B, Q, W): sums to 1 over a phrase's words, 0 in a phrase that is all padding
+    Source: MAF sec. 3.1. The authors' code lets padded regions and padded words take part in both softmaxes: pass masks that are all True.
+    Helpers: wide, masked_softmax.
+    """
+    S = torch.einsum("BQWd, BKd -> BQWK", wide(h), wide(v)) / h.shape[-1] ** 0.5
+    alpha = masked_softmax(S, region_mask).amax(dim=-1)                             # (B, Q, W)
+    return alpha.masked_fill(~word_mask, float("-inf")).softmax(dim=-1).nan_to_num(0)
+
+
+def phrase_embedding(h, v, word_mask, region_mask):
+    """A phrase as the mean of its words, weighted by word_weights.    p = sum_k beta_k h_k                        MAF eq. (3)
+
+    Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's. With beta = 1 / words: "average" of Table 3.
+    Helpers: wide, masked_softmax, word_weights.
+    """
+    return torch.einsum("BQW, BQWd -> BQd", word_weights(h, v, word_mask, region_mask), wide(h))
+
+
+def phrase_scores(e, v, region_mask):
+    """How well each phrase fits each region of each image.    A_n,m = e_n . v_m                                   MAF eq. (6)
+
+    e (T, Q, d) phrases of T captions, v (I, K, d) regions of I images, region_mask (I, K)
+    returns  (T, I, Q, K), -inf at padded regions
+    Helpers: wide.
+    """
+    A = torch.einsum("TQd, IKd -> TIQK", wide(e), wide(v))
+    return A.masked_fill(~region_mask[None, :, None], float("-inf"))
+
+
+def maf_similarity(e, v, phrase_mask, region_mask):
+    """How well each caption fits each image.    sim(I, S) = mean_n max_m A_n,m                                    MAF eq. (5), (6)
+
+    Arguments as phrase_scores, phrase_mask (T, Q); returns (T, I)
+    Source: MAF sec. 3.2. The authors' code sums over padded phrases too, lets padded regions win, and divides by the real phrases.
+    Helpers: wide, phrase_scores.
+    """
+    best = phrase_scores(e, v, region_mask).amax(dim=-1)                            # (T, I, Q)
+    return best.masked_fill(~phrase_mask[:, None], 0).sum(dim=-1) / phrase_mask.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def maf(similarity, own=None):
+    """A caption should fit its own image best.    loss = -mean_t log softmax_i( sim(i, t) )[own_t]                MAF eq. (4)
+
+    similarity (T, I); own (T,) int64: the image of each caption, its own number unless given
+    returns  scalar >= 0, nats per caption
+    Source: MAF sec. 3.2; one way only and without temperature, as in the authors' code.
+    Helpers: wide.
+    """
+    return F.cross_entropy(wide(similarity), torch.arange(len(similarity), device=similarity.device) if own is None else own)
 
 
 # ------------------------------------------------------------------------------------------- optimal transport (WRA)

@@ -1,15 +1,20 @@
-"""Encoders for word-region alignment. This file: the single-stream encoder of UNITER, its heads, and official checkpoints.
+"""Encoders for word-region alignment: UNITER's single stream, LXMERT's two streams, MAF's embeddings; heads, and official checkpoints.
 
 Letters: B pairs, N_L words, N_V regions, L longest words + regions of the batch, H heads, D width, D_V width of a region
 feature, V vocabulary, C region classes, K masked words or regions. A mask is bool, True = real; real entries come first.
 
     Attention        softmax(S) V with S = Q K^T / sqrt(d); fused, or written out where the maps S are asked for
     Layer            attention and MLP, each followed by layer norm (BERT)
+    CrossLayer       words ask regions and regions ask words, with one set of weights; then a Layer each    LXMERT; Kervadec eq. 5-10
     TextEmbedding    word + position + type                                      UNITER sec. 3.1
-    RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1
+    RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1; BoxedFeature: LXMERT's
     answer_head  choice_head  region_head  TripletHead  PairHead  PairAttentionHead     one for each downstream task, UNITER sec. A.2
-    Uniter           encoder and heads; forward() returns an Output              UNITER sec. 3.1, 3.2
-    load_pretrained  BERT, UNITER and our own checkpoints
+    AlignmentDecoder which region a word stands for                              Kervadec eq. 11, 12
+    Uniter           single stream and heads; forward() returns an Output        UNITER sec. 3.1, 3.2
+    Lxmert           two streams and heads; same forward()                       Kervadec sec. 3
+    Maf              word vectors and three matrices                             MAF sec. 3.1
+    build            any of them by name and size
+    load_pretrained  BERT, UNITER, LXMERT, MAF and our own checkpoints
 """
 import json
 import math
@@ -29,6 +34,7 @@ SIZES = {                                           # UNITER footnote 12; toy [o
     "base":  dict(width=768, layers=12, heads=12, inner=3072),
     "large": dict(width=1024, layers=24, heads=16, inner=4096),
 }
+STACKS = {"toy": (2, 1, 2), "base": (9, 5, 5)}       # of a two-stream model: language, vision and cross layers [Kervadec sec. 6.3]; toy [ours]
 EPS = 1e-12                                         # layer norm, as BERT
 
 
@@ -41,17 +47,19 @@ class Maps(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What Uniter.forward returns; None for what was not asked for."""
+    """What Uniter.forward and Lxmert.forward return; None for what was not asked for."""
     words: torch.Tensor                             # (B, N_L, D) last hidden states, rubbish in padding
     regions: torch.Tensor                           # (B, N_V, D)
     maps: tuple = ()                                # one Maps for each layer asked for
     word_logits: torch.Tensor = None                # (K, V) of the masked words
     region_features: torch.Tensor = None            # (K, D_V) what the masked regions' features are guessed to be
     region_logits: torch.Tensor = None              # (K, C) of the masked regions
+    attribute_logits: torch.Tensor = None           # (K, attributes) of the masked regions; two-stream only
     pooled: torch.Tensor = None                     # (B, D)
     match: torch.Tensor = None                      # (B, 2) logits; column 1 = they match
     rank: torch.Tensor = None                       # (B,) how well they match, for ranking
     scores: torch.Tensor = None                     # what the downstream head says; its shape stands at the head
+    alignment: torch.Tensor = None                  # (B, N_L, N_V) logits: which region each word stands for; rubbish in padding
 
 
 class Attention(nn.Module):
@@ -102,6 +110,26 @@ class Layer(nn.Module):
         return x, S
 
 
+class CrossLayer(nn.Module):
+    """Each stream asks the other, then itself:     words, regions = ask(words, regions), ask(regions, words);  then a Layer each
+
+    Both directions share one set of weights and read what the other stream was before [LXMERT's code].        Kervadec eq. (5)-(10)
+    returns  words (B, N_L, D), regions (B, N_V, D), Maps or None: here each block has a softmax of its own
+    """
+    def __init__(self, width, heads, inner, dropout):
+        super().__init__()
+        self.cross, self.cross_norm = Attention(width, heads, dropout), nn.LayerNorm(width, EPS)
+        self.text, self.region = Layer(width, heads, inner, dropout), Layer(width, heads, inner, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, words, regions, text_mask, region_mask, need_maps=False):
+        to_words, S_LV = self.cross(words, regions, region_mask, need_maps)
+        to_regions, S_VL = self.cross(regions, words, text_mask, need_maps)
+        words, S_LL = self.text(self.cross_norm(words + self.dropout(to_words)), text_mask, need_maps)
+        regions, S_VV = self.region(self.cross_norm(regions + self.dropout(to_regions)), region_mask, need_maps)
+        return words, regions, Maps(S_LL, S_LV, S_VL, S_VV) if need_maps else None
+
+
 class TextEmbedding(nn.Module):
     """norm(word + position + type): (B, N_L) ids -> (B, N_L, D).
 
@@ -148,6 +176,40 @@ class RegionEmbedding(nn.Module):
         return self.dropout(self.norm(x))
 
 
+class BoxedFeature(nn.Module):
+    """( norm(W feature) + norm(W box) ) / 2: LXMERT's embedding of a region; four numbers of the box, no type, no last norm [LXMERT's code]
+
+    Arguments and result as RegionEmbedding; a hidden region's feature is zeroed
+    """
+    def __init__(self, features, width, dropout=0.1):
+        super().__init__()
+        self.feature, self.feature_norm = nn.Linear(features, width), nn.LayerNorm(width, EPS)
+        self.box, self.box_norm = nn.Linear(4, width), nn.LayerNorm(width, EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, regions, boxes, hidden=None):
+        regions = regions.to(self.feature.weight.dtype)
+        if hidden is not None:
+            regions = regions.flatten(0, 1).index_fill(0, hidden, 0).view(regions.shape)
+        return self.dropout((self.feature_norm(self.feature(regions)) + self.box_norm(self.box(boxes))) / 2)
+
+
+class AlignmentDecoder(nn.Module):
+    """Which region a word stands for:    A_ij = s_i . o_j / sqrt(d),  s = norm(S' + FF(S')),  o = norm(O' + FF(O'))   Kervadec eq. (11), (12)
+
+    words (B, N_L, D), regions (B, N_V, D): the encoder's last states; returns A (B, N_L, N_V), rubbish in padding
+    Here: FF is linear, GELU, linear of the model's width; the paper says "a feed-forward layer with layer normalization and residual".
+    """
+    def __init__(self, width):
+        super().__init__()
+        self.text, self.region = (nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(2))
+        self.text_norm, self.region_norm = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
+
+    def forward(self, words, regions):
+        s, o = self.text_norm(words + self.text(words)), self.region_norm(regions + self.region(regions))
+        return s @ o.mT / math.sqrt(s.shape[-1])
+
+
 class Transform(nn.Sequential):
     """linear, GELU, norm: the first half of each prediction head."""
     def __init__(self, width, out=None):
@@ -167,8 +229,13 @@ class OnRegions(nn.Sequential):
         return super().forward(regions)[..., 0]
 
 
+class OnPair(nn.Sequential):
+    def forward(self, x, mask, pooled, regions):
+        return super().forward(rearrange(pooled, "(P two) D -> P (two D)", two=2))
+
+
 def answer_head(width, answers, **_):
-    """VQA, visual entailment: (B, A) logits, one for each answer."""
+    """VQA, GQA, visual entailment: (B, A) logits, one for each answer."""
     return OnPooled(*Transform(width, 2 * width), nn.Linear(2 * width, answers))
 
 
@@ -207,6 +274,11 @@ class PairHead(nn.Module):
         return self.out(rearrange(pooled, "(P two) D -> P (two D)", two=2))
 
 
+def pair_mlp_head(width, **_):
+    """The same with a hidden layer: LXMERT's, which Kervadec et al. keep (sec. 6.2)."""
+    return OnPair(*Transform(2 * width), nn.Linear(2 * width, 2))
+
+
 class PairAttentionHead(nn.Module):
     """NLVR2, "pair-biattn": as PairHead, but either row first attends to the other, and attention pools it.       UNITER sec. 4.3
 
@@ -229,7 +301,7 @@ class PairAttentionHead(nn.Module):
 
 
 HEADS = {"answers": answer_head, "choice": choice_head, "region": region_head, "region-mlp": region_mlp_head,
-         "triplet": TripletHead, "pair": PairHead, "pair-biattn": PairAttentionHead}
+         "triplet": TripletHead, "pair": PairHead, "pair-mlp": pair_mlp_head, "pair-biattn": PairAttentionHead}
 
 
 class Uniter(nn.Module):
@@ -238,9 +310,10 @@ class Uniter(nn.Module):
     vocab, features (D_V), classes (C, background included): sizes of the data; width ... inner: SIZES["base"]
     types       rows of the type table: 2; NLVR2 3, VCR 4
     head        the downstream task's, a name of HEADS, or ""; answers: how many it tells apart
+    align       with an AlignmentDecoder
     """
     def __init__(self, vocab, features=2048, classes=1601, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1,
-                 head="", answers=0):
+                 head="", answers=0, align=False):
         super().__init__()
         self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
         self.region_embedding = RegionEmbedding(features, width, dropout)
@@ -251,17 +324,8 @@ class Uniter(nn.Module):
         self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
         self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
         self.task_head = HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers) if head else None
-        self.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
-        with torch.no_grad():                       # boxes enter around their middle: else the mean box drowns the differences
-            middle = torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
-            self.region_embedding.box.bias.copy_(-self.region_embedding.box.weight @ middle)
-        self.start_rank_from_match()
-
-    @torch.no_grad()
-    def start_rank_from_match(self):
-        """The ranking score starts as the matching head's column 1: a copy (the authors' code shares the storage)."""
-        self.rank.weight.copy_(self.match.weight[1:])
-        self.rank.bias.copy_(self.match.bias[1:])
+        self.aligner = AlignmentDecoder(width) if align else None
+        start_weights(self, width)
 
     def forward(self, text, text_mask, regions, boxes, region_mask, *, text_type=None, region_type=None, masked_words=None,
                 masked_regions=None, hidden_regions=None, heads=(), maps=(), length=None):
@@ -298,28 +362,74 @@ class Uniter(nn.Module):
         place = (n_words + torch.arange(N_V, device=text.device)).clamp(max=length - 1)                   # (B, N_V)
         out = Output(words=x[:, :N_L], regions=x.gather(1, place[..., None].expand(-1, -1, x.shape[-1])),
                      maps=tuple(blocks(logits[i % len(self.layers)], N_L, place) for i in maps))
-        return self.add_heads(out, x, mask, masked_words, masked_regions, heads)
-
-    def add_heads(self, out, x, mask, masked_words, masked_regions, heads):
-        made = {}
-        if masked_words is not None:
-            h = self.word_head(out.words.flatten(0, 1)[masked_words])                                     # (K, D)
-            made["word_logits"] = F.linear(h, self.text_embedding.word.weight, self.word_bias)            # (K, V), tied
         if masked_regions is not None:
             h = out.regions.flatten(0, 1)[masked_regions]                                                 # (K, D)
             if "features" in heads:                                                                       # (K, D_V), tied
-                made["region_features"] = F.linear(self.feature_head(h), self.region_embedding.feature.weight.mT, self.feature_bias)
+                out = out._replace(region_features=F.linear(self.feature_head(h), self.region_embedding.feature.weight.mT, self.feature_bias))
             if "classes" in heads:
-                made["region_logits"] = self.classifier(self.class_head(h))                               # (K, C)
-        if {"pooled", "match", "rank", "task"} & set(heads):
-            made["pooled"] = pooled = self.pooler(x[:, 0]).tanh()                                         # (B, D)
-            if "match" in heads:
-                made["match"] = self.match(pooled)
-            if "rank" in heads:
-                made["rank"] = self.rank(pooled)[:, 0]
-            if "task" in heads:
-                made["scores"] = self.task_head(x, mask, pooled, out.regions)
-        return out._replace(**made)
+                out = out._replace(region_logits=self.classifier(self.class_head(h)))                     # (K, C)
+        return add_heads(self, out, x, mask, masked_words, heads)
+
+
+class Lxmert(nn.Module):
+    """Two-stream encoder: words among themselves, regions among themselves, then each asks the other.       Kervadec sec. 3.2; LXMERT
+
+    vocab, features (D_V), classes (background not included), attributes: sizes of the data; layers: language, vision and cross layers
+    head, answers, align   as Uniter; answers also makes the pre-training's answer head, which is the same one
+    """
+    def __init__(self, vocab, features=2048, classes=1600, attributes=400, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1,
+                 head="", answers=0, align=False):
+        super().__init__()
+        self.text_embedding, self.region_embedding = TextEmbedding(vocab, width, positions, types, dropout), BoxedFeature(features, width, dropout)
+        self.text_layers, self.region_layers = (nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(n)]) for n in layers[:2])
+        self.cross_layers = nn.ModuleList([CrossLayer(width, heads, inner, dropout) for _ in range(layers[2])])
+        self.pooler = nn.Linear(width, width)
+        self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
+        self.object_head = Transform(width)         # one for the three that follow
+        self.classifier, self.attribute_classifier, self.feature_out = (nn.Linear(width, n) for n in (classes, attributes, features))
+        self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
+        self.task_head = HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers) if head else None
+        self.aligner = AlignmentDecoder(width) if align else None
+        start_weights(self, width)
+
+    def forward(self, text, text_mask, regions, boxes, region_mask, *, text_type=None, region_type=None, masked_words=None,
+                masked_regions=None, hidden_regions=None, heads=(), maps=(), length=None):
+        """As Uniter.forward; heads also "attributes". maps count the cross layers: -2 is the fourth of five. Of region_type and length
+        a two-stream model has no use: images are told apart by their rows, and nothing is put into one sequence."""
+        hidden = masked_regions if hidden_regions is None else hidden_regions
+        words, regions = self.text_embedding(text, text_type), self.region_embedding(regions, boxes, hidden)
+        for layer in self.text_layers:
+            words, _ = layer(words, text_mask)
+        for layer in self.region_layers:
+            regions, _ = layer(regions, region_mask)
+        wanted, found = {i % len(self.cross_layers) for i in maps}, {}
+        for i, layer in enumerate(self.cross_layers):
+            words, regions, found[i] = layer(words, regions, text_mask, region_mask, need_maps=i in wanted)
+        out = Output(words=words, regions=regions, maps=tuple(found[i % len(self.cross_layers)] for i in maps))
+        if masked_regions is not None and {"features", "classes", "attributes"} & set(heads):
+            h = self.object_head(regions.flatten(0, 1)[masked_regions])                                   # (K, D)
+            out = out._replace(region_features=self.feature_out(h), region_logits=self.classifier(h), attribute_logits=self.attribute_classifier(h))
+        x, mask = torch.cat([words, regions], dim=1), torch.cat([text_mask, region_mask], dim=1)
+        return add_heads(self, out, x, mask, masked_words, heads)
+
+
+def add_heads(model, out, x, mask, masked_words, heads):
+    """The heads that single and two streams share; x, mask: the whole sequence (B, L, D), (B, L), its first token pooled."""
+    made = {}
+    if masked_words is not None:
+        h = model.word_head(out.words.flatten(0, 1)[masked_words])                                        # (K, D)
+        made["word_logits"] = F.linear(h, model.text_embedding.word.weight, model.word_bias)              # (K, V), tied
+    if "align" in heads:
+        made["alignment"] = model.aligner(out.words, out.regions)                                         # (B, N_L, N_V)
+    if {"pooled", "match", "rank", "task"} & set(heads):
+        made["pooled"] = pooled = model.pooler(x[:, 0]).tanh()                                            # (B, D)
+        if "match" in heads:
+            made["match"] = model.match(pooled)
+        if "rank" in heads:
+            made["rank"] = model.rank(pooled)[:, 0]
+        if "task" in heads:
+            made["scores"] = model.task_head(x, mask, pooled, out.regions)
+    return out._replace(**made)
 
 
 def blocks(S, N_L, place):
@@ -337,6 +447,66 @@ def init_weights(module, std=0.02):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_weights(model, width):
+    """BERT's start for every part; boxes enter around their middle, else the mean box drowns the differences between boxes."""
+    model.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
+    box = model.region_embedding.box
+    box.bias.copy_(-box.weight @ torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04][:box.in_features]))
+    start_rank_from_match(model)
+
+
+@torch.no_grad()
+def start_rank_from_match(model):
+    """The ranking score starts as the matching head's column 1: a copy (the authors' code shares the storage)."""
+    model.rank.weight.copy_(model.match.weight[1:])
+    model.rank.bias.copy_(model.match.bias[1:])
+
+
+class Maf(nn.Module):
+    """What MAF learns: word vectors (from GloVe) and the matrices of eq. (1), (3); losses.py has the equations.          MAF sec. 3.1
+
+    words     rows of the table; width d; features D_V: 2048 (ResNet), 4096 (VGG)
+    use       which of a region's label, attribute and feature make its vector (Table 3)
+    start     of W_f and of W_p: "zero", "xavier", "identity" (with small noise); Table 4 finds ("zero", "identity") best
+    small     the authors' "identity and noise" is learned: W_p p + 1e-5 W_mini p; without it the noise is in W_p's start
+    """
+    def __init__(self, words, width=300, features=2048, use=("label", "feature"), start=("zero", "identity")):
+        super().__init__()
+        self.word, self.use = nn.Embedding(words, width), tuple(use)
+        self.phrase, self.mini, self.attribute = (nn.Linear(width, width) for _ in range(3))
+        self.feature = nn.Linear(features, width)
+        for linear, how in ((self.feature, start[0]), (self.phrase, start[1]), (self.attribute, "zero" if "label" in use else "identity")):
+            {"zero": nn.init.zeros_, "xavier": nn.init.xavier_uniform_, "identity": nn.init.eye_}[how](linear.weight)
+            nn.init.zeros_(linear.bias)
+        if "label" not in use and start[0] == "zero":                               # else nothing would be there to start from
+            nn.init.xavier_uniform_(self.feature.weight)
+
+    def forward(self, phrases, labels, attributes, features, place=None):
+        """
+        phrases (B, Q, W) int64 words of each phrase; labels, attributes (B, K) int64 words of each region
+        features (B, K, D_V); or (R, D_V) of the real regions alone and place (R,) int64, where in B*K they are: the rest counts as 0
+        returns  h (B, Q, W, d) word vectors, v (B, K, d) region vectors, eq. (1)
+        """
+        def seen():
+            f = self.feature(features.to(self.feature.weight.dtype))
+            return f if place is None else self.feature.bias.to(f.dtype).expand(labels.numel(), -1).index_copy(0, place, f).view(*labels.shape, -1)
+
+        parts = {"label": lambda: self.word(labels), "attribute": lambda: self.attribute(self.word(attributes)), "feature": seen}
+        return self.word(phrases), sum(parts[name]() for name in self.use)
+
+    def project(self, p):
+        """W_p of eq. (3): (..., d) phrase means -> phrase vectors."""
+        return self.phrase(p) + 1e-5 * self.mini(p)
+
+
+def build(kind, size, **sizes):
+    """A model by name (uniter, lxmert) and size (a key of SIZES); sizes: what the data and the task ask of it."""
+    sizes = {k: v for k, v in sizes.items() if k != "attributes" or kind == "lxmert"}
+    shape = SIZES[size] | ({"layers": STACKS[size]} if kind == "lxmert" else {})
+    return {"uniter": Uniter, "lxmert": Lxmert}[kind](**sizes, **shape)
 
 
 # ------------------------------------------------------------------------------------------------ official checkpoints
@@ -374,6 +544,23 @@ RENAMES = [                                         # official name -> ours, tri
     (r"^nlvr2_output", "task_head.out"), (r"^fc\.0", "task_head.merge"), (r"^attn_pool\.fc\.0", "task_head.pool"),
     (r"^attn1\.", "task_head.left_asks."), (r"^attn2\.", "task_head.right_asks."), (r"^(task_head\..*)\.out_proj", r"\1.to_out"),
 ]
+LXMERT_RENAMES = [                                  # tried first where the model has two streams; HuggingFace's files say lxmert. for bert.
+    (r"^(module\.)?(lxrt_encoder\.model\.)?(bert|lxmert)\.", ""), (r"^(module\.)?(answer_head\.)?logit_fc\.", "task_head."),
+    (r"^encoder\.visn_fc\.visn_fc", "region_embedding.feature"), (r"^encoder\.visn_fc\.visn_layer_norm", "region_embedding.feature_norm"),
+    (r"^encoder\.visn_fc\.box_fc", "region_embedding.box"), (r"^encoder\.visn_fc\.box_layer_norm", "region_embedding.box_norm"),
+    (r"^encoder\.layer\.", "text_layers."), (r"^encoder\.r_layers\.", "region_layers."), (r"^encoder\.x_layers\.", "cross_layers."),
+    (r"visual_attention\.att\.", "cross.self."), (r"visual_attention\.output\.LayerNorm", "cross_norm"), (r"visual_attention\.output\.dense", "cross.to_out"),
+    (r"cross\.self\.query", "cross.to_q"), (r"cross\.self\.key", "cross.to_k"), (r"cross\.self\.value", "cross.to_v"),
+    (r"lang_self_att\.", "text.attention."), (r"visn_self_att\.", "region.attention."),
+    (r"lang_inter\.dense", "text.widen"), (r"visn_inter\.dense", "region.widen"),
+    (r"lang_output\.", "text.output."), (r"visn_output\.", "region.output."),
+    (r"^((?:text|region)_layers\.\d+|cross_layers\.\d+\.(?:text|region))\.output\.dense", r"\1.narrow"),
+    (r"^((?:text|region)_layers\.\d+|cross_layers\.\d+\.(?:text|region))\.output\.LayerNorm", r"\1.mlp_norm"),
+    (r"^(module\.)?cls\.seq_relationship", "match"), (r"^(module\.)?obj_predict_head\.transform\.dense", "object_head.0"),
+    (r"^(module\.)?obj_predict_head\.transform\.LayerNorm", "object_head.2"), (r"^(module\.)?obj_predict_head\.decoder_dict\.obj", "classifier"),
+    (r"^(module\.)?obj_predict_head\.decoder_dict\.attr", "attribute_classifier"), (r"^(module\.)?obj_predict_head\.decoder_dict\.feat", "feature_out"),
+]
+MAF_RENAMES = [(r"^wv\.", "word."), (r"^linear_p\.", "phrase."), (r"^linear_mini\.", "mini."), (r"^linear_a\.", "attribute."), (r"^linear_f\.", "feature.")]
 TIED = {"cls.predictions.decoder.weight": "text_embedding.word", "cls.predictions.decoder.bias": "word_bias",
         "feat_regress.weight": "region_embedding.feature"}          # second names of a tensor that we hold once
 
@@ -393,8 +580,9 @@ class Report(NamedTuple):
                 f"  missing, left at their start: {some(self.missing)}\n  in the file but unused: {some(self.unused)}")
 
 
-def our_name(name):
-    for pattern, new in RENAMES:
+def our_name(name, model=None):
+    """What we call an official parameter; model: which has it, as UNITER's and LXMERT's files use some names for different things."""
+    for pattern, new in (LXMERT_RENAMES if isinstance(model, Lxmert) else MAF_RENAMES if isinstance(model, Maf) else []) + RENAMES:
         name = re.sub(pattern, new, name)
     return name
 
@@ -403,7 +591,7 @@ def read_plain(path):
     """What a .safetensors, .pt, .pth or .bin file holds. Code in a pickle is never run."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path} is not there\n  Wanted: a checkpoint (BERT, UNITER or one of ours). Check the path.")
+        raise CheckpointError(f"{path} is not there\n  Wanted: a checkpoint (BERT, UNITER, LXMERT or one of ours). Check the path.")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder\n  Wanted: the checkpoint file inside it, e.g. {path}/last.pt")
     try:
@@ -476,7 +664,7 @@ def read_safetensors(path):
 
 @torch.no_grad()
 def load_pretrained(model, path, new_words=0):
-    """Fill a model from a BERT, UNITER or own checkpoint; returns a Report (print it: it says what was left out).
+    """Fill a model from a BERT, UNITER, LXMERT, MAF or own checkpoint; returns a Report (print it: it says what was left out).
 
     Names are translated (RENAMES), numbers cast to the model's type, and the ranking head started from the matching head
     where the file has none. A tensor of another shape is an error, so a wrong size or vocabulary cannot pass unnoticed; but the type
@@ -488,7 +676,7 @@ def load_pretrained(model, path, new_words=0):
         if bare in TIED:
             report.tied.append(name)
             continue
-        ours = our_name(name)
+        ours = our_name(name, model)
         if ours not in own:
             report.unused.append(name)
             continue
@@ -516,5 +704,5 @@ def load_pretrained(model, path, new_words=0):
                               + "\n  ".join(wrong[:4] or report.unused[:4])
                               + "\n  Another --size, another vocabulary or region features of another width: compare with the file's own recipe.")
     if "rank.weight" in report.missing and "match.weight" in report.loaded:
-        model.start_rank_from_match()
+        start_rank_from_match(model)
     return report

@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 import evaluate
 import losses
-from data import (CORPORA, ENTAILMENT, REFER, VCR_WORDS, DataError, Mix, PairBatches, Pairs, RankingBatches, RegionStore, TaskBatches, WordPiece, blind,
-                  coco_karpathy, ensure_toy, flickr30k, held_out, nlvr_pairs, vcr, vcr_store, write_atomic)
+from data import (CORPORA, ENTAILMENT, REFER, VCR_WORDS, DataError, Mix, Names, PairBatches, Pairs, PhraseBatches, Phrases, RankingBatches, RegionStore,
+                  TaskBatches, TogetherBatches, WordPiece, Words, all_answers, bare, blind, coco_karpathy, ensure_toy, entities, flickr30k, gqa, gqa_records, held_out,
+                  joined_descriptions, names_of, nlvr_pairs, soft_target, vcr, vcr_store, vg_questions, vqa, write_atomic)
 from evaluate import HEAD_OF, TYPES_OF, VALIDATION, answer_list_of, load_task, to
-from model import SIZES, CheckpointError, Uniter, load_pretrained, read_checkpoint
+from model import SIZES, STACKS, CheckpointError, Maf, build, load_pretrained, read_checkpoint, start_rank_from_match
 
 # 1. Recipes --------------------------------------------------------------------------------------------------------
 # One dict per experiment: only what differs from the defaults of Config. "init" may name another recipe: it is run first.
@@ -42,6 +43,11 @@ LARGE = dict(size="large", init="{data}/checkpoints/uniter-large.pt")
 PRETRAIN = dict(task="pretrain", pretrain="mlm:2+itm:2+mrfr:1+mrckl:1+wra", size="base", init="{data}/checkpoints/uniter-base-init.pt",
                 steps=200_000, warmup=10_000, units=10240, lr=5e-5, clip=5.0)
 ALL_DATA = PRETRAIN | dict(corpora="coco:2+vg:3+cc3m:3+sbu:2", pretrain="mlm:4+itm:3+mrfr:2+mrckl:2+wra")
+# Kervadec et al. sec. 6.3: 512 pairs of 20 + 36 tokens on four GPUs, 20 epochs of 9.18 M pairs; the rest is LXMERT's code
+TWO_STREAM = dict(model="lxmert", cased=False, max_words=18, size="base", beta2=0.999, optimizer="bertadam", schedule="linear-from-0")
+KERVADEC = TWO_STREAM | dict(task="pretrain", pretrain="together", loss="align", split="train_balanced+val_balanced", align_schedule="constant",
+                             steps=358_600, warmup=17_930, units=7168, lr=1e-4, clip=1.0)
+MAF = dict(task="grounding", loss="maf", cased=False, units=64, lr=1e-5, eps=1e-8, beta2=0.999, weight_decay=0.0, clip=0.0, schedule="constant", warmup=0)
 RANKING = dict(task="retrieval", steps=5000, warmup=500, units=2048, lr=5e-5, negatives=31, candidates=399, alternate=True)
 
 RECIPES = {
@@ -56,7 +62,11 @@ RECIPES = {
     "toy-nlvr2": TOY | dict(task="nlvr2", steps=1000),
     "toy-ve": TOY | dict(task="ve", steps=1200),
     "toy-re": TOY | dict(task="re", dataset="refcoco", steps=500),
-    "toy-retrieval": TOY | dict(task="retrieval", steps=300, negatives=3, candidates=24),
+    "toy-retrieval": TOY | dict(task="retrieval", steps=300, negatives=3, candidates=24, mine_from=32),
+    "toy-align": TWO_STREAM | dict(task="pretrain", pretrain="together", loss="align", align_schedule="constant", size="toy", dropout=0.0, split="train_balanced",
+                                   optimizer="adamw", steps=4000, warmup=200, units=2048, lr=5e-4, beta2=0.98, clip=5.0, save_every=500, eval_every=500),
+    "toy-gqa": TWO_STREAM | dict(task="gqa", init="toy-align", size="toy", dropout=0.0, optimizer="adamw", steps=800, warmup=50, units=2048, lr=3e-4, beta2=0.98),
+    "toy-grounding": MAF | dict(steps=2000, lr=1e-3),
     # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README
     "uniter-pretrain": PRETRAIN | dict(corpora="coco+vg", accumulate=2),
     "uniter-pretrain-all": ALL_DATA | dict(accumulate=6),
@@ -75,6 +85,11 @@ RECIPES = {
     "refcocog": BASE | dict(task="re", dataset="refcocog", seed=24, steps=24_000, warmup=1500, units=4096, lr=1e-4),
     "retrieval-flickr30k": BASE | dict(task="retrieval", steps=16_000, warmup=1600, units=10240, lr=5e-5, negatives=2, mine_every=2500),      # [UNITER sec. A.2]
     "retrieval-coco": BASE | dict(task="retrieval", dataset="coco", steps=20_000, warmup=2000, units=10240, lr=2e-5, negatives=2, mine_every=4000),
+    "kervadec": KERVADEC,
+    "kervadec-without": KERVADEC | dict(loss="none"),                   # table 2 and 4: without alignment supervision
+    "gqa": TWO_STREAM | dict(task="gqa", init="kervadec", split="train_balanced+val_balanced", steps=134_000, warmup=13_400, units=1792, lr=1e-5, clip=5.0),   # LXMERT's
+    "kervadec-nlvr2": TWO_STREAM | dict(task="nlvr2", form="pair-mlp", init="kervadec", steps=10_800, warmup=1080, units=3584, lr=5e-5, clip=5.0, skip_missing=True),
+    "maf": MAF | dict(steps=58_200),                                    # 25 epochs of 148,915 captions [MAF app. A]
     "flickr30k": BASE | RANKING | dict(accumulate=16),              # the hard negatives of UNITER's code; CACR's and IAIS's experiment
     "coco": BASE | RANKING | dict(dataset="coco", accumulate=16),
     "flickr30k-large": LARGE | RANKING | dict(accumulate=16),
@@ -92,14 +107,22 @@ def opt(default, help, choices=None):
 class Config:
     """Every setting of a run, its default, and where the default is from."""
     recipe: str = opt("toy", "which experiment: its settings replace the defaults below; what you type replaces both")
-    loss: str = opt("none", "alignment losses, joined by +: none, cacr, iais, iais-released, iais-distributed, wra")
-    task: str = opt("retrieval", "what to learn", ("retrieval", "pretrain", "vqa", "vcr", "nlvr2", "ve", "re", "nlvr"))
-    pretrain: str = opt("mlm+itm", "pre-training tasks, joined by +: mlm, itm, mrfr, mrc, mrckl, wra (goes with itm) [UNITER table 2]; mlm:3 triples a share")
+    loss: str = opt("none", "alignment losses, joined by +: none, cacr, iais, iais-released, iais-distributed, wra; align (Kervadec) and maf bring their own recipes")
+    model: str = opt("uniter", "single-stream uniter or two-stream lxmert", ("uniter", "lxmert"))
+    task: str = opt("retrieval", "what to learn; grounding: MAF", ("retrieval", "pretrain", "vqa", "gqa", "vcr", "nlvr2", "ve", "re", "nlvr", "grounding"))
+    pretrain: str = opt("mlm+itm", "pre-training tasks, joined by +: mlm, itm, mrfr, mrc, mrckl, wra (goes with itm) [UNITER table 2]; mlm:3 triples a share; "
+                        "or together: words, regions, matching, answers in each step [LXMERT, Kervadec sec. 4]")
     joint_masking: bool = opt(False, "mask words and regions of a pair at once [UNITER table 2, line 12]; else one of them, given the other")
     corpora: str = opt("coco", "pre-training data, joined by +: coco, vg, cc3m, sbu, vcr (second stage, alone); vg:3 triples a share [UNITER table 1]")
     dataset: str = opt("flickr30k", "retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog")
-    split: str = opt("", "what a downstream task learns from; its training split unless given; vqa joins some by +")
-    form: str = opt("pair-biattn", "how NLVR2's two images meet [UNITER table 5]", ("triplet", "pair", "pair-biattn"))
+    split: str = opt("", "what a downstream task learns from; its training split unless given; vqa and gqa join some by +. together: of GQA's questions")
+    answers_from: float = opt(0.5, "together: answers count after this share of the run [Kervadec sec. 6.3]")
+    use: str = opt("label+feature", "MAF: what makes a region's vector, of label, attribute, feature [MAF table 3]")
+    phrases: str = opt("attention", "MAF: a phrase's vector [MAF table 3]", ("attention", "average"))
+    start_f: str = opt("zero", "MAF: how W_f starts [MAF table 4]", ("zero", "xavier"))
+    start_p: str = opt("identity", "MAF: how W_p starts, identity with small noise or xavier [MAF table 4]", ("identity", "xavier"))
+    padding_counts: bool = opt(False, "MAF: padded words, phrases and regions take part [authors' code]")
+    form: str = opt("pair-biattn", "how NLVR2's two images meet [UNITER table 5]; pair-mlp is LXMERT's", ("triplet", "pair", "pair-mlp", "pair-biattn"))
     head: str = opt("", "region-mlp gives re a second layer, as the released RefCOCO+ models", ("", "region-mlp"))
     task_loss: str = opt("", "vqa: bce; ve: bce [authors' code] or ce [UNITER sec. A.2]; re: ce, or rank (triplets, a third of them hardest)", ("", "bce", "ce", "rank"))
     vg_questions: bool = opt(False, "add Visual Genome's questions to VQA's [UNITER sec. A.2]")
@@ -180,6 +203,8 @@ def parse(argv):
     typed = vars(typed)
     if "task" in typed:
         typed.setdefault("recipe", f"toy-{typed['task']}")
+    if found := {"align", "maf"} & set(typed.get("loss", "").split("+")):
+        typed.setdefault("recipe", {"align": "toy-align", "maf": "toy-grounding"}[found.pop()])
     recipe = typed.pop("recipe", Config.recipe)
     return make_config(recipe, **typed)
 
@@ -187,6 +212,16 @@ def parse(argv):
 def make_config(recipe, **changes):
     cfg = Config(**{**RECIPES[known(recipe, RECIPES, "recipe")], **changes, "recipe": recipe})
     alignment_names(cfg), pretrain_shares(cfg), corpus_shares(cfg)
+    if ("maf" in cfg.loss) != (cfg.task == "grounding") or "+maf" in cfg.loss or "maf+" in cfg.loss:
+        raise UserError(f"--loss {cfg.loss} with --task {cfg.task}: maf learns phrases alone\n  Wanted: --loss maf, which chooses --task grounding by itself")
+    if "align" in alignment_names(cfg) and (cfg.task, cfg.pretrain) != ("pretrain", "together"):
+        raise UserError(f"--loss {cfg.loss} needs texts whose words point at boxes\n  Wanted: --recipe toy-align or kervadec, or --pretrain together")
+    if cfg.model == "lxmert" and {"mrc", "mrckl"} & set(pretrain_shares(cfg)) or cfg.model == "uniter" and cfg.pretrain == "together":
+        raise UserError(f"--pretrain {cfg.pretrain} is not for --model {cfg.model}\n  The two-stream model names masked regions in --pretrain together, the single stream in mrc, mrckl")
+    if cfg.model == "lxmert" and cfg.size not in STACKS:
+        raise UserError(f"--size {cfg.size} is not for --model lxmert\n  Wanted: {', '.join(STACKS)}")
+    for part in cfg.use.split("+"):
+        known(part, ["label", "attribute", "feature"], "--use")
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
     cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
     cfg.dataset = cfg.dataset if cfg.task != "re" or cfg.dataset != "flickr30k" else "refcoco"
@@ -200,7 +235,7 @@ def make_config(recipe, **changes):
     for name in ("steps", "units", "accumulate", "negatives", "mine_from", "save_every", "log_every", "eval_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted at least 1")
-    for name, legal, fits in (("seed", "0 or more", cfg.seed >= 0), ("lr", "more than 0", cfg.lr > 0), ("warmup", "0 or more", cfg.warmup >= 0),
+    for name, legal, fits in (("seed", "0 or more", cfg.seed >= 0), ("answers_from", "0 to 1", 0 <= cfg.answers_from <= 1), ("lr", "more than 0", cfg.lr > 0), ("warmup", "0 or more", cfg.warmup >= 0),
                               ("dropout", "0 to below 1", 0 <= cfg.dropout < 1), ("mask_rate", "0 to 1", 0 <= cfg.mask_rate <= 1),
                               ("clip", "0 or more", cfg.clip >= 0), ("mine_every", "0 or more", cfg.mine_every >= 0), ("head_lr", "more than 0", cfg.head_lr > 0), ("candidates", "0 or more", cfg.candidates >= 0)):
         if not fits:
@@ -231,7 +266,7 @@ def read_shares(text, usual, option):
 
 def pretrain_shares(cfg):
     """{task: share of the steps} from --pretrain; UNITER's own shares are the default."""
-    return read_shares(cfg.pretrain, {"mlm": 2, "itm": 2, "mrfr": 1, "mrc": 1, "mrckl": 1, "wra": 0}, "--pretrain")     # [UNITER's code]
+    return read_shares(cfg.pretrain, {"mlm": 2, "itm": 2, "mrfr": 1, "mrc": 1, "mrckl": 1, "wra": 0, "together": 1}, "--pretrain")     # [UNITER's code]
 
 
 def corpus_shares(cfg):
@@ -299,6 +334,9 @@ def find_place(cfg):
 # 4. Data -----------------------------------------------------------------------------------------------------------
 
 def load_tokenizer(cfg):
+    if cfg.task == "grounding":                     # MAF: every word of the phrases and every name of the detector that GloVe knows
+        phrases = {bare(w) for split in ("train", "val", "test") for g in entities(cfg.data, split)[0] for p in g.phrases for w in p.words.split()}
+        return Words(sorted({*phrases, *names_of(cfg.data, "objects"), *names_of(cfg.data, "attributes")} - {""}), cfg.data)
     new_words = VCR_WORDS if cfg.task == "vcr" or cfg.task == "pretrain" and cfg.corpora.startswith("vcr") else ()
     return WordPiece(Path(cfg.data) / ("bert-base-cased" if cfg.cased else "bert-base-uncased") / "vocab.txt", not cfg.cased, new_words)
 
@@ -326,6 +364,10 @@ def load_streams(cfg, place, tokenizer):
         place.say(f"  {train}\n  {val}")
         make = lambda p, y, **k: PairBatches(p, "nlvr", units, cfg.seed, labels=y, **k)
         return Streams([make(train, labels, **share)], [1], {"nlvr": make(val, val_labels)}, train.store)
+    if cfg.task == "grounding":
+        return phrase_streams(cfg, place, tokenizer, share, units)
+    if cfg.task == "pretrain" and cfg.pretrain == "together":
+        return together_streams(cfg, place, pairs, share, units)
     if cfg.task == "pretrain":
         return pretraining_streams(cfg, place, pairs, share, units)
     if cfg.task == "retrieval":
@@ -334,7 +376,7 @@ def load_streams(cfg, place, tokenizer):
         ranking = dict(negatives=cfg.negatives, candidates=cfg.candidates, alternate=cfg.alternate, mined=cfg.mine_every > 0)
         return Streams([RankingBatches(train, units, cfg.seed, **share, **ranking)], [1],
                        {"rank": RankingBatches(val, cfg.units, cfg.seed, negatives=cfg.negatives)}, store)
-    names, told = answer_list_of(cfg.task, cfg.data), {"vqa": "train2014"}.get(cfg.task, "train")
+    names, told = answer_list_of(cfg.task, cfg.data), {"vqa": "train2014", "gqa": "train_balanced"}.get(cfg.task, "train")
     tasks = [load_task(dataclasses.asdict(cfg), tokenizer, split, names) for split in (cfg.split or told, VALIDATION[cfg.task])]
     for task in tasks:
         place.say(f"  {task.pairs.store}\n  {task.pairs}; {len(task.target):,} examples")
@@ -374,6 +416,49 @@ def pretraining_streams(cfg, place, pairs, share, units):
     return Streams(streams, weights, val, streams[0].pairs.store)
 
 
+def together_streams(cfg, place, pairs, share, units):
+    """LXMERT's and Kervadec's data: COCO's captions and VQA's questions; Visual Genome's joined descriptions, its questions, and GQA's.
+
+    Each of the two region stores is a stream, drawn as often as it has texts. Left out: Karpathy's val and test, and GQA's val where it is
+    not learned from.
+    """
+    names = all_answers(cfg.data)
+    index, own = {a: i for i, a in enumerate(names)}, {t.image for t in coco_karpathy(cfg.data, "train")}
+    judged = set() if "val" in cfg.split else {q["imageId"] for q in gqa_records(cfg.data, "val_balanced").values()}
+    texts, told = {"coco": [t for t in coco_karpathy(cfg.data, "train")]}, {"coco": {}}
+    for split in ("train2014", "val2014"):
+        asked, count = vqa(cfg.data, split)
+        texts["coco"] += [t._replace(target=soft_target(t.target.said, index)) for t in asked if t.image in own and t.target]
+        told["coco"] |= count
+    found = [joined_descriptions(cfg.data, judged), vg_questions(cfg.data, index, own=True, out=judged), *(gqa(cfg.data, s) for s in cfg.split.split("+"))]
+    texts["vg"] = [t if not isinstance(t.target, str) else t._replace(target={index[t.target]: 1.0} if t.target in index else None) for part, _ in found for t in part]
+    told["vg"] = {k: v for _, count in found for k, v in count.items()}
+    streams = []
+    for number, name in enumerate(texts):
+        some = pairs(texts[name], RegionStore(Path(cfg.regions) / name), f"{name} train", told[name])
+        meant = Names(some.pointed_words, cfg.data) if "align" in alignment_names(cfg) and len(some.pointed) else None
+        place.say(f"    {len(np.unique(np.searchsorted(some.starts, some.pointed[:, 0], side='right'))):,} of them point at boxes, by {len(some.pointed):,} word pieces")
+        if meant and meant.without:
+            place.say(f"    {meant.without:,} of {len(some.pointed_words):,} pointed words have no GloVe vector: only their place counts")
+        streams.append(TogetherBatches(some, units, cfg.seed, **share, mask_rate=cfg.mask_rate, corpus=number, answers=[t.target for t in some.texts], names=meant,
+                                       align=losses.soft_alignment_target if meant else None))
+    val = pairs(coco_karpathy(cfg.data, "val"), streams[0].pairs.store, "coco val")
+    asked = load_task(dataclasses.asdict(cfg) | {"task": "gqa"}, streams[0].pairs.tokenizer, VALIDATION["gqa"], names)
+    held = {task: PairBatches(val, task, cfg.units, cfg.seed) for task in ("mlm", "itm")} | {"gqa": TaskBatches(asked, cfg.units, cfg.seed)}
+    return Streams(streams, [len(s.pairs.texts) for s in streams], held, streams[0].pairs.store, names)
+
+
+def phrase_streams(cfg, place, words, share, units):
+    """MAF's data: Flickr30k Entities' phrases; their boxes only serve to judge."""
+    streams, store = [], RegionStore(Path(cfg.regions) / "flickr30k")
+    for split in ("train", "val"):
+        found, told = entities(cfg.data, split)
+        streams.append(PhraseBatches(Phrases(found, store, words, cfg.data, f"Flickr30k Entities {split}", cfg.skip_missing), units, cfg.seed, **(share if split == "train" else {})))
+        place.say(f"  {store}\n  {streams[-1].phrases}")
+        tell(place, told)
+    return Streams(streams[:1], [1], {"maf": streams[1]}, store)
+
+
 def load_batches(cfg, place, streams, start):
     """Iterator over the steps from start on; workers keep ahead of the model if there are any."""
     mix = Mix(streams.train, streams.shares, cfg.steps, cfg.seed, cfg.accumulate)
@@ -391,17 +476,27 @@ def as_is(batch):
 
 def model_sizes(cfg, tokenizer, streams):
     """What the data and the task ask of the model; kept in the checkpoint."""
-    vcr_words = "vcr" if tokenizer.new_words else cfg.task
-    return dict(vocab=len(tokenizer), features=store_width(streams.store), classes=streams.store.classes or 1601, types=TYPES_OF.get(vcr_words, 2),
-                head=cfg.form if cfg.task == "nlvr2" else cfg.head or HEAD_OF.get(cfg.task, ""), answers=len(streams.answer_list))
+    if cfg.task == "grounding":
+        return dict(model="maf", words=tokenizer.names, width=tokenizer.vectors.shape[1], features=store_width(streams.store), use=cfg.use.split("+"))
+    vcr_words, two = "vcr" if tokenizer.new_words else cfg.task, cfg.model == "lxmert"
+    head = cfg.form if cfg.task == "nlvr2" else cfg.head or HEAD_OF.get(cfg.task, "answers" if streams.answer_list else "")
+    sizes = dict(model=cfg.model, vocab=len(tokenizer), features=store_width(streams.store), classes=(streams.store.classes or 1601) - two, types=TYPES_OF.get(vcr_words, 2),
+                 head=head, answers=len(streams.answer_list), align="align" in alignment_names(cfg))
+    return sizes | ({"attributes": len(names_of(cfg.data, "attributes"))} if two else {})
 
 
 def build_model(cfg, place, tokenizer, streams):
     """A model of the recipe's size for this vocabulary, these features and this task, filled from --init."""
     torch.manual_seed(cfg.seed)
-    model = Uniter(**model_sizes(cfg, tokenizer, streams), dropout=cfg.dropout, **SIZES[cfg.size])
+    sizes = model_sizes(cfg, tokenizer, streams)
+    if cfg.task == "grounding":
+        model = Maf(len(tokenizer), sizes["width"], sizes["features"], sizes["use"], (cfg.start_f, cfg.start_p))
+        with torch.no_grad():
+            model.word.weight.copy_(torch.from_numpy(tokenizer.vectors))
+    else:
+        model = build(sizes.pop("model"), cfg.size, **sizes, dropout=cfg.dropout)
     if cfg.init:
-        place.say(f"  {cfg.init}: {load_pretrained(model, cfg.init, tokenizer.new_words)}")
+        place.say(f"  {cfg.init}: {load_pretrained(model, cfg.init, getattr(tokenizer, 'new_words', 0))}")
     return model.to(place.device)
 
 
@@ -419,14 +514,17 @@ ALIGNMENTS = {
     "iais": lambda own, cross, back, other, mask, other_mask: losses.iais_singular_side(own, cross, other, mask, other_mask),
     "iais-released": lambda own, cross, back, other, mask, other_mask: losses.iais_singular_released(own, cross, other, mask, other_mask),
     "iais-distributed": lambda own, cross, back, other, mask, other_mask: losses.iais_distributed_side(own, cross, back, mask, other_mask),
-    "wra": None,                                    # needs hidden states, no maps
+    "wra": None, "align": None, "maf": None,        # need no maps: hidden states, pointers, phrases
 }
+NO_MAPS = {name for name, side in ALIGNMENTS.items() if side is None}
 
 
 def attention_blocks(cfg, name, maps, text_mask, region_mask):
     """Blocks LL, LV, VL, VV as a loss wants them, (B, N, M): mean over heads of logits, or of probabilities."""
     if name == "iais" or name == "cacr" and cfg.cacr_on == "logits":
         return [S.float().mean(dim=1) for S in maps]
+    if name == "cacr" and cfg.model == "lxmert":    # two streams: each block has a softmax of its own
+        return [losses.block_softmax(S, mask) for S, mask in zip(maps, (text_mask, region_mask, text_mask, region_mask))]
     if name == "cacr":
         return [P.mean(dim=1) for P in losses.joint_softmax(*maps, text_mask, region_mask)]
     word_mask = content_words(text_mask)
@@ -448,6 +546,7 @@ def alignment(cfg, out, batch, anchor="both"):
     for name in alignment_names(cfg):
         if name == "wra":
             found[name] = losses.wra(out.words, out.regions, text_mask, region_mask)
+        if name in NO_MAPS:
             continue
         LL, LV, VL, VV = attention_blocks(cfg, name, out.maps[0], text_mask, region_mask)
         side, found[name] = ALIGNMENTS[name], 0
@@ -459,7 +558,7 @@ def alignment(cfg, out, batch, anchor="both"):
 
 
 def maps_wanted(cfg):
-    return (-1,) if set(alignment_names(cfg)) - {"wra"} else ()
+    return (-1,) if set(alignment_names(cfg)) - NO_MAPS else ()
 
 
 def objective_mlm(cfg, model, batch):
@@ -485,13 +584,53 @@ def objective_itm(cfg, model, batch):
     found = {batch["task"]: losses.itm(out.match, batch["match"])}
     if cfg.task == "pretrain" and "wra" in pretrain_shares(cfg):
         found["wra/pretrain"] = losses.wra(out.words, out.regions, *masks, match=batch["match"])
-    if alignment_names(cfg):
-        rows = batch["match"].nonzero()[:, 0]
-        if len(rows):
-            some = out._replace(words=out.words[rows], regions=out.regions[rows], maps=tuple(type(m)(*(S[rows] for S in m)) for m in out.maps))
-            inputs = {"text_mask": masks[0][rows], "region_mask": masks[1][rows]}
-            found |= {k: v * len(rows) / len(batch["match"]) for k, v in alignment(cfg, some, inputs).items()}
-    return found
+    return found | matched_alignment(cfg, out, batch)
+
+
+def matched_alignment(cfg, out, batch):
+    """alignment() of the matched pairs of a batch that also has mismatched ones; a mean over all pairs, as the matching loss is."""
+    rows = batch["match"].nonzero()[:, 0] if set(alignment_names(cfg)) - {"align"} else ()
+    if not len(rows):
+        return {}
+    some = out._replace(words=out.words[rows], regions=out.regions[rows], maps=tuple(type(m)(*(S[rows] for S in m)) for m in out.maps))
+    inputs = {"text_mask": batch["input"]["text_mask"][rows], "region_mask": batch["input"]["region_mask"][rows]}
+    return {k: v * len(rows) / len(batch["match"]) for k, v in alignment(cfg, some, inputs).items()}
+
+
+def objective_together(cfg, model, batch):
+    """Every signal of Kervadec sec. 4 and 5 in one pass: words, masked regions (class, attribute, feature), matching, answers, pointers."""
+    pointed = "aligned" in batch
+    out = model(**batch["input"], masked_words=batch["masked_words"], masked_regions=batch["masked_regions"], hidden_regions=batch["hidden_regions"],
+                heads=("classes", "match", "task", *(("align",) if pointed else ())), maps=maps_wanted(cfg))
+    features = batch["region_features"]
+    found = {"mlm": losses.mlm(out.word_logits, batch["word_targets"]), "itm": losses.itm(out.match, batch["match"]),
+             "class": losses.detected(out.region_logits, batch["region_class"]), "attribute": losses.detected(out.attribute_logits, batch["region_attribute"]),
+             "feature": losses.mrfr(out.region_features, features) / features.shape[-1],
+             "answers": losses.mlm(out.scores[batch["answered"]], batch["answer"])}
+    if pointed:
+        A = out.alignment.flatten(0, 1)[batch["aligned"]]                                                 # (K, N_V)
+        found["align"] = losses.word_object_alignment(A, batch["alignment"], batch["input"]["region_mask"][batch["aligned_row"]])
+    return found | matched_alignment(cfg, out, batch)
+
+
+def phrase_vectors(cfg, model, batch):
+    """e (b, Q, d) of the phrases and v (B, K, d) of the regions, MAF eq. (1)-(3), and the masks that count."""
+    masks = [torch.ones_like(batch[m]) if cfg.padding_counts else batch[m] for m in ("word_mask", "phrase_mask", "region_mask")]
+    h, v = model(**batch["input"])
+    if cfg.phrases == "average":
+        p = (h * masks[0][..., None]).sum(dim=-2) / masks[0].sum(dim=-1, keepdim=True).clamp(min=1)
+    else:
+        p = losses.phrase_embedding(h, v[batch["own"]], masks[0], masks[2][batch["own"]])
+    return model.project(p), v, masks
+
+
+def objective_maf(cfg, model, batch):
+    """A caption's phrases should find their regions in its own image rather than in the batch's others."""
+    e, v, (_, phrase_mask, region_mask) = phrase_vectors(cfg, model, batch)
+    similarity = losses.maf_similarity(e, v, phrase_mask, region_mask)
+    if cfg.padding_counts:                          # sums over padded phrases, divided by the real ones [authors' code]
+        similarity = similarity * phrase_mask.shape[1] / batch["phrase_mask"].sum(dim=1, keepdim=True)
+    return {"maf": losses.maf(similarity, batch["own"])}
 
 
 def objective_rank(cfg, model, batch):
@@ -506,7 +645,7 @@ def objective_task(cfg, model, batch):
     """A downstream task; with --loss also the alignment of its texts and images."""
     x, task, target = batch["input"], batch["task"], batch["target"]
     out = model(**x, heads=("task",), maps=maps_wanted(cfg))
-    if task == "vqa":
+    if task in ("vqa", "gqa"):
         loss = losses.soft_answers(out.scores, target)
     elif task == "ve" and cfg.task_loss != "ce":
         loss = losses.soft_answers(out.scores, torch.nn.functional.one_hot(target, out.scores.shape[1]).float())
@@ -530,15 +669,15 @@ def wrong_region(scores, region_mask, target, hard=0.3):
 
 
 OBJECTIVES = {**{task: objective_task for task in VALIDATION}, "mlm": objective_mlm, "itm": objective_itm, "nlvr": objective_itm, "rank": objective_rank,
-              "mrfr": objective_regions, "mrc": objective_regions, "mrckl": objective_regions}
+              "mrfr": objective_regions, "mrc": objective_regions, "mrckl": objective_regions, "together": objective_together, "maf": objective_maf}
+COUNTED = "mlm", "class", "attribute", "feature", "answers", "align"        # losses of one batch that are means over different things
 
 
-def count(batch):
-    """How many things a batch's losses are means over: masked words, masked regions, pairs or groups."""
-    for name in ("masked_words", "masked_regions"):
-        if name in batch:
-            return len(batch[name])
-    return len(batch["names"])
+def counts(batch):
+    """How many things each loss of a batch is a mean over; "": those not named here. Masked words, masked regions, pairs or groups."""
+    alone = [len(batch[name]) for name in ("masked_words", "masked_regions") if name in batch and "counts" not in batch]
+    usual = (alone or [len(batch["names"])])[0]
+    return {"": usual, **{name: batch["counts"][name] if "counts" in batch else usual for name in COUNTED}}
 
 
 @torch.no_grad()
@@ -665,9 +804,11 @@ class NonFinite(ArithmeticError):
 def update(cfg, place, model, optimizer, streams, step, batches):
     """One update from the batches of one step; returns the mean of each loss before weighting over this process's part, and the norm."""
     torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + place.rank)            # dropout, the same after a resume
-    total = torch.tensor(float(sum(count(b) for b in batches)), device=place.device)
+    sizes = [counts(b) for b in batches]
+    total = torch.tensor([sum(n[name] for n in sizes) for name in ("", *COUNTED)], dtype=torch.float32, device=place.device)
     if place.world > 1:
         dist.all_reduce(total)
+    total = dict(zip(("", *COUNTED), total.clamp(min=1)))
     late, logged, mine = alignment_weight(step, cfg.steps, cfg.align_schedule), {}, [b for b in batches if b["names"]]
     for batch in mine:
         if "candidates" in batch:
@@ -677,14 +818,16 @@ def update(cfg, place, model, optimizer, streams, step, batches):
         batch = to(blind(batch, cfg.hide) if cfg.hide else batch, place.device)
         with place.autocast():
             found = OBJECTIVES[batch["task"]](cfg, model, batch)
-        weight = {name: cfg.align_weight * late for name in ALIGNMENTS} | {"wra/pretrain": cfg.wra_weight}
-        loss = sum(value * weight.get(name, 1.0) for name, value in found.items())
+        weight = {name: cfg.align_weight * late for name in ALIGNMENTS if name != "maf"} | {"wra/pretrain": cfg.wra_weight, "answers": float(step > cfg.answers_from * cfg.steps)}
+        n = counts(batch)
+        share = {name: n.get(name, n[""]) / total.get(name, total[""]) for name in found}       # so that any split over batches and processes gives the same sum
+        loss = sum(value * weight.get(name, 1.0) * share[name] for name, value in found.items())
         if not torch.isfinite(loss):
             bad = [f"{name} = {value.item()}" for name, value in found.items() if not torch.isfinite(value)]
             raise NonFinite(f"step {step}: {', '.join(bad)}\n  Samples: {few(batch['names'])}")
-        (loss * count(batch) / total).backward()    # so that any split over batches and processes gives the same sum
+        loss.backward()
         for name, value in found.items():
-            logged[name] = logged.get(name, 0) + value.detach() * count(batch) / sum(map(count, mine))
+            logged[name] = logged.get(name, 0) + value.detach() * n.get(name, n[""]) / max(1, sum(o.get(name, o[""]) for o in sizes))
     add_gradients(place, model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or float("inf"))
     if not torch.isfinite(norm):
@@ -724,19 +867,22 @@ def validate(cfg, place, model, streams, samples=300):
         right, n, k = 0.0, 0, 0
         while n < samples:
             with place.autocast():
-                hits = right_answers(model, to(blind(stream[k], cfg.hide) if cfg.hide else stream[k], place.device))
+                hits = right_answers(cfg, model, to(blind(stream[k], cfg.hide) if cfg.hide else stream[k], place.device))
             right, n, k = right + hits.float().sum(), n + len(hits), k + 1
         found[f"val/{name}"] = 100 * right.item() / n
     model.train()
     return found
 
 
-def right_answers(model, batch):
+def right_answers(cfg, model, batch):
     """Which guesses are right: masked words, region classes, matching, that the matched pair outscores all of its group, or the task's."""
     task = batch["task"]
+    if task == "maf":                               # the own image before all others of the batch
+        e, v, masks = phrase_vectors(cfg, model, batch)
+        return losses.maf_similarity(e, v, *masks[1:]).argmax(dim=1) == batch["own"]
     if task in VALIDATION:
         scores, target = model(**batch["input"], heads=("task",)).scores, batch["target"]
-        if task == "vqa":                           # how right
+        if task in ("vqa", "gqa"):                  # how right
             return target.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0]
         if task == "re":
             scores = scores.masked_fill(~batch["input"]["region_mask"], float("-inf"))
@@ -788,7 +934,7 @@ def train(cfg, place):
     streams = load_streams(cfg, place, tokenizer)
     model = build_model(cfg, place, tokenizer, streams)
     optimizer, start = make_optimizer(cfg, model), 0
-    sizes = model_sizes(cfg, tokenizer, streams) | {"size": cfg.size, "new_words": tokenizer.new_words, "answer_list": streams.answer_list}
+    sizes = model_sizes(cfg, tokenizer, streams) | {"size": cfg.size, "new_words": getattr(tokenizer, "new_words", 0), "answer_list": streams.answer_list}
     if saved:
         model.load_state_dict(saved.model)
         optimizer.load_state_dict(saved.optimizer)
@@ -814,7 +960,7 @@ def train(cfg, place):
             log.write({"step": step, **validate(cfg, place, compiled, streams.val)})
         if (step % cfg.save_every == 0 or step == cfg.steps) and place.main:
             if cfg.task == "pretrain":              # untrained so far: a fine-tuning run finds it started as it should be
-                model.start_rank_from_match()
+                start_rank_from_match(model)
             save_checkpoint(Path(cfg.out) / "last.pt", cfg, model, optimizer, step, sizes)
     return last_words(cfg, place, model, tokenizer, log, sizes)
 
@@ -840,8 +986,9 @@ class Log:
 
 def run_first(cfg, place):
     """Run the recipe named by --init for this data and seed, unless that is done; returns its checkpoint. Killed, it goes on by itself."""
+    same = {} if cfg.model == RECIPES[cfg.init].get("model", "uniter") else {"model": cfg.model}
     first = make_config(cfg.init, data=cfg.data, regions=cfg.regions, seed=cfg.seed, precision=cfg.precision, compile=cfg.compile,
-                        workers=cfg.workers, resume=True)
+                        workers=cfg.workers, resume=True, **same)
     numbers = {k: v for k, v in dataclasses.asdict(first).items() if k not in PLACE - {"data"}}
     first.out = f"out/{cfg.init}-seed{cfg.seed}-{hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:8]}"
     if not ((Path(first.out) / "done.json").exists()):
@@ -855,7 +1002,11 @@ def last_words(cfg, place, model, tokenizer, log, sizes):
     """Final benchmarks and where everything is; the numbers go to done.json too."""
     numbers = {k: v for k, v in log.last.items() if k.startswith("val/")}
     if place.main:
-        if (Path(cfg.data) / "winoground").exists() and cfg.task in ("pretrain", "retrieval") and "vcr" not in cfg.corpora:
+        if cfg.task == "grounding":
+            numbers |= evaluate.grounding(model, cfg.data, tokenizer, cfg.regions, dataclasses.asdict(cfg))
+        if cfg.pretrain == "together" and cfg.task == "pretrain":
+            numbers |= evaluate.after_together(model, dataclasses.asdict(cfg), sizes, tokenizer, autocast=place.autocast)
+        elif (Path(cfg.data) / "winoground").exists() and cfg.task in ("pretrain", "retrieval") and "vcr" not in cfg.corpora:
             numbers |= evaluate.winoground(model, cfg.data, tokenizer, cfg.regions, autocast=place.autocast,
                                            head="rank" if cfg.task == "retrieval" else "match")
             if cfg.task == "retrieval":

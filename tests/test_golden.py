@@ -16,14 +16,14 @@ import data
 import evaluate
 import losses
 from conftest import shared
-from model import Uniter, load_pretrained
+from model import Lxmert, Maf, Uniter, load_pretrained, our_name, start_rank_from_match
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
 
 def golden(name):
     if not (FOLDER / f"{name}.npz").exists():
-        pytest.fail(f"{FOLDER}/{name}.npz is missing: GOLDEN_DIR must hold ipot, iais, uniter_small, uniter_heads and schedules")
+        pytest.fail(f"{FOLDER}/{name}.npz is missing: GOLDEN_DIR must hold ipot, iais, uniter_small, uniter_heads, lxmert_small, maf and schedules")
     return np.load(FOLDER / f"{name}.npz", allow_pickle=False)
 
 
@@ -187,8 +187,7 @@ def inputs(z, prefix="in/", text=None, feat=None):
 
 
 def parameter(model, official):
-    from model import our_name
-    name = {"feat_regress.weight": "region_embedding.feature.weight"}.get(official, our_name(official))
+    name = {"feat_regress.weight": "region_embedding.feature.weight"}.get(official, our_name(official, model))
     return dict(model.named_parameters())[name]
 
 
@@ -316,7 +315,7 @@ def test_uniter_ranking_head():
     loss = losses.ranking(out.rank.view(-1, int(z["itm_rank/in/sample_size"])))
     close(loss.detach(), z["itm_rank/out/loss"].mean(), 2e-5, 1e-5)
     assert model.rank.weight.untyped_storage().data_ptr() != model.match.weight.untyped_storage().data_ptr()
-    model.start_rank_from_match()
+    start_rank_from_match(model)
     close(model.rank.weight.detach(), z["itm_rank/sd/itm_output.weight"][1:], 0)
 
 
@@ -334,6 +333,191 @@ def test_uniter_hard_negatives(side):
         assert sorted(hardest.tolist()) == sorted(z[side + "/out/hard_indices"].ravel().tolist())
     ours = losses.ranking(torch.cat([scores[:1], scores[hardest]])[None])
     close(ours, z[side + "/out/rank_loss"].mean(), 2e-5, 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- LXMERT
+
+def load_weights(model, weights):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(weights, f"{folder}/official.pt")
+        return load_pretrained(model, f"{folder}/official.pt")
+
+
+def lxmert(z, rename=lambda name: name):
+    c = json.loads(str(z["config"]))
+    model = Lxmert(c["vocab_size"], c["visual_feat_dim"], c["obj_id_num"], c["attr_id_num"], width=c["hidden_size"], heads=c["num_attention_heads"],
+                   layers=(c["l_layers"], c["r_layers"], c["x_layers"]), inner=c["intermediate_size"], positions=c["max_position_embeddings"],
+                   types=c["type_vocab_size"], head="answers", answers=z["out/qa_scores"].shape[1])
+    report = load_weights(model, {rename(k): v for k, v in tensors(z, "sd/").items()})
+    assert not report.unused and set(report.missing) <= {"rank.weight", "rank.bias"}, report
+    return model.eval()
+
+
+def lxmert_inputs(z):
+    x = tensors(z, "in/")
+    return x, dict(text=x["input_ids"], text_mask=x["attention_mask"].bool(), text_type=x["token_type_ids"], regions=x["visual_feats"],
+                   boxes=x["boxes"], region_mask=torch.ones(x["visual_feats"].shape[:2], dtype=torch.bool))
+
+
+@pytest.mark.parametrize("visual_mask", [False, True])
+def test_lxmert_states_and_maps(visual_mask):
+    """Both streams, and every cross layer's four maps, without and with padded regions."""
+    z = golden("lxmert_small")
+    (x, batch), model, wanted = lxmert_inputs(z), lxmert(z), tensors(z, "out/vmask/" if visual_mask else "out/")
+    if visual_mask:
+        batch["region_mask"] = x["visual_attention_mask"].bool()
+    layers, t, r = len(model.cross_layers), batch["text_mask"], batch["region_mask"]
+    with torch.no_grad():
+        close(model.text_embedding(batch["text"], batch["text_type"])[t], z["out/lang_embedding"][t.numpy()], 2e-5)
+        close(model.region_embedding(batch["regions"], batch["boxes"]), z["out/visn_embedding"], 2e-5)
+        out = model(**batch, heads=("pooled",), maps=range(layers))
+    close(out.words[t], wanted["lang_output"][t], 2e-5)
+    close(out.regions[r], wanted["visn_output"][r], 2e-5)
+    close(out.pooled, wanted["pooled_output"], 2e-5)
+    for i, S in enumerate(out.maps):
+        for block, name, rows, columns in (("S_LV", "lang_to_visn", t, r), ("S_VL", "visn_to_lang", r, t), ("S_LL", "lang_self", t, t), ("S_VV", "visn_self", r, r)):
+            if f"attn/x{i}/{name}" in wanted:
+                P = losses.masked_softmax(getattr(S, block), columns)
+                for ours, theirs, rows_b in zip(P, wanted[f"attn/x{i}/{name}"], rows):
+                    close(ours[:, rows_b], theirs[:, rows_b], 3e-6)
+
+
+def test_lxmert_heads_losses_and_gradients():
+    """All six losses; the paper's forms of the masked objects are the same functions on the masked regions alone."""
+    z = golden("lxmert_small")
+    (x, batch), model = lxmert_inputs(z), lxmert(z)
+    every, labels = torch.arange(x["obj_label"].numel()), x["masked_lm_labels"].flatten()
+    masked = (labels >= 0).nonzero()[:, 0]
+    out = model(**batch, masked_words=torch.arange(len(labels)), masked_regions=every, hidden_regions=every[:0], heads=("features", "classes", "attributes", "match", "task"))
+    t = batch["text_mask"]
+    close(out.word_logits.view(*t.shape, -1)[t].detach(), z["out/lm_scores"][t.numpy()], 5e-5)
+    close(out.match.detach(), z["out/matched_scores"], 2e-5)
+    close(out.scores.detach(), z["out/qa_scores"], 2e-5)
+    for ours, name in ((out.region_logits, "obj"), (out.attribute_logits, "attr"), (out.region_features, "feat")):
+        close(ours.detach(), z[f"out/visual/{name}"].reshape(ours.shape), 2e-5)
+    feat = torch.nn.functional.smooth_l1_loss(out.region_features, x["feat_target"].flatten(0, 1), reduction="none").mean(-1)
+    answered = x["ans"] >= 0
+    found = {"Mask_LM": losses.mlm(out.word_logits[masked], labels[masked]), "Matched": losses.itm(out.match, x["matched_label"]),
+             "Obj": losses.detected(out.region_logits, x["obj_label"].flatten(), x["obj_conf"].flatten()) / 0.15,
+             "Attr": losses.detected(out.attribute_logits, x["attr_label"].flatten(), x["attr_conf"].flatten()) / 0.15,
+             "Feat": (feat * x["feat_mask"].flatten()).mean() / 0.15, "QA": losses.classify(out.scores[answered], x["ans"][answered])}
+    named = {str(n).lower(): v for n, v in zip(z["loss_names"], z["out/losses"])}
+    assert set(named) == {n.lower() for n in found}, named
+    for name, value in found.items():
+        close(value.detach(), named[name.lower()], 2e-5, 1e-5)
+    total = sum(found.values())
+    close(total.detach(), z["out/total_loss"], 5e-5, 1e-5)
+    total.backward()
+    for table in (model.text_embedding.position, model.text_embedding.token_type):
+        table.weight.grad[0] = 0                    # theirs never learn: declared padding, a slip that is not kept
+    check_gradient_norms(model, z["param_names"], z["out/gradnorm"])
+
+
+@pytest.mark.parametrize("style", ["module.", "lxmert.", "lxrt_encoder.model."])
+def test_lxmert_checkpoints_by_their_published_names(style):
+    """The authors' file (from DataParallel), HuggingFace's, and a fine-tuned one."""
+    z = golden("lxmert_small")
+    rename = {"module.": lambda n: "module." + n, "lxmert.": lambda n: n.replace("bert.", "lxmert.", 1) if n.startswith("bert.") else n,
+              "lxrt_encoder.model.": lambda n: f"lxrt_encoder.model.{n}" if n.startswith("bert.") else n.replace("answer_head.logit_fc", "logit_fc")}[style]
+    ours, same = lxmert(z).state_dict(), lxmert(z, rename).state_dict()
+    for name in ours:
+        if not name.startswith("rank."):
+            assert torch.equal(ours[name], same[name]), name
+
+
+# -------------------------------------------------------------------------------------------------------------- MAF
+
+def maf_parts(z, prefix):
+    """Our model with these weights, and the batch."""
+    c, x = json.loads(str(z["config_json"])), tensors(z, "in/")
+    model = Maf(c["vocab"], c["emb_dim"], c["feature_dim"])
+    report = load_weights(model, tensors(z, prefix + "sd/"))
+    assert not report.unused and not report.missing, report
+    return model, x
+
+
+@pytest.mark.parametrize("prefix", ["init/", "unsup/", ""])
+def test_maf_as_released(prefix):
+    """Every intermediate, the loss and the gradients of the authors' form, in which padding takes part: masks that are all True."""
+    z = golden("maf")
+    model, x = maf_parts(z, "init/" if prefix == "unsup/" else prefix)
+    wanted = tensors(z, f"{prefix}out/")
+    h, v = model(x["query"], x["label"], x["label"], x["feature"])
+    if prefix == "unsup/":                          # eq. (8): labels alone, no matrix of phrases
+        v = model.word(x["label"])
+    B, Q, W = x["query"].shape
+    real = [torch.ones(shape, dtype=torch.bool) for shape in ((B, Q, W), v.shape[:2], (B, Q))]
+    S = torch.einsum("BQWd, BKd -> BQWK", h, v) / h.shape[-1] ** 0.5
+    close(losses.masked_softmax(S, real[1]).detach(), wanted["word_object_attention"], 2e-5)
+    close(losses.word_weights(h, v, *real[:2]).detach(), wanted["word_weights"], 2e-5)
+    p = losses.phrase_embedding(h, v, *real[:2])
+    close(p.detach(), wanted["phrase_emb_before_linear"], 2e-5)
+    e = p if prefix == "unsup/" else model.project(p)
+    close(e.detach(), wanted["phrase_emb"], 2e-5)
+    close(v.detach(), wanted["object_emb"], 2e-5)
+    A = losses.phrase_scores(e, v, real[1])
+    close(A.detach(), wanted["attmap"], 2e-5, 1e-5)
+    sim = losses.maf_similarity(e, v, real[2], real[1]) * Q / x["num_query"][:, None]
+    close(sim.detach(), wanted["logits"], 2e-5, 1e-5)
+    loss = losses.maf(sim)
+    close(loss.detach(), wanted["loss"], 2e-5, 1e-5)
+    own = A[torch.arange(B), torch.arange(B)]
+    close(own.detach(), wanted["scores_in_image"], 2e-5, 1e-5)
+    boxes, pick = x["boxes"][..., :4], evaluate.best_box(own.detach(), x["boxes"][..., :4])
+    pick = torch.where(boxes.gather(1, pick[..., None].expand(-1, -1, 4)).any(-1), pick, 0)         # theirs gives the first box for a padded one
+    if prefix == "":                                # at the start equal labels tie, where a rounding error decides
+        assert torch.equal(boxes.gather(1, pick[..., None].expand(-1, -1, 4)).long(), wanted["pred_boxes"])
+        loss.backward()
+        for name, gradient in tensors(z, "out/grad/").items():
+            ours = parameter(model, name).grad
+            close(torch.zeros_like(gradient) if ours is None else ours, gradient, 2e-5, 1e-4)
+
+
+def test_maf_ties_go_to_the_largest_box():
+    z = golden("maf")
+    x, tie = tensors(z, "in/"), tensors(z, "tie/")
+    real = torch.ones(tie["object_emb"].shape[:2], dtype=torch.bool)
+    A = losses.phrase_scores(tie["phrase_emb"], tie["object_emb"], real)
+    own = A[torch.arange(len(A)), torch.arange(len(A))]
+    close(own, tie["scores"], 0)
+    pick, boxes = evaluate.best_box(own, x["boxes"][..., :4]), x["boxes"][..., :4]
+    pick = torch.where(boxes.gather(1, pick[..., None].expand(-1, -1, 4)).any(-1), pick, 0)
+    assert torch.equal(boxes.gather(1, pick[..., None].expand(-1, -1, 4)).long(), tie["pred_boxes"])
+
+
+# -------------------------------------------------------------------------------------------------- GQA, phraseloc
+
+def test_gqa_metrics():
+    path = FOLDER / "gqa_metrics.json"
+    if not path.exists():
+        pytest.fail(f"{path} is missing: GOLDEN_DIR must hold it")
+    z = json.loads(path.read_text())
+    ours = evaluate.gqa_scores(z["questions"], z["predictions"], z["choices"], z["scenes"], z["attentions"])
+    for name, value in z["expected"].items():
+        if isinstance(value, dict):
+            for kind, (percent, count) in value.items():
+                part = name.removeprefix("accuracyPer").removesuffix("Type").lower()
+                assert (ours[f"gqa/{part}/{kind}"], ours[f"gqa/{part}/{kind}/count"]) == (pytest.approx(percent, abs=1e-9), count), (name, kind)
+        else:
+            assert ours[f"gqa/{name}"] == pytest.approx(value, abs=1e-9), name
+
+
+def test_phrase_localisation():
+    """Overlaps, accuracy overall and by category, the upper bound, and unions, as the official evaluation has them."""
+    z = json.loads(shared("golden/phraseloc.json").read_text() if "GOLDEN_DIR" not in os.environ else (FOLDER / "phraseloc.json").read_text())
+    xyxy = lambda boxes: torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes], dtype=torch.float64)
+    for pair in z["iou_pairs"]:
+        assert losses.box_iou(xyxy([pair["a_xywh"]]), xyxy([pair["b_xywh"]])).item() == pytest.approx(pair["iou"], abs=1e-9)
+    for name in ("flickr30k_test", "refcoco+_testA"):
+        part = z[name]
+        overlap = losses.box_iou(xyxy(part["pred_box_xywh"]), xyxy(part["gt_box_xywh"])).numpy()
+        np.testing.assert_allclose(overlap, part["iou"], atol=1e-9)
+        ours = evaluate.phrase_accuracy(overlap, part["categories"])
+        assert ours["accuracy"] == pytest.approx(100 * part["accuracy"], abs=1e-7)
+        for kind, accuracy in part["accuracy_per_class"].items():
+            assert ours[f"accuracy/{kind}"] == pytest.approx(100 * accuracy, abs=1e-7)
+        for threshold in (0.3, 0.7):
+            assert evaluate.phrase_accuracy(overlap, part["categories"], threshold)["accuracy"] == pytest.approx(100 * part[f"accuracy_at_{threshold}".replace("0.", "0_")], abs=1e-7)
 
 
 def answers_of(z, task):

@@ -264,6 +264,110 @@ def test_joint_softmax_rows_sum_to_one_over_both_modalities():
     torch.testing.assert_close(P[2].sum(-1) + P[3].sum(-1), torch.ones(3, 1, 4, dtype=torch.float64))
 
 
+# ----------------------------------------------------------------------------- word-object alignment, phrase grounding
+
+def pointed(K=4, N=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    corner = torch.rand(K, N, 2, generator=g, dtype=torch.float64) * 60
+    boxes = torch.cat([corner, corner + 10 + torch.rand(K, N, 2, generator=g, dtype=torch.float64) * 40], -1)
+    pointer = boxes[:, 1] + 4
+    pointer[-1] = torch.tensor([900, 900, 950, 950.])                                  # touches nothing
+    similar = torch.rand(2, K, N, generator=g, dtype=torch.float64) * 2 - 1
+    mask = prefix_mask([5, 3, 4, 5])
+    return pointer, boxes, similar[0], similar[1], mask
+
+
+def test_soft_alignment_target_is_equations_15_to_18():
+    pointer, boxes, by_class, by_attribute, mask = pointed()
+    ours = losses.soft_alignment_target(pointer, boxes, by_class, by_attribute, mask)
+    for k in range(len(pointer)):
+        n = int(mask[k].sum())
+        x1, y1, x2, y2 = pointer[k].tolist()
+        PA = []
+        for a1, b1, a2, b2 in boxes[k, :n].tolist():
+            inter = max(0, min(x2, a2) - max(x1, a1)) * max(0, min(y2, b2) - max(y1, b1))
+            PA.append(inter / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - inter))
+        SA = [max(0, 0.75 * c + 0.25 * a) for c, a in zip(by_class[k, :n].tolist(), by_attribute[k, :n].tolist())]
+        rows = [[x / sum(some) for x in some] for some in (PA, SA) if sum(some) > 0]
+        wanted = [sum(column) / len(rows) for column in zip(*rows)]
+        assert ours[k, :n].tolist() == pytest.approx(wanted, abs=1e-6) and not ours[k, n:].any()
+        assert ours[k].sum().item() == pytest.approx(1, abs=1e-6)
+    assert not losses.soft_alignment_target(pointer[-1:], boxes[-1:], -by_class[-1:].abs(), -by_attribute[-1:].abs(), mask[-1:]).any()      # matches nothing
+
+
+def test_word_object_alignment_by_hand():
+    """Scores 3 2 1 0 and a target on the last region: with k = 1 the first and the last region take part."""
+    A, target = torch.tensor([[3.0, 2, 1, 0, 9]]), torch.tensor([[0.25, 0, 0, 0.75, 0]])
+    mask = torch.tensor([[True] * 4 + [False]])
+    log_q = torch.tensor([3.0, 0]).log_softmax(-1)
+    loss = losses.word_object_alignment(A, target, mask, k=1)
+    kept = torch.tensor([0.25, 0.75])
+    assert loss.item() == pytest.approx((kept * (kept.log() - log_q)).sum().item(), abs=1e-6)
+
+
+def test_word_object_alignment_teaches_what_the_model_overlooks_and_skips_what_matches_nothing():
+    A = torch.tensor([[5.0, 4, 3, -9], [1.0, 2, 3, 4]], requires_grad=True)
+    target, mask = torch.tensor([[0.0, 0, 0, 1], [0.0, 0, 0, 0]]), torch.ones(2, 4, dtype=torch.bool)
+    loss = losses.word_object_alignment(A, target, mask)
+    loss.backward()
+    assert A.grad[0, 3] < -0.5 and not A.grad[1].any()
+    torch.testing.assert_close(loss.detach(), losses.word_object_alignment(A.detach()[:1], target[:1], mask[:1]))
+    assert losses.word_object_alignment(A[:0], target[:0], mask[:0]) == 0
+
+
+def test_topk_softmax_keeps_k():
+    P = losses.topk_softmax(torch.tensor([[1.0, 3, 2, 0], [1.0, 3, 2, 0]]), torch.tensor([[True] * 4, [True, False, False, True]]), k=3)
+    torch.testing.assert_close(P[0], torch.tensor([1.0, 3, 2, float("-inf")]).softmax(-1))
+    torch.testing.assert_close(P[1], torch.tensor([1.0, float("-inf"), float("-inf"), 0]).softmax(-1))
+
+
+def phrases(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    h, v = torch.randn(3, 4, 5, 8, generator=g, dtype=torch.float64), torch.randn(3, 6, 8, generator=g, dtype=torch.float64)
+    words = torch.tensor([[5, 2, 1, 3], [4, 1, 0, 0], [2, 2, 3, 0]])
+    return h, v, torch.arange(5) < words[..., None], words > 0, prefix_mask([6, 2, 4])
+
+
+def test_maf_is_equations_2_to_6_with_loops():
+    h, v, word_mask, phrase_mask, region_mask = phrases()
+    p = losses.phrase_embedding(h, v, word_mask, region_mask)
+    for b in range(3):
+        seen = v[b, region_mask[b]]
+        for q in range(int(phrase_mask[b].sum())):
+            said = h[b, q, word_mask[b, q]]
+            alpha = [max((w @ seen.T / math.sqrt(8)).softmax(-1).tolist()) for w in said]
+            beta = [math.exp(a) / sum(map(math.exp, alpha)) for a in alpha]
+            torch.testing.assert_close(p[b, q], sum(w * x for w, x in zip(beta, said)))
+    sim = losses.maf_similarity(p, v, phrase_mask, region_mask)
+    for t in range(3):
+        for i in range(3):
+            best = [max((p[t, q] @ r).item() for r in v[i, region_mask[i]]) for q in range(int(phrase_mask[t].sum()))]
+            assert sim[t, i].item() == pytest.approx(sum(best) / len(best), abs=1e-9)
+    wanted = -sum(sim[t].log_softmax(-1)[t] for t in range(3)) / 3
+    torch.testing.assert_close(losses.maf(sim), wanted)
+    torch.testing.assert_close(losses.maf(sim[1:], torch.tensor([1, 2])), -(sim[1].log_softmax(-1)[1] + sim[2].log_softmax(-1)[2]) / 2)
+
+
+def test_maf_ignores_padding_and_its_gradients_are_finite():
+    h, v, word_mask, phrase_mask, region_mask = phrases()
+    clean = losses.maf_similarity(losses.phrase_embedding(h, v, word_mask, region_mask), v, phrase_mask, region_mask)
+    h2, v2 = h.masked_fill(~word_mask[..., None], 7.0).requires_grad_(), v.masked_fill(~region_mask[..., None], -3.0).requires_grad_()
+    sim = losses.maf_similarity(losses.phrase_embedding(h2, v2, word_mask, region_mask), v2, phrase_mask, region_mask)
+    torch.testing.assert_close(sim, clean)
+    losses.maf(sim).backward()
+    for x, mask in ((h2, word_mask), (v2, region_mask)):
+        assert torch.isfinite(x.grad).all() and not x.grad[~mask].any() and x.grad[mask].any()
+
+
+def test_alignment_losses_are_the_same_under_autocast():
+    pointer, boxes, by_class, by_attribute, mask = pointed()
+    target, A = losses.soft_alignment_target(pointer.float(), boxes.float(), by_class.float(), by_attribute.float(), mask), torch.randn(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(losses.word_object_alignment(A, target, mask), losses.word_object_alignment(A.float(), target, mask))
+    spoiled = A.masked_fill(~mask, 50.0)
+    torch.testing.assert_close(losses.word_object_alignment(spoiled, target, mask), losses.word_object_alignment(A, target, mask))
+
+
 # ------------------------------------------------------------------------------------------------- copyable and told
 
 PUBLIC = [name for name, f in vars(losses).items() if inspect.isfunction(f)]
@@ -289,6 +393,13 @@ def test_each_function_runs_when_copied_with_the_helpers_its_docstring_names(nam
     x |= {k.replace("S_", "P_"): v.softmax(-1) for k, v in x.items() if k.startswith("S_")} | dict(P_back=x["S_VL"].softmax(-1), p=x["S_LL"].softmax(-1), q=x["S_LL"].mT.softmax(-1))
     if name == "soft_answers":
         x |= dict(target=torch.rand(2, 3))
+    if name in ("soft_alignment_target", "topk_softmax", "word_object_alignment", "box_iou"):          # K = 2 pointed words, 4 regions
+        boxes = torch.tensor([[0, 0, 2, 2], [1, 1, 3, 3], [2, 0, 4, 2], [0, 0, 1, 1.]]).expand(2, 4, 4)
+        x |= dict(a=boxes, b=boxes.flip(1), pointer=boxes[:, 0], boxes=boxes, class_similarity=torch.rand(2, 4), attribute_similarity=torch.rand(2, 4),
+                  A=torch.randn(2, 4), target=torch.rand(2, 4).softmax(-1))
+    if name in ("word_weights", "phrase_embedding", "phrase_scores", "maf_similarity"):
+        x |= dict(h=torch.randn(2, 2, 3, 5), v=torch.randn(2, 4, 5), word_mask=torch.ones(2, 2, 3, dtype=torch.bool), e=torch.randn(2, 2, 5), phrase_mask=prefix_mask([2, 1]))
+    x |= dict(similarity=torch.randn(3, 3), label=torch.tensor([1, 0, -1, 1, 0]))
     if name == "pick_region":
         x |= dict(scores=torch.randn(2, 4), target=torch.tensor([3, 0]))
     needed = [p.name for p in inspect.signature(getattr(losses, name)).parameters.values() if p.default is p.empty]
@@ -301,5 +412,5 @@ def test_each_function_runs_when_copied_with_the_helpers_its_docstring_names(nam
 def test_docstrings_tell_what_a_reader_needs(name):
     doc = getattr(losses, name).__doc__
     assert doc and len(doc) > 50
-    if name not in ("wide", "mean_over", "masked_softmax", "block_softmax", "joint_softmax", "strongest_partner", "row_mean_kl"):
-        assert "return" in doc.lower() and ("UNITER" in doc or "CACR" in doc or "IAIS" in doc), name
+    if name not in ("wide", "mean_over", "masked_softmax", "block_softmax", "joint_softmax", "strongest_partner", "row_mean_kl", "box_iou"):
+        assert "return" in doc.lower() and any(paper in doc for paper in ("UNITER", "CACR", "IAIS", "Kervadec", "MAF", "eq. (13)")), name
