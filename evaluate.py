@@ -509,53 +509,73 @@ def guesses(phrase, labels, boxes, wh, vectors, rng):
             "direct match": best([n in phrase for n in labels]), "glove-max": best(cosine(h, l).max(axis=0)), "glove-avg": best(cosine(h.mean(axis=0), l))}
 
 
-@torch.inference_mode()
-def grounding(model, data, words, regions, config, split="test", seed=0, every=True):
-    """Flickr30k Entities: accuracy at IoU 0.5 with the union of a phrase's boxes, overall and by kind, of the trained model (MAF eq. 7),
-    of its unsupervised rule (eq. 8), of every guess of table 5, and the best that the regions allow ("upper bound"); phrases without a box
-    are skipped. Boxes are kept as real numbers; the official script's inclusive pixels give the same overlap of whole-pixel boxes.
+def grounded_phrases(model, phrases, words, data, config, guess=True, seed=0):
+    """Every phrase that has a box: yields (Grounding, Phrase, truth (4,), {method: box (4,)}), pixels.
+
+    maf: the trained model, MAF eq. (7); glove-att: its unsupervised rule, eq. (8), labels alone and GloVe as it was (of a checkpoint: as
+    it is now); upper bound: the region nearest to the truth, the union of the phrase's boxes; guess: also all others of table 5
     """
-    groundings, told = entities(data, split)
-    phrases = Phrases(groundings, RegionStore(Path(regions) / "flickr30k"), words, data, f"Flickr30k Entities {split}", config["skip_missing"])
-    store, device, rng, rows, kinds = phrases.store, next(model.parameters()).device, np.random.default_rng(seed), [], []
-    labels, names = phrases.label_words, [*names_of(data, "objects"), ""]
-    table = model.word.weight.detach().cpu().numpy()
-    fixed = getattr(words, "vectors", table)        # GloVe as it was; of a checkpoint only the learned table is left
-    vectors = {name: fixed[i] for name, i in words.index.items()}
-    frozen = torch.as_tensor(fixed, device=device)
+    store, device, rng = phrases.store, next(model.parameters()).device, np.random.default_rng(seed)
+    names, fixed = [*names_of(data, "objects"), ""], getattr(words, "vectors", model.word.weight.detach().cpu().numpy())
+    vectors, frozen = {name: fixed[i] for name, i in words.index.items()}, torch.as_tensor(fixed, device=device)
     for start in tqdm(range(0, len(phrases.groundings), 64), desc=phrases.name, disable=None, leave=False):
         captions = np.arange(start, min(start + 64, len(phrases.groundings)))
-        batch = to({**phrases.batch(captions, phrases.image[captions]), "own": torch.arange(len(captions))}, device)
+        batch = to(phrases.batch(captions, phrases.image[captions]), device)
         boxes = torch.from_numpy(store.read(phrases.image[captions], "boxes")[:, :batch["region_mask"].shape[1]])
-        scores = {}
-        h, v = model(**batch["input"])
-        for method in ("maf", "glove-att"):
-            if method == "glove-att":               # eq. (8): labels alone, as GloVe has them
-                h, v = frozen[batch["input"]["phrases"]], frozen[batch["input"]["labels"]]
-            p = losses.phrase_embedding(h, v, batch["word_mask"], batch["region_mask"])
-            if method == "maf" and config["phrases"] == "average":
-                p = (h * batch["word_mask"][..., None]).sum(-2) / batch["word_mask"].sum(-1, keepdim=True).clamp(min=1)
-            A = torch.einsum("bQd, bKd -> bQK", model.project(p) if method == "maf" else p, v).masked_fill(~batch["region_mask"][:, None], float("-inf"))
-            scores[method] = best_box(A.cpu(), boxes)
+        word_mask, region_mask, picked = batch["word_mask"], batch["region_mask"], {}
+        with torch.inference_mode():
+            h, v = model(**batch["input"])
+            p = losses.phrase_embedding(h, v, word_mask, region_mask)
+            if config["phrases"] == "average":
+                p = (h * word_mask[..., None]).sum(-2) / word_mask.sum(-1, keepdim=True).clamp(min=1)
+            h, l = frozen[batch["input"]["phrases"]], frozen[batch["input"]["labels"]]
+            for method, e, r in (("maf", model.project(p), v), ("glove-att", losses.phrase_embedding(h, l, word_mask, region_mask), l)):
+                A = torch.einsum("bQd, bKd -> bQK", e, r).masked_fill(~region_mask[:, None], float("-inf"))
+                picked[method] = best_box(A.cpu(), boxes)
         for b, c in enumerate(captions):
-            g, n = phrases.groundings[c], int(batch["region_mask"][b].sum())
+            g, n = phrases.groundings[c], int(region_mask[b].sum())
+            labels = [names[i] for i in store.read(phrases.image[c:c + 1], "cls_id")[0, :n]]
             for q, phrase in enumerate(g.phrases[:phrases.n_phrases[c]]):
                 if phrase.chain not in g.boxes:
                     continue
-                truth = np.array(g.boxes[phrase.chain])
-                truth = torch.tensor([*truth[:, :2].min(0), *truth[:, 2:].max(0)], dtype=torch.float32)
-                own = boxes[b, :n]
-                found = {m: own[s[b, q]] for m, s in scores.items()} | {"upper bound": own[losses.box_iou(own, truth).argmax()]}
-                if every:
-                    said = [w for x in phrase.words.split() if (w := bare(x))]
-                    found |= {m: torch.from_numpy(x) for m, x in guesses(said or [""], [names[i] for i in store.read(phrases.image[c:c + 1], "cls_id")[0, :n]],
-                                                                         own.numpy(), store.wh[phrases.image[c]], vectors, rng).items()}
-                rows.append({m: losses.box_iou(box, truth).item() for m, box in found.items()})
-                kinds.append(phrase.kinds)
+                truth, own = torch.tensor(g.boxes[phrase.chain], dtype=torch.float32), boxes[b, :n]
+                truth = torch.cat([truth[:, :2].amin(0), truth[:, 2:].amax(0)])
+                found = {m: own[i[b, q]] for m, i in picked.items()} | {"upper bound": own[losses.box_iou(own, truth).argmax()]}
+                if guess:
+                    said = [w for x in phrase.words.split() if (w := bare(x))] or [""]
+                    found |= {m: torch.from_numpy(x) for m, x in guesses(said, labels, own.numpy(), store.wh[phrases.image[c]], vectors, rng).items()}
+                yield g, phrase, truth, found
+
+
+def grounding(model, data, words, regions, config, split="test"):
+    """Flickr30k Entities: accuracy at IoU 0.5, overall and by kind, of the trained model; overall of its unsupervised rule, of every guess
+    of MAF's table 5, and of the best that the regions allow; in percent of the phrases that have a box."""
+    phrases = Phrases(entities(data, split)[0], RegionStore(Path(regions) / "flickr30k"), words, data, f"Flickr30k Entities {split}", config["skip_missing"])
+    rows, kinds = [], []
+    for _, phrase, truth, found in grounded_phrases(model, phrases, words, data, config):
+        rows.append({m: losses.box_iou(box, truth).item() for m, box in found.items()})
+        kinds.append(phrase.kinds)
     if not rows:
         raise DataError(f"Flickr30k Entities {split}: no phrase has a box\n  Check flickr30k_entities/Annotations.")
     out = {f"grounding/{k}": v for k, v in phrase_accuracy([r["maf"] for r in rows], kinds).items()} | {"grounding/phrases": len(rows)}
     return out | {f"grounding/{m}": phrase_accuracy([r[m] for r in rows], kinds)["accuracy"] for m in rows[0] if m != "maf"}
+
+
+def grounding_figures(model, data, words, regions, config, out, split="test", n=4):
+    """MAF fig. 4, 5: a panel for each phrase of the first n captions: truth, trained and unsupervised guess; returns the paths."""
+    phrases = Phrases(entities(data, split)[0][:n], RegionStore(Path(regions) / "flickr30k"), words, data, f"Flickr30k Entities {split}", True)
+    panels, paths = {}, []
+    for g, phrase, truth, found in grounded_phrases(model, phrases, words, data, config, guess=False):
+        picture = Image.open(find_picture(data, g.image)).convert("RGB")
+        pen = ImageDraw.Draw(picture)
+        for box, colour, grow in ((truth, OTHERS, 3), (found["glove-att"], (240, 228, 66), 0), (found["maf"], (0, 114, 178), -3)):
+            x1, y1, x2, y2 = box.tolist()
+            pen.rectangle([x1 - grow, y1 - grow, max(x1 - grow, x2 + grow), max(y1 - grow, y2 + grow)], outline=colour, width=3)
+        panels.setdefault((g.id, g.text), []).append(titled(picture.resize((240, max(1, round(picture.height * 240 / picture.width)))), phrase.words))
+    for i, ((_, text), row) in enumerate(panels.items()):
+        paths.append(Path(out) / f"grounding_{i}.png")
+        save_png(grid([row], [f"{text!r}: truth red, trained blue, unsupervised yellow"]), paths[-1])
+    return paths
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -598,7 +618,10 @@ def word_attention(model, pairs, caption, image):
     maps = model.eval()(**batch, maps=(-1,)).maps[0]
     model.train(was)
     P_LV = losses.block_softmax(maps.S_LV, batch["region_mask"])[0]
-    P_VL = losses.joint_softmax(*maps, batch["text_mask"], batch["region_mask"])[2].mean(dim=1)[0].T
+    if isinstance(model, Lxmert):                   # each block has a softmax of its own
+        P_VL = losses.block_softmax(maps.S_VL, batch["text_mask"])[0].T
+    else:
+        P_VL = losses.joint_softmax(*maps, batch["text_mask"], batch["region_mask"])[2].mean(dim=1)[0].T
     pieces = [pairs.tokenizer.pieces[i] for i in batch["text"][0].tolist()]
     return pieces[1:-1], P_LV[1:-1].cpu().numpy(), (P_VL / P_VL.sum(dim=1, keepdim=True))[1:-1].cpu().numpy()
 
@@ -614,6 +637,10 @@ def draw_attention(picture, boxes, weights, title):
         alpha = int(40 + 215 * weights[i] / max(weights.max(), 1e-9))
         pen.rectangle(box, outline=(*colour, alpha), width=3)
         pen.text((box[0] + 4, box[1] + 2), f"{100 * weights[i]:.0f}", fill=(*colour, alpha), font=ImageFont.load_default(11))
+    return titled(panel, title)
+
+
+def titled(panel, title):
     out = Image.new("RGB", (panel.width, panel.height + 18), "white")
     out.paste(panel, (0, 18))
     ImageDraw.Draw(out).text((4, 2), title, fill=INK, font=ImageFont.load_default(12))
@@ -656,7 +683,8 @@ def attention_figure(models, data, pairs, caption, words=None, directions=("S_LV
 def find_picture(data, stem):
     """The picture of a region store's image id, wherever its data set keeps it."""
     data = Path(data)
-    folders = [data / "winoground/images", data / "flickr30k/flickr30k-images", data / "coco" / "".join(stem.split("_")[1:2])]
+    folders = [data / "winoground/images", data / "flickr30k/flickr30k-images", data / "coco" / "".join(stem.split("_")[1:2]), data / "gqa/images",
+               data / "vg/VG_100K", data / "vg/VG_100K_2"]
     for folder in folders:
         for suffix in (".png", ".jpg", ".jpeg"):
             if (folder / (stem + suffix)).exists():
@@ -700,6 +728,40 @@ def figures(models, data, tokenizer, regions, out, n=4):
     for k, path in enumerate(paths):
         save_png(attention_figure(models, data, pairs, k), path)
     return paths
+
+
+def map_figures(models, data, tokenizer, regions, out, n=4):
+    """Kervadec fig. 4: for GQA validation questions and each model the cross layer's map, words by regions, its answer, and for each pointed
+    word the picture with the boxes, the strongest in green; returns the paths."""
+    pairs = Pairs([t for t in read_gqa(data, "val_balanced")[0] if len(t.pointers) > 1][:n], RegionStore(Path(regions) / "vg"), tokenizer, name="GQA val")
+    paths = []
+    for caption, text in enumerate(pairs.texts):
+        image, rows, titles = pairs.image[caption], [], []
+        picture = Image.open(find_picture(data, pairs.store.image_ids[image])).convert("RGB")
+        boxes = pairs.store.read(np.array([image]), "boxes")[0] / np.tile(pairs.store.wh[image], 2) * np.tile(picture.size, 2)
+        place, _, _, _ = pairs.pointers(np.array([caption]))
+        for name, (model, answers) in models.items():
+            _, batch, P = next(word_to_region(model, pairs, [caption]))
+            pieces = [tokenizer.pieces[i] for i in batch["text"][0]]
+            one = to({k: torch.from_numpy(v) for k, v in batch.items()}, next(model.parameters()).device)
+            with torch.inference_mode():
+                answer = answers[int(model(**one, heads=("task",)).scores.argmax())] if answers else ""
+            rows.append([map_panel(P[0], pieces)] + [draw_attention(picture, boxes, P[0, i] / P[0, i].sum(), pieces[i]) for i in place[:4]])
+            titles.append(f"{name}: {text.text!r} {answer}")
+        paths.append(Path(out) / f"map_{caption}.png")
+        save_png(grid(rows, titles), paths[-1])
+    return paths
+
+
+def map_panel(P, words, cell=18):
+    """The map as shades of blue: rows are words, columns regions by falling confidence."""
+    panel = Image.new("RGB", (90 + cell * P.shape[1], cell * len(words)), "white")
+    pen = ImageDraw.Draw(panel)
+    for i, word in enumerate(words):
+        pen.text((2, cell * i + 3), word, fill=INK, font=ImageFont.load_default(11))
+        for j, weight in enumerate(P[i] / P.max()):
+            pen.rectangle([90 + cell * j, cell * i, 88 + cell * (j + 1), cell * (i + 1) - 2], fill=tuple(int(255 + weight * (c - 255)) for c in (0, 80, 150)))
+    return titled(panel, "regions")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -747,18 +809,20 @@ def answer_list_of(task, data):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=("winoground", "retrieval", *VALIDATION, "nlvr", "figures"), help="figures: attention over boxes, and the training curve")
+    parser.add_argument("--task", required=True, choices=("winoground", "retrieval", *VALIDATION, "nlvr", "pointing", "grounding", "figures"),
+                        help="pointing: do words look where GQA's annotation points; grounding: MAF; figures: attention over boxes, grounded phrases, and the training curve")
     parser.add_argument("--ckpt", required=True, nargs="+", help="a last.pt of train.py, or an official checkpoint with --size; figures compares several")
     parser.add_argument("--data", default="data/toy", help="the data tree (default: data/toy)")
     parser.add_argument("--regions", help="folder of the region stores (default: DATA/regions)")
     parser.add_argument("--dataset", help="retrieval: flickr30k or coco (default: flickr30k); re: refcoco, refcoco+ or refcocog (default: the run's)")
     parser.add_argument("--split", default="", help="default: test for retrieval, else the one with public answers: " + ", ".join(f"{k} {v}" for k, v in VALIDATION.items()))
     parser.add_argument("--size", choices=tuple(SIZES), help="size of an official checkpoint")
-    parser.add_argument("--form", default="pair-biattn", choices=("triplet", "pair", "pair-biattn"), help="NLVR2 model of an official checkpoint (default: pair-biattn)")
+    parser.add_argument("--model", default="uniter", choices=("uniter", "lxmert"), help="what an official checkpoint is of (default: uniter)")
+    parser.add_argument("--form", default="pair-biattn", choices=("triplet", "pair", "pair-mlp", "pair-biattn"), help="NLVR2 model of an official checkpoint (default: pair-biattn)")
     parser.add_argument("--mlp", action="store_true", help="an official RefCOCO+ checkpoint, whose head has two layers")
     parser.add_argument("--head", choices=("rank", "match"), help="which score retrieval uses: match is zero-shot (default: rank if the run trained it)")
     parser.add_argument("--hide", default="", choices=("", "text", "regions"), help="a control: the model may not see them")
-    parser.add_argument("--submit", default="", help="write the test server's file here: vqa .json, vcr and nlvr2 .csv")
+    parser.add_argument("--submit", default="", help="write the test server's file here: vqa and gqa .json, vcr and nlvr2 .csv")
     parser.add_argument("--skip-missing", action="store_true", help="go on without examples whose image has no features; they are counted")
     parser.add_argument("--scores", help="retrieval's score matrix, to go on after a kill (default: beside the checkpoint)")
     parser.add_argument("--out", default="out/figures", help="where figures go (default: out/figures)")
@@ -775,7 +839,7 @@ def main():
 
 
 def run_task(args):
-    official = dict(task=args.task, form=args.form, head="region-mlp" if args.mlp else "", max_words=220 if args.task == "vcr" else 60, vg_questions=False,
+    official = dict(model=args.model, cased=args.model == "uniter", task=args.task, form=args.form, head="region-mlp" if args.mlp else "", max_words=220 if args.task == "vcr" else 60, vg_questions=False,
                     dataset=args.dataset or "refcoco")
     loaded = {Path(p).parent.name or p: load_model(p, args.data, args.size, official) for p in args.ckpt}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -791,12 +855,27 @@ def run_task(args):
         return retrieval(model, args.data, tokenizer, regions, dataset, split, head=head, keep=keep)
     if args.task == "nlvr":
         return nlvr(model, args.data, tokenizer, args.split or "dev")
+    if args.task == "grounding":
+        if not isinstance(model, Maf):
+            raise CheckpointError(f"{args.ckpt[0]} does not ground phrases\n  Train that first: python train.py --loss maf")
+        return grounding(model, args.data, tokenizer, regions, config | {"skip_missing": args.skip_missing}, args.split or "test")
+    if args.task == "pointing":
+        texts = [t for t in read_gqa(args.data, args.split or "val_balanced")[0] if t.pointers]
+        return pointing(model, Pairs(texts, RegionStore(Path(regions) / "vg"), tokenizer, config["max_words"], "GQA", args.skip_missing))
     if args.task in VALIDATION:
+        together = config["task"] == "pretrain" and config.get("pretrain") == "together" and args.task == "gqa"     # GQA without fine-tuning
+        config = config | {"task": "gqa"} if together else config
         if config["task"] != args.task:
             raise CheckpointError(f"{args.ckpt[0]} was trained for {config['task']}, not for {args.task}\n  Train that first: python train.py --task {args.task}")
         config = config | {"data": args.data, "regions": regions, "skip_missing": args.skip_missing} | ({"dataset": args.dataset} if args.dataset else {})
         return downstream(model, config, sizes, tokenizer, args.split, args.submit, hide=args.hide)
-    paths = figures({name: found[0].to(device) for name, found in loaded.items()}, args.data, tokenizer, regions, args.out)
+    models = {name: found[0].to(device) for name, found in loaded.items()}
+    if isinstance(model, Maf):
+        paths = grounding_figures(model, args.data, tokenizer, regions, config, args.out)
+    elif isinstance(model, Lxmert) and config.get("pretrain") == "together":
+        paths = map_figures({name: (m, loaded[name][3].get("answer_list")) for name, m in models.items()}, args.data, tokenizer, regions, args.out)
+    else:
+        paths = figures(models, args.data, tokenizer, regions, args.out)
     for path in args.ckpt:
         if (log := Path(path).parent / "log.jsonl").exists():
             training_curve(log, Path(args.out) / f"curve_{Path(path).parent.name}.png")

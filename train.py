@@ -1004,8 +1004,10 @@ def last_words(cfg, place, model, tokenizer, log, sizes):
     if place.main:
         if cfg.task == "grounding":
             numbers |= evaluate.grounding(model, cfg.data, tokenizer, cfg.regions, dataclasses.asdict(cfg))
+            evaluate.grounding_figures(model, cfg.data, tokenizer, cfg.regions, dataclasses.asdict(cfg), Path(cfg.out) / "figures")
         if cfg.pretrain == "together" and cfg.task == "pretrain":
             numbers |= evaluate.after_together(model, dataclasses.asdict(cfg), sizes, tokenizer, autocast=place.autocast)
+            evaluate.map_figures({f"{cfg.recipe} {cfg.loss}": (model, sizes["answer_list"])}, cfg.data, tokenizer, cfg.regions, Path(cfg.out) / "figures")
         elif (Path(cfg.data) / "winoground").exists() and cfg.task in ("pretrain", "retrieval") and "vcr" not in cfg.corpora:
             numbers |= evaluate.winoground(model, cfg.data, tokenizer, cfg.regions, autocast=place.autocast,
                                            head="rank" if cfg.task == "retrieval" else "match")
