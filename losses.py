@@ -268,7 +268,7 @@ def word_weights(h, v, word_mask, region_mask):
     Source: MAF sec. 3.1. The authors' code lets padded regions and padded words take part in both softmaxes: pass masks that are all True.
     Helpers: wide, masked_softmax.
     """
-    S = torch.einsum("BQWd, BKd -> BQWK", wide(h), wide(v)) / h.shape[-1] ** 0.5
+    S = (wide(h).flatten(1, 2) @ wide(v).mT).unflatten(1, h.shape[1:3]) / h.shape[-1] ** 0.5         # (B, Q, W, K)
     alpha = masked_softmax(S, region_mask).amax(dim=-1)                             # (B, Q, W)
     return alpha.masked_fill(~word_mask, float("-inf")).softmax(dim=-1).nan_to_num(0)
 
@@ -279,7 +279,7 @@ def phrase_embedding(h, v, word_mask, region_mask):
     Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's. With beta = 1 / words: "average" of Table 3.
     Helpers: wide, masked_softmax, word_weights.
     """
-    return torch.einsum("BQW, BQWd -> BQd", word_weights(h, v, word_mask, region_mask), wide(h))
+    return (word_weights(h, v, word_mask, region_mask)[..., None] * wide(h)).sum(dim=-2)
 
 
 def phrase_scores(e, v, region_mask):
@@ -289,8 +289,8 @@ def phrase_scores(e, v, region_mask):
     returns  (T, I, Q, K), -inf at padded regions
     Helpers: wide.
     """
-    A = torch.einsum("TQd, IKd -> TIQK", wide(e), wide(v))
-    return A.masked_fill(~region_mask[None, :, None], float("-inf"))
+    A = wide(e).flatten(0, 1) @ wide(v).flatten(0, 1).mT                            # (T Q, I K): one product for all pairs
+    return A.view(*e.shape[:2], *v.shape[:2]).masked_fill(~region_mask, float("-inf")).transpose(1, 2)
 
 
 def maf_similarity(e, v, phrase_mask, region_mask):

@@ -66,7 +66,7 @@ RECIPES = {
     "toy-align": TWO_STREAM | dict(task="pretrain", pretrain="together", loss="align", align_schedule="constant", size="toy", dropout=0.0, split="train_balanced",
                                    optimizer="adamw", answers_from=0.25, steps=3600, warmup=200, units=1024, lr=1e-3, beta2=0.98, clip=5.0, save_every=500, eval_every=500),
     "toy-gqa": TWO_STREAM | dict(task="gqa", init="toy-align", size="toy", dropout=0.0, optimizer="adamw", steps=800, warmup=50, units=2048, lr=3e-4, beta2=0.98),
-    "toy-grounding": MAF | dict(steps=2000, lr=1e-3),
+    "toy-grounding": MAF | dict(steps=1000, lr=1e-3),
     # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README
     "uniter-pretrain": PRETRAIN | dict(corpora="coco+vg", accumulate=2),
     "uniter-pretrain-all": ALL_DATA | dict(accumulate=6),
@@ -617,10 +617,11 @@ def phrase_vectors(cfg, model, batch):
     """e (b, Q, d) of the phrases and v (B, K, d) of the regions, MAF eq. (1)-(3), and the masks that count."""
     masks = [torch.ones_like(batch[m]) if cfg.padding_counts else batch[m] for m in ("word_mask", "phrase_mask", "region_mask")]
     h, v = model(**batch["input"])
+    own = slice(None) if len(batch["own"]) == len(v) else batch["own"]             # one process: all of them, in order
     if cfg.phrases == "average":
         p = (h * masks[0][..., None]).sum(dim=-2) / masks[0].sum(dim=-1, keepdim=True).clamp(min=1)
     else:
-        p = losses.phrase_embedding(h, v[batch["own"]], masks[0], masks[2][batch["own"]])
+        p = losses.phrase_embedding(h, v[own], masks[0], masks[2][own])
     return model.project(p), v, masks
 
 

@@ -11,9 +11,12 @@ python tests/bench.py retrieval --readme      one part; the figures go to tests/
 (f) pre-training (mlm) on ragged captions and images, 10,240 positions a batch: share of matmul's rate; pairs a second over those of a
     padded fp32 VisualBERT that predicts every word, as published code trains it (transformers' if it is installed, else our own stand-in)
 (g) scoring every caption with every image: pairs a second over those of the bare forward
+(h) the two-stream step with alignment decoder and loss over the step without, LXMERT's size; MAF's captions a second on the toy tree, loader
+    included; GloVe: seconds for 2.2 million lines of 300 (a file of 5 GB, written first) and the memory that reading adds
 """
 import argparse
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -28,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import losses
 import train
-from data import PairBatches, Pairs, RegionStore, StoreWriter, Text, WordPiece, unit_batches
-from model import SIZES, Uniter
+from data import PairBatches, Pairs, RegionStore, StoreWriter, Text, WordPiece, glove, make_toy, unit_batches
+from model import SIZES, Uniter, build
 from seeds import RESULTS, fill
 
 PAIRS, WORDS, REGIONS, D_V = 32, 20, 36, 2048
@@ -288,6 +291,56 @@ def bench_retrieval(found, folder):
     found["retrieval_vs_forward"] = ratio(forward, lambda: evaluate.score_all(model, captions, units=8192, autocast=place.autocast), rounds=3)
 
 
+def bench_align(found, folder):
+    """All of Kervadec's supervision on pairs of 18 + 36, 20 % of the words pointing; with and without alignment."""
+    cfg = train.make_config("kervadec", loss="none")
+    place, other = train.Place(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda"), train.make_config("kervadec")
+    model = build("lxmert", "base", vocab=30_522, features=D_V, head="answers", answers=9500, align=True).to(DEVICE).train()
+    optimizer, g, W = train.make_optimizer(cfg, model), torch.Generator().manual_seed(0), 18
+    corner, K = torch.rand(PAIRS, REGIONS, 2, generator=g) / 2, int(0.15 * PAIRS * REGIONS)
+    mask = lambda n: torch.ones(PAIRS, n, dtype=torch.bool)
+    places = lambda n, k: torch.randperm(n, generator=g)[:k]
+    x = dict(text=torch.randint(1000, 30_000, (PAIRS, W), generator=g), text_mask=mask(W), regions=torch.rand(PAIRS, REGIONS, D_V, generator=g).half(),
+             boxes=torch.cat([corner, corner + 0.4], -1), region_mask=mask(REGIONS), length=W + REGIONS)
+    pointed, words = places(PAIRS * W, PAIRS * W // 5), places(PAIRS * W, PAIRS * W // 7)
+    batch = {"task": "together", "names": ["x"] * PAIRS, "input": x, "match": torch.arange(PAIRS) % 2 == 0, "hidden_regions": torch.zeros(0, dtype=torch.int64),
+             "masked_words": words, "word_targets": torch.randint(1000, 30_000, (len(words),), generator=g), "masked_regions": places(PAIRS * REGIONS, K),
+             "region_features": torch.rand(K, D_V, generator=g).half(), "region_class": torch.randint(1600, (K,), generator=g), "region_attribute": torch.randint(400, (K,), generator=g),
+             "answered": torch.arange(0, PAIRS, 2), "answer": torch.randint(9500, (PAIRS // 2,), generator=g)}
+    counts = {"mlm": len(words), "class": K, "attribute": K, "feature": K, "answers": PAIRS // 2, "align": len(pointed)}
+    aligned = {"aligned": pointed, "aligned_row": pointed // W, "alignment": torch.rand(len(pointed), REGIONS, generator=g).softmax(-1)}
+    step = lambda settings, more: lambda: train.update(settings, place, model, optimizer, [], settings.steps, [batch | more | {"counts": counts}])
+    found["align"] = ratio(step(other, aligned), step(cfg, {}), rounds=9)
+
+    tree, cfg = folder / "toy", None
+    make_toy(tree, scenes=2000)
+    cfg = train.make_config("toy-grounding", data=str(tree))
+    place = train.find_place(cfg)
+    place.say = lambda *words: None
+    words = train.load_tokenizer(cfg)
+    streams = train.load_streams(cfg, place, words)
+    model, count = train.build_model(cfg, place, words, streams), [0]
+    optimizer = train.make_optimizer(cfg, model)
+
+    def train_maf():
+        for _ in range(50):
+            train.update(cfg, place, model, optimizer, streams.train, 1, [streams.train[0][count[0]]])
+            count[0] += 1
+    found["maf_captions_per_s"] = 50 * cfg.units / seconds(train_maf, rounds=7)[0]
+
+
+def bench_glove(found, folder):
+    rng, lines = np.random.default_rng(0), 2_200_000
+    numbers = [" ".join(f"{x:.5f}" for x in rng.standard_normal(300)) for _ in range(200)]
+    with open(folder / "glove.txt", "w", buffering=1 << 22) as file:
+        for i in tqdm(range(lines), desc="writing", leave=False, disable=None):
+            file.write(f"word{i} {numbers[i % 200]}\n")
+    wanted = [f"word{i}" for i in range(0, lines, 100)]
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    assert len(glove(folder / "glove.txt", wanted)) == len(wanted)
+    found["glove_seconds"], found["glove_mib"] = time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
 def bench_small(found, folder):
     full = torch.ones(PAIRS, WORDS, dtype=torch.bool, device=DEVICE), torch.ones(PAIRS, REGIONS, dtype=torch.bool, device=DEVICE)
     cost = torch.rand(PAIRS, WORDS, REGIONS, device=DEVICE)
@@ -308,11 +361,13 @@ MEANING = {
     "store_vs_model": ("(d) loader / model", ">= 10"), "ipot": ("(e) ipot / its plain form", "<= 1"), "tokenizer_lines_per_s": ("(e) tokenizer lines a second", ""),
     "pretrain_matmul_share": ("(f) ragged pre-training step's rate / matmul's, fp32", ">= 0.8"), "pretrain_pairs_per_s": ("    pre-training's pairs a second", ""),
     "visual_bert_pairs_per_s": ("    padded fp32 VisualBERT's", ""), "pretrain_vs_visual_bert": ("(f) pre-training / VisualBERT", ">= 3"),
-    "retrieval_vs_forward": ("(g) all-pairs scoring / the bare forward", ">= 0.95"),
+    "retrieval_vs_forward": ("(g) all-pairs scoring / the bare forward", ">= 0.95"), "align": ("(h) two-stream step with align / without", "<= 1.05"),
+    "maf_captions_per_s": ("(h) MAF, captions a second", ">= 5,000"), "glove_seconds": ("(h) GloVe, 2.2 M lines of 300, seconds", "< 60"),
+    "glove_mib": ("    memory it adds, MiB", "< 1,024"),
 }
 
 
-PARTS = {"small": bench_small, "steps": bench_steps, "pretraining": bench_pretraining, "retrieval": bench_retrieval}
+PARTS = {"small": bench_small, "steps": bench_steps, "pretraining": bench_pretraining, "retrieval": bench_retrieval, "align": bench_align, "glove": bench_glove}
 
 
 def table(results):

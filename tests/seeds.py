@@ -2,6 +2,7 @@
 
 python tests/seeds.py --seeds 0 1 2 3 4 --jobs 2       40 minutes on two cores; goes on where it stopped; fills tests/results.json and README.md
 python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy checkpoint and from scratch
+python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour and a half
 """
 import argparse
 import json
@@ -42,6 +43,73 @@ def one_seed(seed, threads, results, nlvr):
             results[f"{name}/{seed}"] = json.loads(text.strip().splitlines()[-1])
             RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
             print(name, seed, results[f"{name}/{seed}"], flush=True)
+
+
+ALIGN = {"without alignment": (["--recipe", "toy-align", "--loss", "none"], "54.9, 79.5", "74.5 (73.1, 76.0)"), "with alignment": (["--loss", "align"], "60.5, 89.7", "75.5 (74.5, 77.2)")}
+MAF_USE = {("attention", "label+feature"): "61.43", ("average", "label"): "55.73", ("average", "feature"): "56.18", ("average", "label+feature"): "59.51", ("attention", "label"): "57.23", ("attention", "feature"): "58.49",
+           ("attention", "attribute"): "24.08", ("attention", "label+attribute"): "53.20", ("attention", "attribute+feature"): "57.98", ("attention", "label+attribute+feature"): "60.86"}
+MAF_START = {("xavier", "xavier"): "58.54", ("zero", "xavier"): "60.05", ("xavier", "identity"): "59.68", ("zero", "identity"): "61.28"}         # W_f, W_p; the paper's columns in their order
+MAF_GUESS = {"random": "7.19", "center-obj": "18.24", "whole image": "21.99", "max-obj": "24.51", "direct match": "26.42", "glove-max": "26.28", "glove-avg": "54.51", "glove-att": "56.05",
+             "accuracy": "61.43", "upper bound": "86.29"}
+
+
+def align_seed(seed, threads, results):
+    """Kervadec's table 2 and 4, MAF's 3, 4 and 5, on one seed's world."""
+    data = f"data/toy-seed{seed}"
+    if not (ROOT / data).exists():
+        run("data.py", "toy", "--out", data, "--seed", str(seed))
+
+    def keep(name, script, *args):
+        if name not in results:
+            results[name] = json.loads(run(script, *args, "--data", data, OMP_NUM_THREADS=str(threads)).strip().splitlines()[-1])
+            RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+            print(name, results[name], flush=True)
+
+    common = ["--seed", str(seed), "--resume"]
+    for name, (args, _, _) in ALIGN.items():
+        out = f"out/seeds/{name.replace(' ', '-')}-{seed}"
+        keep(f"align/{name}/{seed}", "train.py", *args, *common, "--out", out)
+        keep(f"align/{name}/nlvr2/{seed}", "train.py", "--task", "nlvr2", "--model", "lxmert", "--form", "pair-mlp", "--no-cased", "--steps", "500", "--init", f"{out}/last.pt", *common, "--out", f"{out}-nlvr2")
+        for part in ("balanced", "unbalanced"):
+            keep(f"align/{name}/{part}/{seed}", "evaluate.py", "--task", "nlvr2", "--split", f"{part}/{part}_dev", "--ckpt", f"{out}-nlvr2/last.pt")
+    for phrases, use in MAF_USE:
+        keep(f"maf/{phrases}/{use}/{seed}", "train.py", "--loss", "maf", "--phrases", phrases, "--use", use, *common, "--out", f"out/seeds/maf-{phrases}-{use}-{seed}")
+    for f, p in MAF_START:
+        keep(f"maf/start/{f}/{p}/{seed}", "train.py", "--loss", "maf", "--start-f", f, "--start-p", p, *common, "--out", f"out/seeds/maf-{f}-{p}-{seed}")
+
+
+def several(results, pattern):
+    """[results of each seed] whose name is the pattern with a number for {}."""
+    first, _, last = pattern.partition("{}")
+    return [results[k] for k in sorted(results) if k.startswith(first) and k.endswith(last) and k[len(first):len(k) - len(last)].isdigit()]
+
+
+def align_table(results):
+    lines = ["| two-stream, toy | paper: GQA accuracy, consistency | GQA accuracy | consistency | words that point right | accuracy, seed by seed | paper: NLVR2 test-P (balanced, unbalanced) | NLVR2 dev | balanced | unbalanced |", "|" + "---|" * 10]
+    for name, (args, gqa, pair) in ALIGN.items():
+        rows, fine, parts = several(results, f"align/{name}/{{}}"), several(results, f"align/{name}/nlvr2/{{}}"), [several(results, f"align/{name}/{p}/{{}}") for p in ("balanced", "unbalanced")]
+        if rows and fine and all(parts):
+            of = lambda rows, key: mean([r[key] for r in rows])
+            lines.append(f"| `train.py {' '.join(args)}` | {gqa} | {of(rows, 'gqa/accuracy')} | {of(rows, 'gqa/consistency')} | {of(rows, 'pointing/accuracy')} | " + " ".join(f"{r['gqa/accuracy']:.1f}" for r in rows)
+                         + f" | {pair} | {of(fine, 'nlvr2/accuracy')} | {of(parts[0], 'nlvr2/accuracy')} | {of(parts[1], 'nlvr2/accuracy')} |")
+            chance = of(rows, "pointing/chance")
+    return "\n".join([*lines, f"| any region | | | | {chance} | | | | | |"]) if len(lines) > 2 else ""
+
+
+def maf_table(results):
+    rows = several(results, "maf/attention/label+feature/{}")
+    lines = ["| Flickr30k Entities, IoU 0.5 | paper (tables 1, 2, 5) | toy |", "|---|---|---|"]
+    names = {"accuracy": "MAF, weakly supervised", "glove-att": "glove-att: MAF's unsupervised rule"}
+    return "\n".join(lines + [f"| {names.get(m, m)} | {paper} | {mean([r[f'grounding/{m}'] for r in rows])} |" for m, paper in MAF_GUESS.items()]) if rows else ""
+
+
+def maf_ablation(results):
+    lines = ["| phrases, regions (table 3); start of W_f, W_p (table 4) | paper | toy |", "|---|---|---|"]
+    for (a, b), paper, name in [*((k, v, f"maf/{k[0]}/{k[1]}/{{}}") for k, v in MAF_USE.items()), *((k, v, f"maf/start/{k[0]}/{k[1]}/{{}}") for k, v in MAF_START.items())]:
+        if rows := several(results, name):
+            flag = f"--phrases {a} --use {b}" if "start" not in name else f"--start-f {a} --start-p {b}"
+            lines.append(f"| `{flag}` | {paper} | {mean([r['grounding/accuracy'] for r in rows])} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def mean(xs):
@@ -88,11 +156,13 @@ def main():
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each with its share of the cores")
     parser.add_argument("--nlvr", help="folder of NLVR v1 (dev/, test/): run that instead")
+    parser.add_argument("--align", action="store_true", help="Kervadec's and MAF's tables instead")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda s: one_seed(s, max(1, os.cpu_count() // args.jobs), results, args.nlvr), args.seeds))
-    fill(seeds=table(results), nlvr=nlvr_table(results))
+        threads = max(1, os.cpu_count() // args.jobs)
+        list(pool.map(lambda s: align_seed(s, threads, results) if args.align else one_seed(s, threads, results, args.nlvr), args.seeds))
+    fill(seeds=table(results), nlvr=nlvr_table(results), align=align_table(results), maf=maf_table(results), maf_ablation=maf_ablation(results))
 
 
 if __name__ == "__main__":
