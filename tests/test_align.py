@@ -217,6 +217,28 @@ def test_soft_targets_lie_where_the_words_point(together):
     assert right and np.mean(right) > 0.8
 
 
+def test_pointers_land_on_their_words(together):
+    """The pieces at a pointer's place are those of the word that the sentence has there, whatever was cut."""
+    for stream in together[3].train:
+        pairs, k = stream.pairs, np.arange(0, len(stream.pairs.texts), 7)
+        place, word, box, row = pairs.pointers(k)
+        text, names = pairs.text(k)[0].ravel()[place], list(pairs.pointed_words)
+        said = [pairs.tokenizer.pieces[i] for i in text]            # the toy's words are one piece each; a word's "?" points with it
+        assert all(piece in (names[w], "?") for piece, w in zip(said, word)) and said.count("?") < len(said) / 5
+        for one, b in zip(row[:200], box):
+            assert tuple(b) in {tuple(p[2]) for p in pairs.texts[k[one]].pointers}
+
+
+def test_answers_count_from_half_way(toy_tree):
+    cfg, place, tokenizer, streams = prepared(toy_tree, "--loss", "align", "--units", 512, "--steps", 10, "--warmup", 0, "--answers-from", 0.5, "--weight-decay", 0)
+    model = train.build_model(cfg, place, tokenizer, streams)
+    optimizer, batch = train.make_optimizer(cfg, model), streams.train[1][0]
+    before = model.task_head[3].weight.clone()
+    for step, moves in ((5, False), (6, True)):
+        train.update(cfg, place, model, optimizer, streams.train, step, [batch])
+        assert torch.equal(before, model.task_head[3].weight) != moves
+
+
 def test_masked_regions_show_zeros_others_or_their_own(together):
     stream, shown = together[3].train[0], Counter()
     for k in range(12):

@@ -345,6 +345,8 @@ def test_maf_is_equations_2_to_6_with_loops():
             assert sim[t, i].item() == pytest.approx(sum(best) / len(best), abs=1e-9)
     wanted = -sum(sim[t].log_softmax(-1)[t] for t in range(3)) / 3
     torch.testing.assert_close(losses.maf(sim), wanted)
+    spoiled = p.masked_fill(~phrase_mask[..., None], 9.0)           # W_p's bias makes something of nothing
+    torch.testing.assert_close(losses.maf_similarity(spoiled, v, phrase_mask, region_mask), sim)
     torch.testing.assert_close(losses.maf(sim[1:], torch.tensor([1, 2])), -(sim[1].log_softmax(-1)[1] + sim[2].log_softmax(-1)[2]) / 2)
 
 
