@@ -224,7 +224,7 @@ def test_pointers_land_on_their_words(together):
         place, word, box, row = pairs.pointers(k)
         text, names = pairs.text(k)[0].ravel()[place], list(pairs.pointed_words)
         said = [pairs.tokenizer.pieces[i] for i in text]            # the toy's words are one piece each; a word's "?" points with it
-        assert all(piece in (names[w], "?") for piece, w in zip(said, word)) and said.count("?") < len(said) / 5
+        assert all(piece in (names[w], "?") for piece, w in zip(said, word)) and said.count("?") <= len(said) / 5
         for one, b in zip(row[:200], box):
             assert tuple(b) in {tuple(p[2]) for p in pairs.texts[k[one]].pointers}
 
