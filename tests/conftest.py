@@ -1,10 +1,13 @@
 """Makes the five files importable from wherever pytest is started; a toy tree, a checkpoint and a run of train.py for the tests."""
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -35,12 +38,38 @@ QUICK = ["--workers", "0", "--precision", "fp32"]
 
 
 def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
-    """train.py (under torchrun for several processes) from a folder of its own, one thread a process; returns the finished process."""
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*start, str(ROOT / "train.py"), *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    """train.py from a folder of its own, one thread a process; returns the finished run: stdout, stderr, returncode.
+
+    Alone it runs inside this process, which spares a start of Python and torch each time; several run under torchrun.
+    """
+    if processes == 1 and not env:
+        done = inside(tmp_path, args)
+    else:
+        start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run([*start, str(ROOT / "train.py"), *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     assert done.returncode == expect or expect is None, done.stderr[-3000:]
     return done
+
+
+def inside(folder, args):
+    import train
+    out, err, code, here, threads = io.StringIO(), io.StringIO(), 0, os.getcwd(), torch.get_num_threads()
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            train.main(list(map(str, args)))
+    except SystemExit as stop:                      # as Python ends: a text goes to stderr and the code is 1
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        err.write("" if isinstance(stop.code, int) or stop.code is None else f"{stop.code}\n")
+    except Exception:
+        code = 1
+        traceback.print_exc(file=err)
+    finally:
+        os.chdir(here)
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def run_and_kill(tmp_path, args, out):
