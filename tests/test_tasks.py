@@ -265,7 +265,7 @@ def test_training_lowers_the_loss_of_each_task(toy_tree, name):
     optimizer, batch = train.make_optimizer(cfg, model), streams.train[0][0]
     values = [train.update(cfg, place, model, optimizer, streams.train, 1, [batch])[0][name].item() for _ in range(160)]
     assert values[-1] < 0.7 * values[0], values[::10]
-    hits = train.right_answers(model.eval(), batch).float().mean()
+    hits = train.right_answers(cfg, model.eval(), batch).float().mean()
     assert hits > 0.6
 
 
