@@ -64,7 +64,7 @@ RECIPES = {
     "toy-re": TOY | dict(task="re", dataset="refcoco", steps=500),
     "toy-retrieval": TOY | dict(task="retrieval", steps=300, negatives=3, candidates=24, mine_from=32),
     "toy-align": TWO_STREAM | dict(task="pretrain", pretrain="together", loss="align", align_schedule="constant", size="toy", dropout=0.0, split="train_balanced",
-                                   optimizer="adamw", answers_from=0.25, steps=3600, warmup=200, units=1024, lr=1e-3, beta2=0.98, clip=5.0, save_every=500, eval_every=500),
+                                   optimizer="adamw", answers_from=0.25, steps=1500, warmup=200, units=1024, lr=1e-3, beta2=0.98, clip=5.0, save_every=500, eval_every=500),
     "toy-gqa": TWO_STREAM | dict(task="gqa", init="toy-align", size="toy", dropout=0.0, optimizer="adamw", steps=800, warmup=50, units=2048, lr=3e-4, beta2=0.98),
     "toy-grounding": MAF | dict(steps=1000, lr=1e-3),
     # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README

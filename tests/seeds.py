@@ -45,7 +45,8 @@ def one_seed(seed, threads, results, nlvr):
             print(name, seed, results[f"{name}/{seed}"], flush=True)
 
 
-ALIGN = {"without alignment": (["--recipe", "toy-align", "--loss", "none"], "54.9, 79.5", "74.5 (73.1, 76.0)"), "with alignment": (["--loss", "align"], "60.5, 89.7", "75.5 (74.5, 77.2)")}
+ALIGN = {"none": (["--recipe", "toy-align", "--loss", "none"], "54.9, 79.5", "74.5 (73.1, 76.0)"), "align": (["--loss", "align"], "60.5, 89.7", "75.5 (74.5, 77.2)"),
+         "none, 3600 steps": (["--recipe", "toy-align", "--loss", "none", "--steps", "3600"], "", ""), "align, 3600 steps": (["--loss", "align", "--steps", "3600"], "", "")}
 MAF_USE = {("attention", "label+feature"): "61.43", ("average", "label"): "55.73", ("average", "feature"): "56.18", ("average", "label+feature"): "59.51", ("attention", "label"): "57.23", ("attention", "feature"): "58.49",
            ("attention", "attribute"): "24.08", ("attention", "label+attribute"): "53.20", ("attention", "attribute+feature"): "57.98", ("attention", "label+attribute+feature"): "60.86"}
 MAF_START = {("xavier", "xavier"): "58.54", ("zero", "xavier"): "60.05", ("xavier", "identity"): "59.68", ("zero", "identity"): "61.28"}         # W_f, W_p; the paper's columns in their order
@@ -67,7 +68,7 @@ def align_seed(seed, threads, results):
 
     common = ["--seed", str(seed), "--resume"]
     for name, (args, _, _) in ALIGN.items():
-        out = f"out/seeds/{name.replace(' ', '-')}-{seed}"
+        out = f"out/seeds/align-{name.replace(' ', '-')}-{seed}"
         keep(f"align/{name}/{seed}", "train.py", *args, *common, "--out", out)
         keep(f"align/{name}/nlvr2/{seed}", "train.py", "--task", "nlvr2", "--model", "lxmert", "--form", "pair-mlp", "--no-cased", "--steps", "500", "--init", f"{out}/last.pt", *common, "--out", f"{out}-nlvr2")
         for part in ("balanced", "unbalanced"):
