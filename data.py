@@ -25,6 +25,7 @@ import argparse
 import base64
 import contextlib
 import difflib
+import functools
 import gzip
 import hashlib
 import json
@@ -34,6 +35,7 @@ import re
 import shutil
 import sys
 import unicodedata
+import warnings
 import xml.etree.ElementTree
 import zipfile
 import zlib
@@ -45,7 +47,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from tqdm import tqdm
 
 
@@ -231,6 +234,8 @@ class RegionStore:
     folder: features.npy (sum, D_V) float16, boxes.npy (sum, 4) pixels, optional class columns, offsets.npy (N+1), wh.npy (N, 2),
             image_ids.txt, meta.json; see COLUMNS. Image i owns rows offsets[i]:offsets[i+1], by falling confidence.
     """
+    named = True                                    # cls_id and attr_id are of a detector's vocabulary
+
     def __init__(self, folder):
         self.folder = need(folder, "a region store",
                            "Make one: python data.py pack FEATURES.tsv --out " + str(folder))
@@ -291,6 +296,10 @@ class RegionStore:
             self.sound[images] = True
         return out
 
+    def one_each(self, images):
+        """(B, D_V) the most certain region of each image"""
+        return self.features[self.offsets[images]]
+
     def relative_boxes(self, images):
         """(B, N_V, 4) float32, x1 y1 x2 y2 divided by width and height"""
         wh = np.tile(self.wh[images], 2)[:, None].astype(np.float32)
@@ -335,6 +344,182 @@ class JoinedStore(RegionStore):
         """(B, N_V) int64, 0 in padding"""
         return self.join(images, [np.repeat(kind[images, None], max(1, store.n_regions[index[images]].max(initial=0)), 1).astype(np.int64)
                                   for store, index, kind in self.parts])
+
+
+PICTURES = {                                        # folders of each region store's pictures, in the data tree
+    "coco": ("coco/train2014", "coco/val2014", "coco/test2015"), "flickr30k": ("flickr30k/flickr30k-images",), "vg": ("vg/VG_100K", "vg/VG_100K_2"),
+    "gqa": ("gqa/images",), "winoground": ("winoground/images",), "nlvr2": ("nlvr2/images",), "cc3m_train": ("cc3m/images",), "cc3m_val": ("cc3m/images",),
+    "cc12m": ("cc12m/images",), "sbu": ("sbu/images",), "refclef": ("refclef/images",), "nlvr": ("nlvr",),
+}
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # of red, green, blue [ALBEF's code]
+
+
+class Patches(NamedTuple):
+    """Where regions are looked for by an encoder that reads pixels: stands for the folder of region stores."""
+    data: str                                       # the data tree
+    resolution: int                                 # pictures are resized to a square of so many pixels
+    patch: int                                      # and cut into squares of so many
+
+
+def open_store(regions, name):
+    """The region store of this name: in a folder of stores, or made of the data set's pictures."""
+    if name == "vg_crops":
+        if not isinstance(regions, Patches):
+            raise DataError("--corpora crops is of pictures\n  Wanted: --vision patches")
+        return CropStore(regions)
+    return PatchStore(regions, name) if isinstance(regions, Patches) else RegionStore(Path(regions) / name)
+
+
+def regions_of(config):
+    """Where a run, its settings as a dict, finds its regions."""
+    return Patches(str(config["data"]), config["resolution"], config["patch"]) if config.get("vision") == "patches" else str(config["regions"])
+
+
+def find_pictures(data, name):
+    """{image id: path} of a region store's images, wherever the data set keeps them; folders inside these are looked into."""
+    found, folders = {}, [Path(data) / folder for folder in PICTURES.get(name, ())]
+    for folder in folders:
+        for at, _, files in os.walk(folder):
+            for file in files:
+                if file.lower().endswith((".jpg", ".jpeg", ".png")):
+                    found[file.rsplit(".", 1)[0].removeprefix(f"{name}_")] = Path(at) / file
+    if not found:
+        raise DataError(f"no pictures of {name} in {', '.join(map(str, folders)) or data}\n  Wanted: .jpg or .png files. Fetch them from the data set's own address.")
+    return found
+
+
+class PatchStore(RegionStore):
+    """Pictures as regions: each is resized to a square and cut into a grid of patches, row by row. Nothing is read but what is asked for.
+
+    features  (3 p p,) a patch's pixels, less the mean, by the deviation: what a matrix makes of them is a ViT's patch embedding
+    boxes     the grid's cells
+    cls_prob  (513,) which colours the patch has, a share of each: red, green and blue in eight steps [as ViT's self-supervision, Dosovitskiy
+              et al. 2021 sec. 4.6]; class 0, background, is never there. cls_id, cls_conf: the commonest; attributes are not known
+    Small pictures stay in memory once read.
+    """
+    KEPT, named = 2 ** 30, False                    # bytes
+
+    def __init__(self, patches, name):
+        paths = find_pictures(patches.data, name)
+        self.hold(patches, sorted(paths), [paths[i] for i in sorted(paths)], f"{patches.data}, pictures of {name}")
+
+    def hold(self, patches, ids, paths, folder):
+        self.patches, self.image_ids, self.paths, self.folder = patches, ids, paths, folder
+        R, p = patches.resolution, patches.patch
+        if p < 1 or R % p:
+            raise DataError(f"pictures of {R} pixels do not divide into patches of {p}\n  Wanted: --resolution a multiple of --patch")
+        self.index, self.classes = {name: i for i, name in enumerate(ids)}, 1 + 8 ** 3
+        self.n_regions, self.offsets = np.full(len(ids), (R // p) ** 2), np.arange(len(ids) + 1) * (R // p) ** 2
+        y, x = np.mgrid[0:R:p, 0:R:p].reshape(2, -1)
+        self.cells = np.stack([x, y, x + p, y + p], axis=1).astype(np.float32) / R
+        keep = len(ids) * 3 * R * R <= self.KEPT
+        self.kept, self.known = (np.zeros((len(ids), R, R, 3), np.uint8), np.zeros(len(ids), bool)) if keep else (None, None)
+
+    def __str__(self):
+        return f"{self.folder}: {len(self):,} of {self.patches.resolution} x {self.patches.resolution} in patches of {self.patches.patch}"
+
+    @functools.cached_property
+    def wh(self):
+        """(N, 2) width and height of the pictures themselves; needed only where boxes in pixels are"""
+        return np.array([self.size(i) for i in tqdm(range(len(self)), desc=f"sizes of {self.folder}", disable=None, leave=False)], np.int32)
+
+    def relative_boxes(self, images):
+        return np.repeat(self.cells[None], len(images), 0)
+
+    def size(self, image):
+        """(width, height) of the picture itself"""
+        with Image.open(self.paths[image]) as picture:
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return picture.size[::-1] if turned else picture.size
+
+    def pixels(self, images):
+        """(B, R, R, 3) uint8"""
+        if self.kept is None:
+            return np.stack([self.one(i) for i in images])
+        for i in images[~self.known[images]]:
+            self.kept[i] = self.one(i)
+            self.known[i] = True
+        return self.kept[images]
+
+    def one(self, image):
+        return open_picture(self.paths[image], self.patches.resolution)
+
+    def one_each(self, images):
+        """(B, D_V) the patch in the middle"""
+        return self.read(images)[:, len(self.cells) // 2] if len(images) else np.zeros((0, 3 * self.patches.patch ** 2), np.float16)
+
+    def read(self, images, column="features"):
+        images = np.asarray(images)
+        if column == "boxes":
+            return self.cells * np.tile(self.wh[images], 2)[:, None].astype(np.float32)
+        if column in ("attr_id", "attr_conf"):
+            return np.full((len(images), len(self.cells)), -1 if column == "attr_id" else 0, np.int64)
+        p = self.patches.patch
+        x = rearrange(self.pixels(images), "B (h p) (w q) c -> B (h w) (p q) c", p=p, q=p)
+        if column == "features":
+            return ((x / np.float32(255) - np.float32(MEAN)) / np.float32(DEVIATION)).astype(np.float16).reshape(*x.shape[:2], -1)
+        code = 1 + (x >> 5) @ np.array([64, 8, 1])                                              # (B, N, p p)
+        place = np.arange(code.shape[0] * code.shape[1]).reshape(*code.shape[:2], 1)
+        share = np.bincount((place * self.classes + code).ravel(), minlength=place.size * self.classes).reshape(*code.shape[:2], -1) / code.shape[2]
+        return {"cls_prob": lambda: share.astype(np.float16), "cls_id": lambda: share.argmax(-1) - 1, "cls_conf": lambda: share.max(-1)}[column]()
+
+
+class CropStore(PatchStore):
+    """Visual Genome's regions as pictures of their own, with some of what is around them: anything from the region alone to the whole.
+
+    Image id = image/number of the region, as corpus_crops has it; how much is around it is a function of that.
+    """
+    def __init__(self, patches):
+        paths, images, self.windows, ids = find_pictures(patches.data, "vg"), vg_images(patches.data), [], []
+        for name, region, box in vg_regions(patches.data):
+            record = images.get(int(name))
+            if name in paths and record and clipped(*box, record):
+                ids.append(f"{name}/{region}"), self.windows.append(around(np.random.default_rng([int(name), region]), box, record))
+        self.hold(patches, ids, [paths[i.split("/")[0]] for i in ids], f"{patches.data}, regions of vg")
+
+    def one(self, image):
+        return open_picture(self.paths[image], self.patches.resolution, self.windows[image])
+
+
+def around(rng, box, record):
+    """A window of the picture (left, top, right, bottom) round a box x y w h, its sides between the box's and the picture's, as likely each time as large."""
+    window = []
+    for at, length, whole in ((box[0], box[2], record["width"]), (box[1], box[3], record["height"])):
+        length = min(max(length, 1), whole)
+        wide = length * (whole / length) ** rng.random()
+        start = rng.uniform(max(0, at + length - wide), min(max(0, at), whole - wide)) if wide < whole else 0
+        window.append((start, start + wide))
+    (left, right), (top, bottom) = window
+    return left, top, right, bottom
+
+
+def open_picture(path, resolution, window=None):
+    """A picture, or a window of it, as (R, R, 3) uint8: turned upright, in colour, resized whatever its shape.
+
+    One that cannot be read or is too large to be meant (a decompression bomb) is a DataError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                if window is None:
+                    picture.draft("RGB", (resolution, resolution))                              # JPEG: decode at a half, a quarter if that is enough
+                return np.asarray(upright(picture).resize((resolution, resolution), Image.BICUBIC, window))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path} cannot be read as a picture: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
+                        "  Most often a download that stopped half way, or an error page saved as a picture. Fetch it again, or remove it.") from None
+
+
+def upright(picture):
+    """As a camera held it (EXIF), and red, green, blue of 8 bits, whatever it was: grey, palette, CMYK, 16 bits, transparent on white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):         # 16 bits a pixel or more: Pillow would cut them off
+        x = np.asarray(picture, np.float64)
+        picture = Image.fromarray((x / (65535 if x.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 class StoreWriter:
@@ -684,12 +869,45 @@ def corpus_vg(data, split, out):
 def corpus_cc3m(data, split, out):
     """Conceptual Captions: caption, address. Image id = line number from 0, as UNITER's; many addresses are dead."""
     path = Path(data) / "cc3m" / {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Validation.tsv"}[split]
-    rows = [line.split("\t") for line in read_text(path, "Conceptual Captions, caption and address a line").split("\n") if line]
+    return web_captions(path, "caption and address", 0, out)
+
+
+def corpus_cc12m(data, split, out):
+    """Conceptual 12M: address, caption, the other way round. Image id = line number from 0; the last hundredth is for validation."""
+    texts, told = web_captions(Path(data) / "cc12m" / "cc12m.tsv", "address and caption", 1, out)
+    cut = len(texts) - max(1, len(texts) // 100)
+    return (texts[:cut] if split == "train" else texts[cut:]), told
+
+
+def vg_regions(data):
+    """Yields (image, number, box x y w h) of Visual Genome's region descriptions, numbered within their image."""
+    path = Path(data) / "vg" / "region_descriptions.json"
+    for item in read_json(path, "Visual Genome's region descriptions"):
+        image = item["id"] if "id" in item else field(item, "image_id", path)
+        for k, r in enumerate(field(item, "regions", path)):
+            yield str(image), k, tuple(field(r, key, path) for key in ("x", "y", "width", "height"))
+
+
+def corpus_crops(data, split, out):
+    """Visual Genome's regions, cut out, with their descriptions: things before scenes. Held out as corpus_vg."""
+    texts, told = corpus_vg(data, split, out)
+    number, numbered = Counter(), []
+    for t in texts:
+        numbered.append(t._replace(image=f"{t.image}/{number[t.image]}"))
+        number[t.image] += 1
+    images = vg_images(data)
+    sound = {f"{name}/{k}" for name, k, box in vg_regions(data) if int(name) in images and clipped(*box, images[int(name)])}
+    kept = [t for t in numbered if t.image in sound]
+    return kept, told | {"regions left out: a box of no area": len(numbered) - len(kept)}
+
+
+def web_captions(path, what, caption, out):
+    rows = [line.split("\t") for line in read_text(path, f"web captions, {what} a line").split("\n") if line]
     bad = next((i for i, row in enumerate(rows) if len(row) != 2), None)
     if bad is not None:
-        raise DataError(f"{path}, line {bad + 1} has {len(rows[bad])} columns: wanted 2, caption and address\n  Fetch the file again.")
-    twice = [photo_id(url) in out.photos for _, url in rows]
-    return [Text(str(i), row[0], str(i)) for i, row in enumerate(rows) if not twice[i]], {"images held out, also in Flickr30k": sum(twice)}
+        raise DataError(f"{path}, line {bad + 1} has {len(rows[bad])} columns: wanted 2, {what}\n  Fetch the file again.")
+    twice = [photo_id(row[1 - caption]) in out.photos for row in rows]
+    return [Text(str(i), row[caption], str(i)) for i, row in enumerate(rows) if not twice[i]], {"images held out, also in Flickr30k": sum(twice)}
 
 
 def corpus_sbu(data, split, out):
@@ -711,6 +929,7 @@ def corpus_sbu(data, split, out):
 
 CORPORA = {                                         # reader, region store of train and of val
     "coco": (corpus_coco, "coco", "coco"), "vg": (corpus_vg, "vg", "vg"), "cc3m": (corpus_cc3m, "cc3m_train", "cc3m_val"), "sbu": (corpus_sbu, "sbu", "sbu"),
+    "cc12m": (corpus_cc12m, "cc12m", "cc12m"), "crops": (corpus_crops, "vg_crops", "vg_crops"),
 }
 
 # -------------------------------------------------------------------------------------- downstream (UNITER table 3)
@@ -1119,6 +1338,80 @@ def bare(word):
     return word.lower().strip("".join(c for c in map(chr, range(33, 127)) if not c.isalnum()))
 
 
+# --------------------------------------------------------------------------------- pictures and boxes, without a detector (AMC)
+
+def clean_caption(text, words=30):
+    """As ALBEF and AMC clean captions: lower case, no punctuation, hyphens and slashes opened, so many words."""
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower()).replace("-", " ").replace("/", " ").replace("<person>", "person")
+    return " ".join(text.split()[:words])
+
+
+def vg_triplets(data, kinds=("box", "region"), smallest=0.08, out=()):
+    """Visual Genome as (image, text, box), the target of each Text being its boxes.                                    AMC sec. 4.1
+
+    region   region descriptions
+    box      objects with their attributes, "brown dog", and prompts of place where several objects of an image have one name: the leftmost
+             "dog on the left", the rightmost, "top dog", "bottom dog"; in a corner of the image (both coordinates of its middle in
+             the outer thirds) "dog at the top left", ...
+    smallest boxes below this share of their image are dropped and counted;  out: ids of images left out
+    """
+    images, told, texts = vg_images(data), Counter(), []
+
+    def add(image, text, corners, kind):
+        record, box = images[image], clipped(*corners, images[image])
+        if box is None or (box[2] - box[0]) * (box[3] - box[1]) < smallest * record["width"] * record["height"]:
+            told["boxes left out: " + ("outside their image, or of no area" if box is None else "too small")] += 1
+            return
+        told[f"texts: {kind}"] += 1
+        texts.append(Text(str(image), text, f"vg{image}/{kind}/{len(texts)}", (tuple(v / record[side] for v, side in zip(box, ("width", "height") * 2)),)))
+
+    def items(name, key):
+        path = Path(data) / "vg" / f"{name}.json"
+        for item in tqdm(read_json(path, f"Visual Genome's {name}"), desc=f"Visual Genome's {name}", disable=None, leave=False):
+            image = item["id"] if "id" in item else field(item, "image_id", path)
+            if image in images and str(image) not in out:
+                yield image, field(item, key, path), path
+    if "region" in kinds:
+        for image, regions, path in items("region_descriptions", "regions"):
+            for r in regions:
+                add(image, " ".join(field(r, "phrase", path).split()), [field(r, k, path) for k in ("x", "y", "width", "height")], "region descriptions")
+    if "box" in kinds:
+        for image, objects, path in items("attributes", "attributes"):
+            named = {}
+            for o in objects:
+                name, corners = field(o, "names", path)[0], [field(o, k, path) for k in "xywh"]
+                named.setdefault(name, []).append(corners)
+                for attribute in o.get("attributes") or [""]:
+                    add(image, f"{attribute} {name}".strip(), corners, "objects with attributes" if attribute else "objects")
+            for name, found in named.items():
+                if len(found) > 1:
+                    for text, corners in places(name, found, images[image]):
+                        add(image, text, corners, "prompts of place")
+    return texts, dict(told)
+
+
+def places(name, found, image):
+    """Prompts of place for boxes x y w h of one name: [(text, box)]"""
+    middle = np.array([(x + w / 2, y + h / 2) for x, y, w, h in found]) / [image["width"], image["height"]]
+    (left, top), (right, bottom) = middle.argmin(axis=0), middle.argmax(axis=0)
+    said = [(f"{name} on the left", left), (f"{name} on the right", right), (f"top {name}", top), (f"bottom {name}", bottom)]
+    for i, (x, y) in enumerate(middle):
+        row, column = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else "", "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+        said += [(f"{name} at the {row} {column}", i)] if row and column else []
+    return [(text, found[i]) for text, i in said]
+
+
+def referit(data, split="test_10k"):
+    """RefCLEF ("ReferIt") as AMC prepared it: refclef_<split>_unique.json of {image, text, bbox: x y w h}; val_1k, test_10k.
+
+    Target = its box, x y w h pixels. Where the two corners are given instead is not known of the file: a box that leaves its image is an error
+    of evaluate.py.
+    """
+    path = Path(data) / "refclef" / f"refclef_{split}_unique.json"
+    return [Text(Path(field(r, "image", path)).stem, field(r, "text", path), str(i), tuple(field(r, "bbox", path)))
+            for i, r in enumerate(read_json(path, "RefCLEF as AMC prepared it"))], {}
+
+
 # 5. Pairs ----------------------------------------------------------------------------------------------------------
 
 class Pairs:
@@ -1130,9 +1423,10 @@ class Pairs:
     image    (texts,) index of each text's image in the store
     images   the images that have texts here: negatives are drawn among them
     skip_missing   leave texts out whose image has no features, and count them; else they are an error
+    ends     each text closes with [SEP]; ALBEF's do not
     """
-    def __init__(self, texts, store, tokenizer, max_words=60, name="", skip_missing=False):
-        self.store, self.tokenizer, self.name = store, tokenizer, name
+    def __init__(self, texts, store, tokenizer, max_words=60, name="", skip_missing=False, ends=True):
+        self.store, self.tokenizer, self.name, self.ends = store, tokenizer, name, ends
         missing = [c for c in texts if c.image not in store.index]
         if missing and not skip_missing:
             raise DataError(f"{name}: image {missing[0].image} has captions but no features in {store.folder} "
@@ -1157,7 +1451,7 @@ class Pairs:
                 types += [*kinds[:max_words + 1], kinds[min(len(ids), max_words)]]
             self.cut += len(ids) > max_words
             self.empty += not ids
-            flat += [tokenizer.cls, *ids[:max_words], tokenizer.sep]
+            flat += [tokenizer.cls, *ids[:max_words], *([tokenizer.sep] if ends else [])]
             starts.append(len(flat))
         self.tokens, self.starts, self.types = np.array(flat, np.int32), np.array(starts), np.array(types, np.int8) if types else None
         self.n_words = np.diff(self.starts)
@@ -1243,7 +1537,7 @@ def unit_batches(lengths, units):
 HARDEST = 20                                        # mined negatives kept of each caption and image [UNITER sec. A.2]
 BUCKET = 8192                                       # pairs sorted by length together [UNITER's code]
 STREAMS = {"mlm": 1, "mrfr": 2, "mrc": 3, "mrckl": 4, "itm": 5, "rank": 6, "nlvr": 7, "vqa": 8, "vcr": 9, "nlvr2": 10, "ve": 11, "re": 12, "gqa": 14,
-           "together": 15, "maf": 16}
+           "together": 15, "maf": 16, "albef": 17}
 
 
 class PairBatches:
@@ -1338,7 +1632,7 @@ class PairBatches:
         Of the hidden words 80 % become [MASK], 10 % another word, 10 % stay; [CLS] and [SEP] are never hidden.  UNITER fn. 7
         """
         n, ids = self.pairs.n_words[captions], self.pairs.tokenizer
-        may = real_first(n - 1, n.max())
+        may = real_first(n - self.pairs.ends, n.max())
         may[:, 0] = False
         if self.pairs.types is not None:            # segments: a [SEP] inside
             may &= self.pairs.text(captions)[0] != ids.sep
@@ -1514,7 +1808,7 @@ class TogetherBatches(PairBatches):
         batch |= {"answered": t(np.flatnonzero(said >= 0)), "answer": t(said[said >= 0])}
         regions[at] = torch.where(t(how[at] < 0.8)[:, None], 0, regions[at])
         swap = np.nonzero(hidden & (how >= 0.8) & (how < 0.9))
-        regions[swap] = t(store.features[store.offsets[donor[swap]]])                   # the donor's most certain region
+        regions[swap] = t(store.one_each(donor[swap]))
         batch |= self.pointed(captions, images, match) if self.align else {}
         return batch | {"counts": {"mlm": len(batch["masked_words"]), "answers": len(batch["answered"]), "align": len(batch.get("aligned", ())),
                                    **dict.fromkeys(("class", "attribute", "feature"), len(batch["masked_regions"]))}}
@@ -1531,7 +1825,8 @@ class TogetherBatches(PairBatches):
         keep = match[row]
         place, word, box, row = place[keep], word[keep], box[keep], row[keep]
         store, mask = self.pairs.store, real_first(self.pairs.store.n_regions[images])[row]
-        t, similar = torch.from_numpy, [self.names.similarity(word, store.read(images, what)[row], what) for what in ("cls_id", "attr_id")]
+        ids = lambda what: store.read(images, what)[row] if store.named else np.full(mask.shape, -1)         # colours of patches are no names
+        t, similar = torch.from_numpy, [self.names.similarity(word, ids(what), what) for what in ("cls_id", "attr_id")]
         target = self.align(t(box), t(store.read(images, "boxes")[row]), *map(t, similar), t(mask))
         keep = target.sum(dim=-1) > 0                # a pointer that matches nothing
         return {"aligned": t(place)[keep], "aligned_row": t(row)[keep], "alignment": target[keep]}
@@ -1622,6 +1917,77 @@ class PhraseBatches(PairBatches):
         if not names:
             return {"task": "maf", "names": []}
         return {"task": "maf", "names": names, "own": torch.from_numpy(own)} | self.phrases.batch(captions[own], self.phrases.image[captions])
+
+
+class PictureBatches(PairBatches):
+    """Batches of `units` captions with their pictures, for ALBEF and AMC; see PairBatches.
+
+    pairs    of a PatchStore; a Text's target is the boxes that it describes, x1 y1 x2 y2 in [0, 1], or None: then it has no mask
+    augment  any of flip (mirrors boxes too, and swaps left and right in the text), jitter (half of them: brightness, contrast and colour by up
+             to 0.4), grey (a fifth of them) [AMC's code, which leaves the text as it is]
+    [k]      text, masked_text (b, N_L), text_mask; masked_words (K,) places in b*N_L, word_targets (K,); image (b, 3, R, R);
+             boxed (M,) rows that have a mask, region (M, R, R) bool; own (b,): which of the whole batch; draw (2, B) in [0, 1): the luck of
+             the negatives, the same for all processes; number k
+    """
+    def __init__(self, pairs, units, seed, part=0, parts=1, mask_rate=0.15, augment=(), corpus=0):
+        super().__init__(pairs, "albef", units, seed, part, parts, mask_rate, corpus=corpus)
+        self.augment, self.boxes = augment, [t.target for t in pairs.texts]
+        left, right = (pairs.tokenizer(side) for side in ("left", "right"))
+        self.sides = (left[0], right[0]) if len(left) == len(right) == 1 else None
+        if units > len(self.boxes):
+            raise DataError(f"{pairs.name}: {len(self.boxes):,} texts for batches of {units}\n  Wanted: at least one batch. Lower --units.")
+
+    def plan(self, epoch):
+        order = self.rng(epoch).permutation(len(self.boxes))
+        return [(b,) for b in order[:len(order) // self.units * self.units].reshape(-1, self.units)]      # the last ones of an epoch wait for the next
+
+    def __getitem__(self, k):
+        captions, = self.whole(k)
+        rng, mine = self.rng(k, 1), np.arange(self.part, self.units, self.parts)
+        hidden, new = self.hide_words(rng, captions)
+        luck, factors, draw = rng.random((4, self.units)), rng.uniform(0.6, 1.4, (self.units, 3)), rng.random((2, self.units))
+        flip, jitter, grey = (np.array([name in self.augment]) & (u < p) for name, u, p in (("flip", luck[0], 0.5), ("jitter", luck[1], 0.5), ("grey", luck[2], 0.2)))
+        text, real = (x[mine] for x in self.pairs.text(captions))   # as wide on all processes
+        if self.sides:
+            a, b = self.sides
+            text = np.where(flip[mine, None], np.where(text == a, b, np.where(text == b, a, text)), text)
+        hidden, new = hidden[mine] & real, new[mine]
+        images = self.pairs.store.pixels(self.pairs.image[captions[mine]])
+        images = np.stack([augmented(x, flip[i], factors[i] if jitter[i] else None, grey[i]) for x, i in zip(images, mine)])
+        masks, boxed = [], []
+        for row, i in enumerate(mine):
+            if boxes := self.boxes[captions[i]]:
+                boxed.append(row), masks.append(box_mask(boxes[int(luck[3, i] * len(boxes))], images.shape[1], flip[i]))
+        t = torch.from_numpy
+        return {"task": "albef", "names": self.pairs.names(captions[mine], self.pairs.image[captions[mine]]), "number": k, "own": t(mine), "draw": t(draw).float(),
+                "text": t(text), "masked_text": t(np.where(hidden & (new >= 0), new, text)), "text_mask": t(real), "image": normalised(images),
+                "masked_words": t(np.flatnonzero(hidden)), "word_targets": t(text[hidden]), "boxed": torch.tensor(boxed, dtype=torch.int64),
+                "region": t(np.stack(masks)) if masks else torch.zeros(0, *images.shape[1:3], dtype=torch.bool),
+                "counts": {"mlm": int(hidden.sum()), **dict.fromkeys(("amc", "amc-mean", "amc-max", "amc-cosine"), len(boxed))}}
+
+
+def augmented(pixels, flip, factors, grey):
+    """One picture (R, R, 3) uint8, mirrored, with other brightness, contrast and colour, or grey."""
+    picture = Image.fromarray(pixels[:, ::-1] if flip else pixels)
+    if factors is not None:
+        for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors):
+            picture = enhance(picture).enhance(factor)
+    return np.asarray(picture.convert("L").convert("RGB") if grey else picture)
+
+
+def box_mask(box, R, flip):
+    """(R, R) bool: the pixels of a box in [0, 1], at least one."""
+    x1, y1, x2, y2 = box
+    x1, x2 = (1 - x2, 1 - x1) if flip else (x1, x2)
+    (left, right), (top, bottom) = ((min(round(a * R), R - 1), max(round(b * R), min(round(a * R), R - 1) + 1)) for a, b in ((x1, x2), (y1, y2)))
+    mask = np.zeros((R, R), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def normalised(pixels):
+    """(B, R, R, 3) uint8 -> (B, 3, R, R) float32, less the mean, by the deviation"""
+    return torch.from_numpy(np.ascontiguousarray(((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(0, 3, 1, 2)))
 
 
 class Mix(torch.utils.data.Dataset):

@@ -6,9 +6,11 @@
     vqa, vcr, nlvr2, ve, re      the other tasks of UNITER's table 3, each with the best guess that sees nothing, and submission files
     gqa                accuracy and GQA's seven other scores                 Kervadec table 1, 2; Hudson and Manning 2019
     pointing           does a word's strongest region lie where it points    Kervadec sec. 7
+    pointing_games     does a text's heat map peak inside its box            AMC table 1-5
     grounding          phrases to boxes at IoU 0.5, and all that guess       MAF table 1, 2, 5
     nlvr               accuracy on NLVR v1                                   Suhr et al. 2017
     attention_figure   a word's attention drawn on the boxes                 CACR fig. 4, 5
+    heat_figures       phrases' heat maps over the picture                   AMC fig. 2-5
     map_figure         a cross layer's map, words by regions                 Kervadec fig. 4
     grounding_figure   truth, trained and untrained guess of each phrase     MAF fig. 4, 5
     training_curve     the losses of a run
@@ -31,10 +33,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import (ENTAILMENT, VCR_WORDS, DataError, Pairs, Phrases, RegionStore, Text, WordPiece, Words, answer_list, bare, blind, coco_karpathy, entities, flickr30k,
-                  gqa as read_gqa, gqa_answers, gqa_records, gqa_task, iou, names_of, nlvr2_task, nlvr_pairs, normalise_answer, re_task, read_json, unit_batches, vcr_store,
-                  vcr_task, ve_task, vqa_task, winoground as read_winoground, write_atomic)
-from model import SIZES, CheckpointError, Lxmert, Maf, build, load_pretrained, read_checkpoint
+from data import (ENTAILMENT, VCR_WORDS, DataError, Pairs, Phrases, RegionStore, Text, WordPiece, Words, answer_list, bare, blind, clean_caption, coco_karpathy, entities,
+                  flickr30k, gqa as read_gqa, gqa_answers, gqa_records, gqa_task, iou, names_of, nlvr2_task, nlvr_pairs, normalise_answer, normalised, open_store, re_task,
+                  read_json, referit, referring as read_referring, regions_of, unit_batches, upright, vcr_store, vcr_task, ve_task, vg_images, vqa_task,
+                  winoground as read_winoground, write_atomic)
+from model import SIZES, Albef, CheckpointError, Lxmert, Maf, build, load_pretrained, read_checkpoint
 
 
 def to(batch, device):
@@ -82,7 +85,7 @@ def winoground_pairs(data, tokenizer, regions):
     """The examples, and their captions and images as Pairs: caption 2e + c belongs to image c of example e."""
     examples = read_winoground(data)
     captions = [Text(e.images[i], e.captions[i], f"{e.id}/{i}") for e in examples for i in (0, 1)]
-    return examples, Pairs(captions, RegionStore(Path(regions) / "winoground"), tokenizer, name="Winoground")
+    return examples, Pairs(captions, open_store(regions, "winoground"), tokenizer, name="Winoground")
 
 
 def winoground(model, data, tokenizer, regions, **scoring):
@@ -164,7 +167,7 @@ def retrieval(model, data, tokenizer, regions, dataset="flickr30k", split="test"
     Flickr30k: the 1K protocol. COCO: 5K, and "retrieval/1k/...": the mean over five consecutive folds of 1,000 images.
     """
     captions = {"flickr30k": flickr30k, "coco": coco_karpathy}[dataset](data, split)
-    pairs = Pairs(captions, RegionStore(Path(regions) / dataset), tokenizer, name=f"{dataset} {split}")
+    pairs = Pairs(captions, open_store(regions, dataset), tokenizer, name=f"{dataset} {split}")
     I, column = len(pairs.images), np.searchsorted(pairs.images, pairs.image)
     scores = score_all(model, pairs, progress=f"retrieval {dataset} {split}", **scoring)
     found = {f"retrieval/{k}": v for k, v in recall(scores, column).items()} | {"retrieval/images": I, "retrieval/captions": len(captions)}
@@ -413,13 +416,16 @@ def word_to_region(model, pairs, captions, autocast=contextlib.nullcontext, unit
 
 
 def pointing(model, pairs, autocast=contextlib.nullcontext):
-    """Does the region that a pointed word looks at most lie where the word points (IoU 0.5)? In percent of the words for which some
-    region does; "pointing/chance": of any region at all."""
+    """Does the region that a pointed word looks at most lie where the word points (IoU 0.5; a patch: its middle inside the box)? In percent of
+    the words for which some region does; "pointing/chance": of any region at all."""
     hits, chance = [], []
     for captions, batch, P in word_to_region(model, pairs, np.arange(len(pairs.texts)), autocast):
         place, _, box, row = pairs.pointers(captions)
         wh = np.tile(pairs.store.wh[pairs.image[captions]], 2)[row].astype(np.float32)
-        right = losses.box_iou(torch.from_numpy(box / wh)[:, None], torch.from_numpy(batch["boxes"][row])).numpy() >= 0.5           # (K, N_V)
+        box, regions = (box / wh)[:, None], batch["boxes"][row]                                     # (K, 1, 4), (K, N_V, 4)
+        middle = (regions[..., :2] + regions[..., 2:]) / 2
+        right = (losses.box_iou(torch.from_numpy(box), torch.from_numpy(regions)).numpy() >= 0.5 if pairs.store.named
+                 else ((middle > box[..., :2]) & (middle < box[..., 2:])).all(-1))                  # (K, N_V)
         right &= batch["region_mask"][row]
         strongest = P.reshape(-1, P.shape[-1])[place].argmax(axis=1)
         some = right.any(axis=1)
@@ -434,7 +440,7 @@ def after_together(model, config, sizes, tokenizer, **scoring):
     found = downstream(model, config, sizes, tokenizer, **scoring)
     if (Path(config["data"]) / "gqa" / "val_sceneGraphs.json").exists():
         texts = [t for t in read_gqa(config["data"], "val_balanced")[0] if t.pointers]
-        found |= pointing(model, Pairs(texts, RegionStore(Path(config["regions"]) / "vg"), tokenizer, config["max_words"], "GQA val", config["skip_missing"]), **scoring)
+        found |= pointing(model, Pairs(texts, open_store(regions_of(config), "vg"), tokenizer, config["max_words"], "GQA val", config["skip_missing"]), **scoring)
     return found
 
 
@@ -550,7 +556,7 @@ def grounded_phrases(model, phrases, words, data, config, guess=True, seed=0):
 def grounding(model, data, words, regions, config, split="test"):
     """Flickr30k Entities: accuracy at IoU 0.5, overall and by kind, of the trained model; overall of its unsupervised rule, of every guess
     of MAF's table 5, and of the best that the regions allow; in percent of the phrases that have a box."""
-    phrases = Phrases(entities(data, split)[0], RegionStore(Path(regions) / "flickr30k"), words, data, f"Flickr30k Entities {split}", config["skip_missing"])
+    phrases = Phrases(entities(data, split)[0], open_store(regions, "flickr30k"), words, data, f"Flickr30k Entities {split}", config["skip_missing"])
     rows, kinds = [], []
     for _, phrase, truth, found in grounded_phrases(model, phrases, words, data, config):
         rows.append({m: losses.box_iou(box, truth).item() for m, box in found.items()})
@@ -563,7 +569,7 @@ def grounding(model, data, words, regions, config, split="test"):
 
 def grounding_figures(model, data, words, regions, config, out, split="test", n=4):
     """MAF fig. 4, 5: a panel for each phrase of the first n captions: truth, trained and unsupervised guess; returns the paths."""
-    phrases = Phrases(entities(data, split)[0][:n], RegionStore(Path(regions) / "flickr30k"), words, data, f"Flickr30k Entities {split}", True)
+    phrases = Phrases(entities(data, split)[0][:n], open_store(regions, "flickr30k"), words, data, f"Flickr30k Entities {split}", True)
     panels, paths = {}, []
     for g, phrase, truth, found in grounded_phrases(model, phrases, words, data, config, guess=False):
         picture = Image.open(find_picture(data, g.image)).convert("RGB")
@@ -578,6 +584,156 @@ def grounding_figures(model, data, words, regions, config, out, split="test", n=
     return paths
 
 
+# ------------------------------------------------------------------------------------- where a text is, without boxes (AMC)
+
+def heat(model, batch):
+    """Grad-CAM of the matching score: (b, patches) >= 0, no gradient; batch: image, text, text_mask."""
+    with torch.enable_grad():
+        match, P = model(batch["text"], batch["text_mask"], batch["image"], explain=True)
+        return losses.gradcam(P, match[:, 1].float(), batch["text_mask"], create_graph=False).float().detach()
+
+
+def at_size(A, size):
+    """Heat maps (b, patches) of one size of picture (width, height): (b, height, width), bicubic [AMC's code]"""
+    side = int(A.shape[1] ** 0.5)
+    return torch.nn.functional.interpolate(A.view(-1, 1, side, side), size[::-1], mode="bicubic", align_corners=False)[:, 0]
+
+
+def hottest(A):
+    """(x, y) of a map's first maximum, row by row"""
+    y, x = divmod(int(A.argmax()), A.shape[1])
+    return x, y
+
+
+def best_box_by_heat(A, boxes):
+    """The box, x y w h, that holds most heat for the square root of its area; corners are cut to whole pixels [AMC's code]."""
+    total = torch.nn.functional.pad(A.double().cumsum(0).cumsum(1), (1, 0, 1, 0)).cpu().numpy()
+    h, w = A.shape
+    x1, y1, x2, y2 = (np.clip(c.astype(int), 0, top) for c, top in zip((boxes[:, 0], boxes[:, 1], boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]), (w, h, w, h)))
+    return int(((total[y2, x2] - total[y1, x2] - total[y2, x1] + total[y1, x1]) / np.sqrt(np.maximum(boxes[:, 2] * boxes[:, 3], 1e-9))).argmax())
+
+
+def explained(model, texts, store, tokenizer, max_words, batch_size=64, autocast=contextlib.nullcontext, name="pointing"):
+    """Yields (text, its picture's index, heat map at the picture's size) of each Text; texts of one size of picture go together."""
+    pairs = Pairs([t._replace(text=clean_caption(t.text)) for t in texts], store, tokenizer, max_words, name, ends=False)
+    was, device = model.training, next(model.parameters()).device
+    model.eval()
+    sizes = {i: store.size(i) for i in pairs.images.tolist()}
+    order = sorted(range(len(texts)), key=lambda c: (sizes[int(pairs.image[c])], pairs.n_words[c]))
+    bar = tqdm(total=len(order), desc=name, unit=" texts", disable=None, leave=False)
+    while order:
+        size = sizes[int(pairs.image[order[0]])]
+        some = [c for c in order[:batch_size] if sizes[int(pairs.image[c])] == size]
+        order = order[len(some):]
+        text, mask = (torch.from_numpy(x) for x in pairs.text(np.array(some)))
+        with autocast():
+            A = heat(model, to({"image": normalised(store.pixels(pairs.image[some])), "text": text, "text_mask": mask}, device))
+        for c, full in zip(some, at_size(A, size)):
+            yield texts[c], int(pairs.image[c]), full
+        bar.update(len(some))
+    bar.close()
+    model.train(was)
+
+
+def boxes_of_phrases(data, split):
+    """Flickr30k Entities' phrases that have boxes: Texts with target = boxes x y w h, and the kinds of each."""
+    found = [(Text(g.image, p.words, f"{g.id}/{p.chain}", [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in g.boxes[p.chain]]), p.kinds)
+             for g in entities(data, split)[0] for p in g.phrases if p.chain in g.boxes]
+    return [t for t, _ in found], [k for _, k in found]
+
+
+def pointing_games(model, data, tokenizer, config, sets=("flickr30k", "refcoco+", "referit"), **how):
+    """{"pointing/flickr30k": percent, ...}: is the hottest place strictly inside a box of what the text means?               AMC sec. 4.2, 4.3
+
+    flickr30k    phrases of Entities' test split; .../people and so on: the eight kinds
+    refcoco+     testA, testB; .../clean: images that Visual Genome does not share (AMC Table 4); .../boxes: Recall@1, the detector's box that
+                 holds most heat, IoU >= 0.5 with the truth (Table 5)
+    referit      RefCLEF's test expressions
+    .../chance   the share of the picture that the boxes cover
+    A data set that is not in the tree is left out.
+    """
+    data, found, where = Path(data), {}, regions_of(config)
+    asked = {}
+    if "flickr30k" in sets and (data / "flickr30k_entities").exists():
+        asked["flickr30k"] = "flickr30k", *boxes_of_phrases(data, "test")
+    for split in ("testA", "testB") if "refcoco+" in sets and (data / "refer" / "refcoco+").exists() else ():
+        texts = [t._replace(target=[t.target]) for t in read_referring(data, "refcoco+", split)[0]]
+        asked[f"refcoco+/{split}"] = "coco", texts, [()] * len(texts)
+    if "referit" in sets and (data / "refclef").exists():
+        texts = [t._replace(target=[t.target]) for t in referit(data)[0]]
+        asked["referit"] = "refclef", texts, [()] * len(texts)
+    if not asked:
+        raise DataError(f"{data} has none of flickr30k_entities, refer/refcoco+, refclef\n  Wanted: at least one, to point at something.")
+    shared = {i.get("coco_id") for i in vg_images(data).values()} if (data / "vg/image_data.json").exists() else set()
+    detected = RegionStore(Path(config["regions"]) / "refcoco_det") if (Path(config["regions"]) / "refcoco_det").exists() else None
+    for name, (store, texts, kinds) in asked.items():
+        kind_of = dict(zip((t.id for t in texts), kinds))
+        store, hits = open_store(where, store), {}
+        for text, image, A in explained(model, texts, store, tokenizer, config["max_words"], name=f"pointing, {name}", **how):
+            x, y = hottest(A)
+            boxes = np.array(text.target, float)
+            hit = bool(((boxes[:, 0] < x) & (x < boxes[:, 0] + boxes[:, 2]) & (boxes[:, 1] < y) & (y < boxes[:, 1] + boxes[:, 3])).any())
+            covered = np.zeros(A.shape, bool)
+            for bx, by, bw, bh in boxes.astype(int):
+                covered[by:by + bh, bx:bx + bw] = True
+            for key, value in (("", hit), *(("/" + k, hit) for k in kind_of[text.id]), ("/chance", covered.mean())):
+                hits.setdefault(key, []).append(value)
+            if name.startswith("refcoco+"):
+                if int(text.image.split("_")[-1]) not in shared:
+                    hits.setdefault("/clean", []).append(hit)
+                if detected is not None and text.image in detected.index:
+                    proposals = detected.read(np.array([detected.index[text.image]]), "boxes")[0].astype(float)
+                    proposals[:, 2:] -= proposals[:, :2]
+                    hits.setdefault("/boxes", []).append(iou(proposals[best_box_by_heat(A, proposals)], boxes[0]) >= 0.5)
+        found |= {f"pointing/{name}{key}": float(100 * np.mean(values)) for key, values in hits.items()}
+    return found
+
+
+CIVIDIS = np.array([(0, 32, 77), (49, 68, 107), (102, 105, 112), (149, 143, 120), (202, 185, 105), (255, 234, 70)], float)       # reads the same to all eyes
+
+
+def draw_heat(picture, A, boxes, title):
+    """One panel: the picture under its heat map, the true boxes red, the hottest place a white ring."""
+    A = A.clamp(min=0).cpu().numpy()
+    level = (A / max(A.max(), 1e-9)) * (len(CIVIDIS) - 1)
+    low = level.astype(int).clip(max=len(CIVIDIS) - 2)
+    colour = CIVIDIS[low] + (level - low)[..., None] * (CIVIDIS[low + 1] - CIVIDIS[low])
+    panel = Image.blend(picture, Image.fromarray(colour.astype(np.uint8)), 0.55)
+    pen, (x, y) = ImageDraw.Draw(panel), hottest(torch.from_numpy(A))
+    for bx, by, bw, bh in boxes:
+        pen.rectangle([bx, by, bx + bw, by + bh], outline=OTHERS, width=max(2, panel.width // 120))
+    r = max(4, panel.width // 60)
+    pen.ellipse([x - r, y - r, x + r, y + r], outline="white", width=max(2, r // 3))
+    return titled(panel.resize((240, max(1, round(panel.height * 240 / panel.width)))), title)
+
+
+def heat_figures(models, data, tokenizer, config, out, n=6):
+    """AMC fig. 2-5: a picture of phrases with boxes, a row for each model, the first n captions of Flickr30k Entities' test split, and
+    as many expressions of RefCOCO+'s; returns the paths."""
+    texts, where, paths = {}, regions_of(config), []
+    if (Path(data) / "flickr30k_entities").exists():
+        for t in boxes_of_phrases(data, "test")[0]:
+            if t.id.split("#")[1].startswith("0/"):
+                texts.setdefault(("flickr30k", t.image), []).append(t)
+        texts = dict(list(texts.items())[:n])
+    if (Path(data) / "refer" / "refcoco+").exists():
+        some = {}
+        for t in read_referring(data, "refcoco+", "testA")[0]:
+            some.setdefault(("coco", t.image), []).append(t._replace(target=[t.target]))
+        texts |= dict(list(some.items())[:n])
+    for (name, image), said in texts.items():
+        store, rows = open_store(where, name), []
+        for model in models.values():
+            panels = {}
+            for t, at, A in explained(model, said[:5], store, tokenizer, config["max_words"]):
+                with Image.open(store.paths[at]) as picture:
+                    panels[t.id] = draw_heat(upright(picture), A, t.target, t.text)
+            rows.append([panels[t.id] for t in said[:5]])
+        paths.append(Path(out) / f"heat_{name}_{image}.png")
+        save_png(grid(rows, list(models)), paths[-1])
+    return paths
+
+
 # ------------------------------------------------------------------------------------------------------------- data
 
 VALIDATION = {"vqa": "val2014", "gqa": "testdev_all", "vcr": "val", "nlvr2": "dev", "ve": "dev", "re": "val"}
@@ -585,12 +741,12 @@ VALIDATION = {"vqa": "val2014", "gqa": "testdev_all", "vcr": "val", "nlvr2": "de
 
 def load_task(config, tokenizer, split, names=(), part="both", boxes="gt"):
     """The data of config["task"] (train.py's settings as a dict) as data.Task; split names may be joined by + (VQA)."""
-    name, data, regions = config["task"], config["data"], Path(config["regions"])
+    name, data, regions = config["task"], config["data"], regions_of(config)
     how = dict(max_words=config["max_words"], skip_missing=config["skip_missing"])
     if name == "vcr":
         return vcr_task(data, split, tokenizer, vcr_store(regions), part, **how)
     own = "vg" if split.startswith(("train", "val")) else "gqa"     # GQA's train and val images are Visual Genome's
-    store = RegionStore(regions / {"vqa": "coco", "gqa": own, "nlvr2": "nlvr2", "ve": "flickr30k", "re": f"refcoco_{boxes}"}[name])
+    store = open_store(regions, {"vqa": "coco", "gqa": own, "nlvr2": "nlvr2", "ve": "flickr30k", "re": f"refcoco_{boxes}"}[name])
     if name == "gqa":
         return gqa_task(data, split.split("+"), tokenizer, store, {a: i for i, a in enumerate(names)}, **how)
     if name == "vqa":
@@ -733,7 +889,7 @@ def figures(models, data, tokenizer, regions, out, n=4):
 def map_figures(models, data, tokenizer, regions, out, n=4):
     """Kervadec fig. 4: for GQA validation questions and each model the cross layer's map, words by regions, its answer, and for each pointed
     word the picture with the boxes, the strongest in green; returns the paths."""
-    pairs = Pairs([t for t in read_gqa(data, "val_balanced")[0] if len(t.pointers) > 1][:n], RegionStore(Path(regions) / "vg"), tokenizer, name="GQA val")
+    pairs = Pairs([t for t in read_gqa(data, "val_balanced")[0] if len(t.pointers) > 1][:n], open_store(regions, "vg"), tokenizer, name="GQA val")
     paths = []
     for caption, text in enumerate(pairs.texts):
         image, rows, titles = pairs.image[caption], [], []
@@ -796,7 +952,7 @@ def load_model(path, data, size=None, config=None):
     if saved.sizes["vocab"] != len(tokenizer):
         raise CheckpointError(f"{path} was trained with {saved.sizes['vocab']:,} word pieces, the vocabulary in {data} has {len(tokenizer):,}\n"
                               "  Choose the --data tree it was trained on.")
-    made = ("vocab", "features", "classes", "attributes", "types", "head", "answers", "align")
+    made = ("vocab", "features", "classes", "attributes", "types", "head", "answers", "align", "queue", "resolution", "patch")
     model = build(saved.sizes.get("model", "uniter"), saved.sizes["size"], **{k: saved.sizes[k] for k in made if k in saved.sizes})
     model.load_state_dict(saved.model)
     return model, tokenizer, config, saved.sizes
@@ -845,7 +1001,8 @@ def run_task(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config, sizes = next(iter(loaded.values()))
     model.to(device)
-    regions, head = args.regions or f"{args.data}/regions", args.head or ("match" if config.get("task") == "pretrain" else "rank")
+    folder = args.regions or f"{args.data}/regions"
+    regions, head = regions_of(config | {"data": args.data, "regions": folder}), args.head or ("match" if config.get("task") == "pretrain" else "rank")
     if args.task == "winoground":
         return winoground(model, args.data, tokenizer, regions, head=head)
     if args.task == "retrieval":
@@ -859,19 +1016,23 @@ def run_task(args):
         if not isinstance(model, Maf):
             raise CheckpointError(f"{args.ckpt[0]} does not ground phrases\n  Train that first: python train.py --loss maf")
         return grounding(model, args.data, tokenizer, regions, config | {"skip_missing": args.skip_missing}, args.split or "test")
+    if args.task == "pointing" and isinstance(model, Albef):
+        return pointing_games(model, args.data, tokenizer, config | {"data": args.data, "regions": folder}, [args.dataset] if args.dataset else ("flickr30k", "refcoco+", "referit"))
     if args.task == "pointing":
         texts = [t for t in read_gqa(args.data, args.split or "val_balanced")[0] if t.pointers]
-        return pointing(model, Pairs(texts, RegionStore(Path(regions) / "vg"), tokenizer, config["max_words"], "GQA", args.skip_missing))
+        return pointing(model, Pairs(texts, open_store(regions, "vg"), tokenizer, config["max_words"], "GQA", args.skip_missing))
     if args.task in VALIDATION:
         together = config["task"] == "pretrain" and config.get("pretrain") == "together" and args.task == "gqa"     # GQA without fine-tuning
         config = config | {"task": "gqa"} if together else config
         if config["task"] != args.task:
             raise CheckpointError(f"{args.ckpt[0]} was trained for {config['task']}, not for {args.task}\n  Train that first: python train.py --task {args.task}")
-        config = config | {"data": args.data, "regions": regions, "skip_missing": args.skip_missing} | ({"dataset": args.dataset} if args.dataset else {})
+        config = config | {"data": args.data, "regions": folder, "skip_missing": args.skip_missing} | ({"dataset": args.dataset} if args.dataset else {})
         return downstream(model, config, sizes, tokenizer, args.split, args.submit, hide=args.hide)
     models = {name: found[0].to(device) for name, found in loaded.items()}
     if isinstance(model, Maf):
         paths = grounding_figures(model, args.data, tokenizer, regions, config, args.out)
+    elif isinstance(model, Albef):
+        paths = heat_figures(models, args.data, tokenizer, config | {"data": args.data, "regions": folder}, args.out)
     elif isinstance(model, Lxmert) and config.get("pretrain") == "together":
         paths = map_figures({name: (m, loaded[name][3].get("answer_list")) for name, m in models.items()}, args.data, tokenizer, regions, args.out)
     else:

@@ -21,6 +21,8 @@ Everything is computed in float32 (float64 stays), also under autocast.
                            iais_singular  iais_singular_side                    IAIS sec. 3.1 (Ren et al. 2021)
                            iais_singular_released                               the same, as in the authors' code
                            iais_distributed  iais_distributed_side              IAIS sec. 3.2
+    pixels                 itc  itc_targets  negative_weights  mlm_distilled     AMC eq. 1, 3 (ALBEF)
+                           gradcam  unit_range  amc  amc_mean  amc_max  amc_cosine        AMC eq. 4-9, Table 3
     helpers                wide  mean_over  masked_softmax  block_softmax  joint_softmax  strongest_partner  row_mean_kl
 """
 import torch
@@ -542,3 +544,112 @@ def iais_distributed(P_LL, P_LV, P_VL, P_VV, text_mask, region_mask):
     """
     return (iais_distributed_side(P_LL, P_LV, P_VL, text_mask, region_mask)
             + iais_distributed_side(P_VV, P_VL, P_LV, region_mask, text_mask))
+
+
+# -------------------------------------------------------------------------- pixels: ALBEF's and AMC's (He et al. 2022)
+
+def itc_targets(similarity_m, own, alpha):
+    """What the contrastive loss should find: the own partner, softened by the momentum model.     alpha softmax(s_m) + (1 - alpha) onehot
+
+    similarity_m (b, M): the momentum model's similarities divided by the temperature, no gradient; own (b,): the column of each row's partner
+    returns  (b, M), rows sum to 1
+    Source: ALBEF's code, AMC sec. 2.1.
+    Helpers: wide.
+    """
+    s = wide(similarity_m)
+    return alpha * s.softmax(dim=-1) + (1 - alpha) * F.one_hot(own, s.shape[1]).to(s.dtype)
+
+
+def itc(similarity, target):
+    """Image-text contrastive loss, one direction.    loss = -mean_b sum_m target_bm log softmax(similarity_b)_m                AMC eq. (3)
+
+    similarity (b, M): an image with M texts or the reverse, divided by the temperature: the momentum model's features of the batch, then
+    of the queue; target (b, M) of itc_targets
+    returns  scalar >= 0, nats per pair; ALBEF takes the mean of both directions
+    Source: ALBEF's code. Here: the cross-entropy; ALBEF's paper writes a KL divergence, which has the same gradient.
+    Helpers: wide.
+    """
+    return -(wide(similarity).log_softmax(dim=-1) * target).sum(dim=-1).mean()
+
+
+def negative_weights(similarity, own):
+    """How likely each other partner of the batch is drawn as the mismatched one: the more similar, the more likely.            ALBEF's code
+
+    similarity (b, B): with the B partners of the batch; own (b,): the column of each row's true one
+    returns  (b, B), 0 there; rows sum to less than 1
+    Helpers: wide.
+    """
+    return wide(similarity).softmax(dim=-1).scatter(1, own[:, None], 0.0)
+
+
+def mlm_distilled(logits, target, teacher_logits, alpha):
+    """Masked language modelling with a momentum teacher.   loss = (1 - alpha) mlm - alpha mean_k sum_v softmax(teacher)_kv log softmax(logits)_kv
+
+    logits, teacher_logits (K, V), target (K,): the K masked words; K may be 0; returns a scalar >= 0, nats per masked word
+    Source: ALBEF's code, AMC eq. (1). AMC's code takes the teacher's softmax over token positions instead of words, a slip.
+    Helpers: wide, mean_over, mlm.
+    """
+    soft = -(wide(logits).log_softmax(dim=-1) * wide(teacher_logits).softmax(dim=-1)).sum(dim=-1)
+    return (1 - alpha) * mlm(logits, target) + alpha * mean_over(soft, len(target))
+
+
+def gradcam(P, score, text_mask, create_graph=True):
+    """Where the image supports a score: A = mean over heads and words of P * ReLU(d score / d P), patches only.                AMC eq. (4)-(6)
+
+    P (B, H, N_L, 1 + patches): cross-attention probabilities in the graph of score, image [CLS] first; score (B,) or a scalar
+    text_mask (B, N_L): padded words give nothing, but count in the mean [authors' code]
+    returns  A (B, patches) >= 0; with create_graph a loss on A reaches every weight, through the gradient too
+    Source: AMC's code. It differentiates the matched logit of matched pairs; eq. (5) writes the cross-entropy, whose sign is opposite
+    (pass it as score to have that); ReLU before the product equals eq. (6), since P >= 0.
+    """
+    gradient, = torch.autograd.grad(score.sum(), P, create_graph=create_graph)
+    words = text_mask[:, None, :, None]
+    return (P * gradient.clamp(min=0) * words)[..., 1:].mean(dim=(1, 2))
+
+
+def unit_range(A, eps=1e-7):
+    """Each heat map to [0, 1].    (A - min) / (max - min + eps)    A (B, ...); returns the same shape. Source: AMC's code; not in the paper."""
+    low, flat = (1,) * (A.dim() - 1), A.flatten(1)
+    return (A - flat.amin(1).view(-1, *low)) / (flat.amax(1) - flat.amin(1) + eps).view(-1, *low)
+
+
+def amc_mean(A, M, margin=0.1):
+    """The mean heat inside the region should exceed the mean heat outside by a margin.    max(0, out - in + margin)              AMC eq. (7)
+
+        in = sum A M / sum M,   out = sum A (1 - M) / sum (1 - M),   sums over all pairs of the batch
+
+    A, M (b, h, w): heat maps in [0, 1] and region masks in [0, 1]; returns a scalar in [0, 1 + margin]
+    Source: AMC's code. Eq. (7) has one hinge a pair, then the mean: the mean of amc_mean(A[i:i+1], M[i:i+1]).
+    Helpers: wide.
+    """
+    A, M = wide(A), wide(M)
+    inside, outside = (A * M).sum() / M.sum(), (A * (1 - M)).sum() / (1 - M).sum()
+    return (outside - inside + margin).clamp(min=0)
+
+
+def amc_max(A, M, margin=0.5):
+    """The hottest place should lie inside the region, by a margin.    mean_i max(0, max(A (1 - M)) - max(A M) + margin)          AMC eq. (8)
+
+    A, M (b, h, w) as amc_mean; returns a scalar in [0, 1 + margin]
+    Source: AMC sec. 2.2; the code agrees.
+    Helpers: wide.
+    """
+    A, M = wide(A).flatten(1), wide(M).flatten(1)
+    return ((A * (1 - M)).max(dim=1).values - (A * M).max(dim=1).values + margin).clamp(min=0).mean()
+
+
+def amc(A, M):
+    """Attention mask consistency.    loss = 0.2 amc_mean + 0.8 amc_max        A, M (b, h, w); returns a scalar                   AMC eq. (9)
+
+    Helpers: wide, amc_mean, amc_max.
+    """
+    return 0.2 * amc_mean(A, M) + 0.8 * amc_max(A, M)
+
+
+def amc_cosine(A, M):
+    """The ablation: heat map and mask should point the same way.    mean_i 1 - cos(A_i, M_i)      A, M (b, h, w); returns a scalar in [0, 1]
+
+    Source: AMC sec. 4.5, Table 3b, "cosine distance between M and A"; not in the code.
+    Helpers: wide.
+    """
+    return (1 - F.cosine_similarity(wide(A).flatten(1), wide(M).flatten(1), dim=1)).mean()

@@ -1,4 +1,4 @@
-"""Encoders for word-region alignment: UNITER's single stream, LXMERT's two streams, MAF's embeddings; heads, and official checkpoints.
+"""Encoders for word-region alignment: UNITER's single stream, LXMERT's two, ALBEF's towers, MAF's embeddings; heads, and official checkpoints.
 
 Letters: B pairs, N_L words, N_V regions, L longest words + regions of the batch, H heads, D width, D_V width of a region
 feature, V vocabulary, C region classes, K masked words or regions. A mask is bool, True = real; real entries come first.
@@ -8,14 +8,17 @@ feature, V vocabulary, C region classes, K masked words or regions. A mask is bo
     CrossLayer       words ask regions and regions ask words, with one set of weights; then a Layer each    LXMERT; Kervadec eq. 5-10
     TextEmbedding    word + position + type                                      UNITER sec. 3.1
     RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1; BoxedFeature: LXMERT's
+    PatchStem        pixels instead of features
     answer_head  choice_head  region_head  TripletHead  PairHead  PairAttentionHead     one for each downstream task, UNITER sec. A.2
     AlignmentDecoder which region a word stands for                              Kervadec eq. 11, 12
     Uniter           single stream and heads; forward() returns an Output        UNITER sec. 3.1, 3.2
     Lxmert           two streams and heads; same forward()                       Kervadec sec. 3
+    Albef            ViT, text and fusion encoder, momentum copy, queues         AMC sec. 2 (Li et al. 2021)
     Maf              word vectors and three matrices                             MAF sec. 3.1
     build            any of them by name and size
-    load_pretrained  BERT, UNITER, LXMERT, MAF and our own checkpoints
+    load_pretrained  BERT, UNITER, LXMERT, DeiT, ALBEF, AMC, MAF and our own checkpoints
 """
+import copy
 import json
 import math
 import pickle
@@ -35,6 +38,10 @@ SIZES = {                                           # UNITER footnote 12; toy [o
     "large": dict(width=1024, layers=24, heads=16, inner=4096),
 }
 STACKS = {"toy": (2, 1, 2), "base": (9, 5, 5)}       # of a two-stream model: language, vision and cross layers [Kervadec sec. 6.3]; toy [ours]
+PIXELS = {                                          # ALBEF: layers of text and fusion, fusion of them; its ViT; width of the contrastive features [ALBEF's code]; toy [ours]
+    "toy":  dict(width=128, layers=4, fusion=2, heads=4, inner=512, embed=64, vision=dict(width=128, layers=4, heads=4, inner=512)),
+    "base": dict(width=768, layers=12, fusion=6, heads=12, inner=3072, embed=256, vision=dict(width=768, layers=12, heads=12, inner=3072)),
+}
 EPS = 1e-12                                         # layer norm, as BERT
 
 
@@ -66,25 +73,26 @@ class Attention(nn.Module):
     """One stream asks (queries), the other answers (keys, values).
 
     x        (B, N, D)  asks
-    context  (B, M, D)  answers; pass x itself for self-attention
+    context  (B, M, D') answers; pass x itself for self-attention; D' = context_width, D unless told
     mask     (B, M)     True = may be attended to; at least one True in each row
-    returns  out (B, N, D), S: logits (B, H, N, M) with gradient if need_maps, else None
+    returns  out (B, N, D), and with gradient S: logits (B, H, N, M) if need_maps, P: probabilities if need_probs, else None
     """
-    def __init__(self, width, heads, dropout=0.0):
+    def __init__(self, width, heads, dropout=0.0, context_width=None):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} does not divide into {heads} heads; try heads={math.gcd(width, heads)}")
-        self.heads, self.dropout = heads, dropout
-        self.to_q, self.to_k = nn.Linear(width, width), nn.Linear(width, width)
-        self.to_v, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.heads, self.dropout, from_width = heads, dropout, context_width or width
+        self.to_q, self.to_k = nn.Linear(width, width), nn.Linear(from_width, width)
+        self.to_v, self.to_out = nn.Linear(from_width, width), nn.Linear(width, width)
 
     def split(self, z):
         return rearrange(z, "B N (H d) -> B H N d", H=self.heads)
 
-    def forward(self, x, context, mask, need_maps=False):
+    def forward(self, x, context, mask, need_maps=False, need_probs=False):
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
         may_see = mask[:, None, None, :]                            # (B, 1, 1, M)
         drop = self.dropout if self.training else 0.0
+        need_maps |= need_probs
         if need_maps or q.dtype == torch.bfloat16 and not q.is_cuda:    # written out: keeps the logits; and the fused bf16
                                                                     # kernel's backward is several times slower on CPUs
             S = q @ k.mT / math.sqrt(q.shape[-1])                   # (B, H, N, M)
@@ -92,7 +100,7 @@ class Attention(nn.Module):
             out = F.dropout(P, drop).to(v.dtype) @ v                # a loss sees S before dropout
         else:                                                       # fused: same numbers, no maps
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, dropout_p=drop)
-        return self.to_out(rearrange(out, "B H N d -> B N (H d)")), S if need_maps else None
+        return self.to_out(rearrange(out, "B H N d -> B N (H d)")), P if need_probs else S if need_maps else None
 
 
 class Layer(nn.Module):
@@ -149,8 +157,26 @@ class TextEmbedding(nn.Module):
         return self.dropout(self.norm(x))
 
 
+class PatchStem(nn.Module):
+    """Patches (B, N, 3 p p), pixel by pixel, of a square picture, row by row -> (B, N, D): a few small convolutions over the whole picture.
+
+    A single matrix, as a ViT has, learns shapes far slower from few pictures (README); convolutions: Xiao et al. 2021.
+    """
+    def __init__(self, patch, width):
+        super().__init__()
+        strides = [f for f in (2, 3, 5, 7) for _ in range(8) if patch % f == 0 and (patch := patch // f)] + [patch] * (patch > 1)
+        sizes = [3] + [max(24, width >> (len(strides) - 1 - i)) for i in range(len(strides))]
+        self.patch = math.prod(strides)
+        self.layers = nn.Sequential(*(part for a, b, f in zip(sizes, sizes[1:], strides)
+                                      for part in (nn.Conv2d(a, b, max(3, f), f, padding=int(f <= 3)), nn.GroupNorm(1, b), nn.GELU())), nn.Conv2d(sizes[-1], width, 1))
+
+    def forward(self, x):
+        x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=math.isqrt(x.shape[1]), p=self.patch, q=self.patch)
+        return rearrange(self.layers(x), "B D h w -> B (h w) D")
+
+
 class RegionEmbedding(nn.Module):
-    """norm( norm(W feature) + norm(W box) + type ): UNITER's embedding of a region                             UNITER sec. 3.1
+    """norm( norm(W feature) + norm(W box) + type ): UNITER's embedding of a region; for patches of pixels, W is a PatchStem        UNITER sec. 3.1
 
     regions (B, N_V, D_V), boxes (B, N_V, 4) = x1 y1 x2 y2 in [0, 1], seven numbers of them enter (footnote 3)
     hidden  (K,) int64 places in B*N_V of masked regions: feature zeroed, then a learned vector added; the box stays
@@ -158,15 +184,15 @@ class RegionEmbedding(nn.Module):
             modality embedding"); NLVR2 has row 2 for the right image
     returns (B, N_V, D)
     """
-    def __init__(self, features, width, dropout=0.1):
+    def __init__(self, features, width, dropout=0.1, patch=0):
         super().__init__()
-        self.feature, self.feature_norm = nn.Linear(features, width), nn.LayerNorm(width, EPS)
+        self.feature, self.feature_norm = PatchStem(patch, width) if patch else nn.Linear(features, width), nn.LayerNorm(width, EPS)
         self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width, EPS)
         self.mask, self.norm = nn.Parameter(torch.zeros(features)), nn.LayerNorm(width, EPS)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, regions, boxes, type, hidden=None):
-        regions = regions.to(self.feature.weight.dtype)
+        regions = regions.to(self.feature_norm.weight.dtype)
         if hidden is not None:
             shape = regions.shape
             regions = regions.flatten(0, 1).index_copy(0, hidden, self.mask.expand(len(hidden), -1)).view(shape)
@@ -181,14 +207,14 @@ class BoxedFeature(nn.Module):
 
     Arguments and result as RegionEmbedding; a hidden region's feature is zeroed
     """
-    def __init__(self, features, width, dropout=0.1):
+    def __init__(self, features, width, dropout=0.1, patch=0):
         super().__init__()
-        self.feature, self.feature_norm = nn.Linear(features, width), nn.LayerNorm(width, EPS)
+        self.feature, self.feature_norm = PatchStem(patch, width) if patch else nn.Linear(features, width), nn.LayerNorm(width, EPS)
         self.box, self.box_norm = nn.Linear(4, width), nn.LayerNorm(width, EPS)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, regions, boxes, hidden=None):
-        regions = regions.to(self.feature.weight.dtype)
+        regions = regions.to(self.feature_norm.weight.dtype)
         if hidden is not None:
             regions = regions.flatten(0, 1).index_fill(0, hidden, 0).view(regions.shape)
         return self.dropout((self.feature_norm(self.feature(regions)) + self.box_norm(self.box(boxes))) / 2)
@@ -310,17 +336,18 @@ class Uniter(nn.Module):
     vocab, features (D_V), classes (C, background included): sizes of the data; width ... inner: SIZES["base"]
     types       rows of the type table: 2; NLVR2 3, VCR 4
     head        the downstream task's, a name of HEADS, or ""; answers: how many it tells apart
-    align       with an AlignmentDecoder
+    align       with an AlignmentDecoder;   patch: regions are patches of so many pixels a side, 0 they are not
     """
     def __init__(self, vocab, features=2048, classes=1601, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1,
-                 head="", answers=0, align=False):
+                 head="", answers=0, align=False, patch=0):
         super().__init__()
         self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
-        self.region_embedding = RegionEmbedding(features, width, dropout)
+        self.region_embedding = RegionEmbedding(features, width, dropout, patch)
         self.layers = nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(layers)])
         self.pooler = nn.Linear(width, width)
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
         self.feature_head, self.feature_bias = Transform(width), nn.Parameter(torch.zeros(features))
+        self.feature_out = nn.Linear(width, features, bias=False) if patch else None      # of regions' features: tied to their embedding
         self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
         self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
         self.task_head = HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers) if head else None
@@ -365,7 +392,8 @@ class Uniter(nn.Module):
         if masked_regions is not None:
             h = out.regions.flatten(0, 1)[masked_regions]                                                 # (K, D)
             if "features" in heads:                                                                       # (K, D_V), tied
-                out = out._replace(region_features=F.linear(self.feature_head(h), self.region_embedding.feature.weight.mT, self.feature_bias))
+                back = self.feature_out.weight if self.feature_out else self.region_embedding.feature.weight.mT
+                out = out._replace(region_features=F.linear(self.feature_head(h), back, self.feature_bias))
             if "classes" in heads:
                 out = out._replace(region_logits=self.classifier(self.class_head(h)))                     # (K, C)
         return add_heads(self, out, x, mask, masked_words, heads)
@@ -375,12 +403,12 @@ class Lxmert(nn.Module):
     """Two-stream encoder: words among themselves, regions among themselves, then each asks the other.       Kervadec sec. 3.2; LXMERT
 
     vocab, features (D_V), classes (background not included), attributes: sizes of the data; layers: language, vision and cross layers
-    head, answers, align   as Uniter; answers also makes the pre-training's answer head, which is the same one
+    head, answers, align, patch   as Uniter; answers also makes the pre-training's answer head, which is the same one
     """
     def __init__(self, vocab, features=2048, classes=1600, attributes=400, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1,
-                 head="", answers=0, align=False):
+                 head="", answers=0, align=False, patch=0):
         super().__init__()
-        self.text_embedding, self.region_embedding = TextEmbedding(vocab, width, positions, types, dropout), BoxedFeature(features, width, dropout)
+        self.text_embedding, self.region_embedding = TextEmbedding(vocab, width, positions, types, dropout), BoxedFeature(features, width, dropout, patch)
         self.text_layers, self.region_layers = (nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(n)]) for n in layers[:2])
         self.cross_layers = nn.ModuleList([CrossLayer(width, heads, inner, dropout) for _ in range(layers[2])])
         self.pooler = nn.Linear(width, width)
@@ -445,7 +473,7 @@ def init_weights(module, std=0.02):
     """BERT's start: normal(0, 0.02) matrices at width 768 (wider for narrower models, so that all start alike), zero biases, unit norms."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
@@ -463,6 +491,141 @@ def start_rank_from_match(model):
     """The ranking score starts as the matching head's column 1: a copy (the authors' code shares the storage)."""
     model.rank.weight.copy_(model.match.weight[1:])
     model.rank.bias.copy_(model.match.bias[1:])
+
+
+# --------------------------------------------------------------------------- pixels: ALBEF (Li et al. 2021), as AMC sec. 2.1 uses it
+
+class PreNormLayer(nn.Module):
+    """x = x + attention(norm(x));  x = x + narrow(gelu(widen(norm(x)))): a ViT's layer, norm comes first; no dropout"""
+    def __init__(self, width, heads, inner):
+        super().__init__()
+        self.attention, self.attention_norm = Attention(width, heads), nn.LayerNorm(width, 1e-6)
+        self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.mlp_norm = nn.LayerNorm(width, 1e-6)
+
+    def forward(self, x, mask):
+        h = self.attention_norm(x)
+        x = x + self.attention(h, h, mask)[0]
+        return x + self.narrow(F.gelu(self.widen(self.mlp_norm(x))))
+
+
+class Vit(nn.Module):
+    """Vision transformer: an image (B, 3, R, R) in patches -> (B, 1 + (R / patch)^2, D), [CLS] first, then row by row."""
+    def __init__(self, width, layers, heads, inner, resolution=256, patch=16):
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, patch, patch)
+        self.cls, self.position = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1 + (resolution // patch) ** 2, width))
+        self.layers, self.norm = nn.ModuleList([PreNormLayer(width, heads, inner) for _ in range(layers)]), nn.LayerNorm(width, 1e-6)
+
+    def forward(self, image):
+        x = rearrange(self.patch(image), "B D h w -> B (h w) D")
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + resized_position(self.position, x.shape[1])
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x)
+
+
+def resized_position(position, patches):
+    """A ViT's positions (1, 1 + P, D) for a square grid of another number of patches: [CLS]'s stays, the grid is resized, bicubic."""
+    if position.shape[1] == 1 + patches:
+        return position
+    old, new = math.isqrt(position.shape[1] - 1), math.isqrt(patches)
+    grid = rearrange(position[:, 1:], "1 (h w) D -> 1 D h w", h=old)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    return torch.cat([position[:, :1], rearrange(grid, "1 D h w -> 1 (h w) D")], dim=1)
+
+
+class FusionLayer(Layer):
+    """A BERT layer whose words also ask the image, between asking themselves and the MLP."""
+    def __init__(self, width, heads, inner, dropout, image_width):
+        super().__init__(width, heads, inner, dropout)
+        self.cross, self.cross_norm = Attention(width, heads, dropout, image_width), nn.LayerNorm(width, EPS)
+
+    def forward(self, x, mask, image, image_mask, written_out=False, need_probs=False):
+        x = self.attention_norm(x + self.dropout(self.attention(x, x, mask, written_out)[0]))
+        seen, P = self.cross(x, image, image_mask, written_out, need_probs)
+        x = self.cross_norm(x + self.dropout(seen))
+        return self.mlp_norm(x + self.dropout(self.narrow(F.gelu(self.widen(x))))), P
+
+
+class AlbefTowers(nn.Module):
+    """Image, text and fusion encoder, language head and projections: what ALBEF trains, and of what it keeps a momentum copy."""
+    def __init__(self, vocab, width, inner, heads, layers, fusion, embed, positions, dropout, resolution, patch, vision):
+        super().__init__()
+        self.vision = Vit(resolution=resolution, patch=patch, **vision)
+        self.text_embedding = TextEmbedding(vocab, width, positions, 2, dropout)
+        self.text_layers = nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(layers - fusion)])
+        self.fusion_layers = nn.ModuleList([FusionLayer(width, heads, inner, dropout, vision["width"]) for _ in range(fusion)])
+        self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
+        self.vision_proj, self.text_proj = nn.Linear(vision["width"], embed), nn.Linear(width, embed)
+
+    def read(self, text, text_mask):
+        """(B, N_L) ids -> (B, N_L, D), before any image is seen"""
+        x = self.text_embedding(text)
+        for layer in self.text_layers:
+            x, _ = layer(x, text_mask)
+        return x
+
+    def fuse(self, words, text_mask, image, probs_of=None):
+        """words (B, N_L, D) of read(), image (B, 1 + P, D_V) of vision() -> (B, N_L, D), P of fusion layer number probs_of (B, H, N_L, 1 + P).
+
+        From that layer on attention is written out, so that the map has a gradient, and that gradient another one (Grad-CAM in training).
+        """
+        image_mask, P = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device), None
+        for i, layer in enumerate(self.fusion_layers):
+            words, found = layer(words, text_mask, image, image_mask, probs_of is not None and i >= probs_of, i == probs_of)
+            P = found if i == probs_of else P
+        return words, P
+
+    def name_words(self, states, places):
+        """(K, V) logits at these places in B*N_L"""
+        return F.linear(self.word_head(states.flatten(0, 1)[places]), self.text_embedding.word.weight, self.word_bias)
+
+    def features(self, image, words):
+        """Unit vectors of the [CLS] states: (B, E) twice"""
+        return F.normalize(self.vision_proj(image[:, 0]), dim=-1), F.normalize(self.text_proj(words[:, 0]), dim=-1)
+
+
+class Albef(nn.Module):
+    """Image encoder, text encoder, fusion encoder; a momentum copy (teacher) and queues of its features.        ALBEF; AMC sec. 2, 2.1
+
+    vision   width, layers, heads, inner of the ViT;   layers, fusion: text layers in all, and the last of them, which see the image
+    embed    E, width of the contrastive features;   queue: how many of the teacher's features are kept as further negatives
+    """
+    def __init__(self, vocab, *, width, layers, fusion, heads, inner, embed, vision, queue=65536, positions=512, dropout=0.1, resolution=256, patch=16, temperature=0.07):
+        super().__init__()
+        self.student = AlbefTowers(vocab, width, inner, heads, layers, fusion, embed, positions, dropout, resolution, patch, vision)
+        self.student.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
+        for parameter in (self.student.vision.cls, self.student.vision.position):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        self.match, self.temperature = nn.Linear(width, 2), nn.Parameter(torch.tensor(temperature))
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, F.normalize(torch.randn(embed, queue), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def cam_layer(self):
+        """The fusion layer whose map Grad-CAM explains: the third of six [AMC's code]."""
+        return (len(self.student.fusion_layers) - 1) // 2
+
+    @torch.no_grad()
+    def follow(self, momentum=0.995):
+        """teacher = momentum * teacher + (1 - momentum) * student; ALBEF does it before each step."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+
+    @torch.no_grad()
+    def enqueue(self, image, text):
+        """Put the teacher's features (B, E) of all processes into the queues, over the oldest; they wrap at any place."""
+        at = (self.queue_ptr + torch.arange(len(image), device=image.device)) % self.image_queue.shape[1]
+        self.image_queue[:, at], self.text_queue[:, at] = image.T.to(self.image_queue.dtype), text.T.to(self.text_queue.dtype)
+        self.queue_ptr.copy_((self.queue_ptr + len(image)) % self.image_queue.shape[1])
+
+    def forward(self, text, text_mask, image, explain=False):
+        """match (B, 2) logits, column 1 = they match; and P (B, H, N_L, 1 + patches) of cam_layer, if the score is to be explained, else None."""
+        states, P = self.student.fuse(self.student.read(text, text_mask), text_mask, self.student.vision(image), self.cam_layer if explain else None)
+        return self.match(states[:, 0]), P
 
 
 class Maf(nn.Module):
@@ -503,7 +666,9 @@ class Maf(nn.Module):
 
 
 def build(kind, size, **sizes):
-    """A model by name (uniter, lxmert) and size (a key of SIZES); sizes: what the data and the task ask of it."""
+    """A model by name (uniter, lxmert, albef) and size (a key of SIZES); sizes: what the data and the task ask of it."""
+    if kind == "albef":
+        return Albef(**PIXELS[size] | {k: sizes[k] for k in ("vocab", "queue", "resolution", "patch", "dropout") if k in sizes})
     sizes = {k: v for k, v in sizes.items() if k != "attributes" or kind == "lxmert"}
     shape = SIZES[size] | ({"layers": STACKS[size]} if kind == "lxmert" else {})
     return {"uniter": Uniter, "lxmert": Lxmert}[kind](**sizes, **shape)
@@ -517,7 +682,6 @@ class CheckpointError(ValueError):
 
 RENAMES = [                                         # official name -> ours, tried in this order, each where it matches
     (r"^module\.", ""),                             # saved from DataParallel
-    (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),        # BERT's first files
     (r"^(bert|uniter)\.", ""),
     (r"^embeddings\.word_embeddings", "text_embedding.word"),
     (r"^embeddings\.position_embeddings", "text_embedding.position"),
@@ -560,8 +724,24 @@ LXMERT_RENAMES = [                                  # tried first where the mode
     (r"^(module\.)?obj_predict_head\.transform\.LayerNorm", "object_head.2"), (r"^(module\.)?obj_predict_head\.decoder_dict\.obj", "classifier"),
     (r"^(module\.)?obj_predict_head\.decoder_dict\.attr", "attribute_classifier"), (r"^(module\.)?obj_predict_head\.decoder_dict\.feat", "feature_out"),
 ]
+ALBEF_RENAMES = [                                   # also AMC's, DeiT's (into the ViT) and BERT's; *_m is the momentum copy
+    (r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", r"teacher.\1."), (r"^(visual_encoder|text_encoder|vision_proj|text_proj)\.", r"student.\1."),
+    (r"visual_encoder\.", "vision."), (r"text_encoder\.(bert\.)?", ""), (r"^itm_head", "match"), (r"^temp$", "temperature"), (r"^queue_ptr_(img|txt)$", "queue_ptr"),
+    (r"^(?=cls_token|pos_embed|patch_embed|blocks|norm\.)", "student.vision."), (r"^bert\.", "student."), (r"^(?=embeddings\.|encoder\.|cls\.)", "student."),
+    (r"vision\.cls_token", "vision.cls"), (r"vision\.pos_embed", "vision.position"), (r"vision\.patch_embed\.proj", "vision.patch"),
+    (r"vision\.blocks\.(\d+)\.norm1", r"vision.layers.\1.attention_norm"), (r"vision\.blocks\.(\d+)\.norm2", r"vision.layers.\1.mlp_norm"),
+    (r"vision\.blocks\.(\d+)\.attn\.proj", r"vision.layers.\1.attention.to_out"), (r"vision\.blocks\.(\d+)\.attn\.", r"vision.layers.\1.attention."),
+    (r"vision\.blocks\.(\d+)\.mlp\.fc1", r"vision.layers.\1.widen"), (r"vision\.blocks\.(\d+)\.mlp\.fc2", r"vision.layers.\1.narrow"),
+    (r"\.embeddings\.word_embeddings", ".text_embedding.word"), (r"\.embeddings\.position_embeddings", ".text_embedding.position"),
+    (r"\.embeddings\.token_type_embeddings", ".text_embedding.token_type"), (r"\.embeddings\.LayerNorm", ".text_embedding.norm"),
+    (r"\.cls\.predictions\.transform\.dense", ".word_head.0"), (r"\.cls\.predictions\.transform\.LayerNorm", ".word_head.2"), (r"\.cls\.predictions\.bias", ".word_bias"),
+    (r"crossattention\.self\.query", "cross.to_q"), (r"crossattention\.self\.key", "cross.to_k"), (r"crossattention\.self\.value", "cross.to_v"),
+    (r"crossattention\.output\.dense", "cross.to_out"), (r"crossattention\.output\.LayerNorm", "cross_norm"),
+    (r"(encoder\.layer\.\d+)\.output\.dense", r"\1.narrow"), (r"(encoder\.layer\.\d+)\.output\.LayerNorm", r"\1.mlp_norm"),
+]
 MAF_RENAMES = [(r"^wv\.", "word."), (r"^linear_p\.", "phrase."), (r"^linear_mini\.", "mini."), (r"^linear_a\.", "attribute."), (r"^linear_f\.", "feature.")]
-TIED = {"cls.predictions.decoder.weight": "text_embedding.word", "cls.predictions.decoder.bias": "word_bias",
+TIED = {"text_encoder.cls.predictions.decoder.weight": "", "text_encoder.cls.predictions.decoder.bias": "", "text_encoder_m.cls.predictions.decoder.weight": "",
+        "text_encoder_m.cls.predictions.decoder.bias": "", "cls.predictions.decoder.weight": "text_embedding.word", "cls.predictions.decoder.bias": "word_bias",
         "feat_regress.weight": "region_embedding.feature"}          # second names of a tensor that we hold once
 
 
@@ -581,9 +761,14 @@ class Report(NamedTuple):
 
 
 def our_name(name, model=None):
-    """What we call an official parameter; model: which has it, as UNITER's and LXMERT's files use some names for different things."""
-    for pattern, new in (LXMERT_RENAMES if isinstance(model, Lxmert) else MAF_RENAMES if isinstance(model, Maf) else []) + RENAMES:
+    """What we call an official parameter; model: which has it, as different models' files use some names for different things."""
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))       # BERT's first files
+    own = {Lxmert: LXMERT_RENAMES, Maf: MAF_RENAMES, Albef: ALBEF_RENAMES}.get(type(model), [])
+    for pattern, new in own + RENAMES:
         name = re.sub(pattern, new, name)
+    if isinstance(model, Albef) and (found := re.search(r"encoder\.layer\.(\d+)\.", name)):      # one numbering there, two stacks here
+        i, text = int(found[1]), len(model.student.text_layers)
+        name = name.replace(found[0], f"text_layers.{i}." if i < text else f"fusion_layers.{i - text}.")
     return name
 
 
@@ -611,9 +796,9 @@ def read_tensors(path):
     found = read_plain(path)
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         found = found["model"]
-    for name in [name for name in found if ".in_proj_" in name] if isinstance(found, dict) else []:
-        for part, piece in zip("qkv", found.pop(name).chunk(3)):    # torch's own attention keeps its three matrices as one
-            found[name.replace("in_proj_", f"to_{part}.")] = piece
+    for name in [name for name in found if re.search(r"\.in_proj_|\.attn\.qkv\.", name)] if isinstance(found, dict) else []:
+        for part, piece in zip("qkv", found.pop(name).chunk(3)):    # torch's own attention and ViTs keep the three matrices as one
+            found[re.sub(r"in_proj_|(?<=attn\.)qkv\.", f"to_{part}.", name)] = piece
     if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise CheckpointError(f"{path} holds {type(found).__name__} and not a table of named tensors\n"
                               "  Wanted: a state_dict, or a training file with one under \"model\".")
@@ -688,7 +873,9 @@ def load_pretrained(model, path, new_words=0):
             tensor = torch.cat([tensor, start.expand(more, -1)])
         elif ours in ("text_embedding.word.weight", "word_bias") and more == new_words > 0:
             tensor = torch.cat([tensor, own[ours][-more:].to(tensor.dtype)])
-        if tensor.shape != own[ours].shape and ours.startswith("task_head."):
+        if ours.endswith("vision.position"):
+            tensor = resized_position(tensor.float(), own[ours].shape[1] - 1)
+        if tensor.shape != own[ours].shape and ours.startswith(("task_head.", "image_queue", "text_queue")):
             report.unused.append(name)
             continue
         if tensor.shape != own[ours].shape:
@@ -703,6 +890,11 @@ def load_pretrained(model, path, new_words=0):
         raise CheckpointError(f"{path} does not fit this model: {len(wrong)} tensors of another size, {len(report.loaded)} that fit\n  "
                               + "\n  ".join(wrong[:4] or report.unused[:4])
                               + "\n  Another --size, another vocabulary or region features of another width: compare with the file's own recipe.")
+    if isinstance(model, Albef):
+        report.tied.extend(n for n in report.unused if n.endswith("embeddings.position_ids"))
+        report.unused[:] = [n for n in report.unused if not n.endswith("embeddings.position_ids")]
+        if not any(n.startswith("teacher.") for n in report.loaded):            # BERT, DeiT: the momentum copy starts from them too
+            model.teacher.load_state_dict(model.student.state_dict())
     if "rank.weight" in report.missing and "match.weight" in report.loaded:
         start_rank_from_match(model)
     return report

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import evaluate
 import losses
-from data import (CORPORA, ENTAILMENT, REFER, VCR_WORDS, DataError, Mix, Names, PairBatches, Pairs, PhraseBatches, Phrases, RankingBatches, RegionStore,
-                  TaskBatches, TogetherBatches, WordPiece, Words, all_answers, bare, blind, coco_karpathy, ensure_toy, entities, flickr30k, gqa, gqa_records, held_out,
-                  joined_descriptions, names_of, nlvr_pairs, soft_target, vcr, vcr_store, vg_questions, vqa, write_atomic)
+from data import (CORPORA, ENTAILMENT, REFER, VCR_WORDS, DataError, Mix, Names, PairBatches, Pairs, PhraseBatches, Phrases, PictureBatches, RankingBatches, RegionStore,
+                  TaskBatches, TogetherBatches, WordPiece, Words, all_answers, bare, blind, clean_caption, coco_karpathy, ensure_toy, entities, flickr30k, gqa, gqa_records, held_out,
+                  joined_descriptions, names_of, nlvr_pairs, open_store, regions_of, soft_target, vcr, vcr_store, vg_images, vg_questions, vg_triplets, vqa, write_atomic)
 from evaluate import HEAD_OF, TYPES_OF, VALIDATION, answer_list_of, load_task, to
 from model import SIZES, STACKS, CheckpointError, Maf, build, load_pretrained, read_checkpoint, start_rank_from_match
 
@@ -48,6 +48,11 @@ TWO_STREAM = dict(model="lxmert", cased=False, max_words=18, size="base", beta2=
 KERVADEC = TWO_STREAM | dict(task="pretrain", pretrain="together", loss="align", split="train_balanced+val_balanced", align_schedule="constant",
                              steps=358_600, warmup=17_930, units=7168, lr=1e-4, clip=1.0)
 MAF = dict(task="grounding", loss="maf", cased=False, units=64, lr=1e-5, eps=1e-8, beta2=0.999, weight_decay=0.0, clip=0.0, schedule="constant", warmup=0)
+# ALBEF and AMC [their code: configs/*.yaml]; units are pairs a GPU; 8 GPUs. An epoch of ALBEF's 14 M images is 27,000 updates
+PICTURES = dict(model="albef", task="pretrain", vision="patches", cased=False, max_words=24, size="base", units=64, eps=1e-8, beta2=0.999, weight_decay=0.02, clip=0.0,
+                schedule="cosine", warmup=2000, align_schedule="constant")
+AMC_BASE = PICTURES | dict(loss="amc", triplets="box+region", init="{data}/checkpoints/ALBEF.pth", steps=40_000, lr=1e-5)
+TOY_PICTURES = PICTURES | dict(size="toy", patch=8, dropout=0.0, units=48, queue=480, warmup=200, beta2=0.98, weight_decay=0.01, clip=2.0, augment="flip", smallest=0.01, save_every=500, eval_every=500)
 RANKING = dict(task="retrieval", steps=5000, warmup=500, units=2048, lr=5e-5, negatives=31, candidates=399, alternate=True)
 
 RECIPES = {
@@ -64,9 +69,11 @@ RECIPES = {
     "toy-re": TOY | dict(task="re", dataset="refcoco", steps=500),
     "toy-retrieval": TOY | dict(task="retrieval", steps=300, negatives=3, candidates=24, mine_from=32),
     "toy-align": TWO_STREAM | dict(task="pretrain", pretrain="together", loss="align", align_schedule="constant", size="toy", dropout=0.0, split="train_balanced",
-                                   optimizer="adamw", answers_from=0.25, steps=1500, warmup=200, units=1024, lr=1e-3, beta2=0.98, clip=5.0, save_every=500, eval_every=500),
+                                   optimizer="adamw", answers_from=0.25, steps=2400, warmup=200, units=1024, lr=1e-3, beta2=0.98, clip=5.0, save_every=500, eval_every=500),
     "toy-gqa": TWO_STREAM | dict(task="gqa", init="toy-align", size="toy", dropout=0.0, optimizer="adamw", steps=800, warmup=50, units=2048, lr=3e-4, beta2=0.98),
     "toy-grounding": MAF | dict(steps=1000, lr=1e-3),
+    "toy-albef": TOY_PICTURES | dict(corpora="coco+vg", steps=3000, lr=5e-4),
+    "toy-amc": TOY_PICTURES | dict(loss="amc", init="toy-albef", triplets="box+region", steps=600, lr=1e-4, warmup=50),
     # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README
     "uniter-pretrain": PRETRAIN | dict(corpora="coco+vg", accumulate=2),
     "uniter-pretrain-all": ALL_DATA | dict(accumulate=6),
@@ -89,6 +96,9 @@ RECIPES = {
     "kervadec-without": KERVADEC | dict(loss="none"),                   # table 2 and 4: without alignment supervision
     "gqa": TWO_STREAM | dict(task="gqa", init="kervadec", split="train_balanced+val_balanced", steps=134_000, warmup=13_400, units=1792, lr=1e-5, clip=5.0),   # LXMERT's
     "kervadec-nlvr2": TWO_STREAM | dict(task="nlvr2", form="pair-mlp", init="kervadec", steps=10_800, warmup=1080, units=3584, lr=5e-5, clip=5.0, skip_missing=True),
+    "albef": PICTURES | dict(corpora="coco+vg+cc3m+sbu+cc12m", init="{data}/checkpoints/deit_base_patch16_224-b5f2ef4d.pth", steps=810_000, lr=1e-4),
+    "amc": AMC_BASE,
+    "amc-without": AMC_BASE | dict(loss="none"),                        # the same pairs and updates, without the boxes
     "maf": MAF | dict(steps=58_200),                                    # 25 epochs of 148,915 captions [MAF app. A]
     "flickr30k": BASE | RANKING | dict(accumulate=16),              # the hard negatives of UNITER's code; CACR's and IAIS's experiment
     "coco": BASE | RANKING | dict(dataset="coco", accumulate=16),
@@ -107,8 +117,8 @@ def opt(default, help, choices=None):
 class Config:
     """Every setting of a run, its default, and where the default is from."""
     recipe: str = opt("toy", "which experiment: its settings replace the defaults below; what you type replaces both")
-    loss: str = opt("none", "alignment losses, joined by +: none, cacr, iais, iais-released, iais-distributed, wra; align (Kervadec) and maf bring their own recipes")
-    model: str = opt("uniter", "single-stream uniter or two-stream lxmert", ("uniter", "lxmert"))
+    loss: str = opt("none", "alignment losses, joined by +: none, cacr, iais, iais-released, iais-distributed, wra; align (Kervadec), maf, and amc, amc-mean, amc-max, amc-cosine bring their own recipes")
+    model: str = opt("uniter", "single-stream uniter, two-stream lxmert, or albef with a ViT, text and fusion encoder", ("uniter", "lxmert", "albef"))
     task: str = opt("retrieval", "what to learn; grounding: MAF", ("retrieval", "pretrain", "vqa", "gqa", "vcr", "nlvr2", "ve", "re", "nlvr", "grounding"))
     pretrain: str = opt("mlm+itm", "pre-training tasks, joined by +: mlm, itm, mrfr, mrc, mrckl, wra (goes with itm) [UNITER table 2]; mlm:3 triples a share; "
                         "or together: words, regions, matching, answers in each step [LXMERT, Kervadec sec. 4]")
@@ -116,6 +126,12 @@ class Config:
     corpora: str = opt("coco", "pre-training data, joined by +: coco, vg, cc3m, sbu, vcr (second stage, alone); vg:3 triples a share [UNITER table 1]")
     dataset: str = opt("flickr30k", "retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog")
     split: str = opt("", "what a downstream task learns from; its training split unless given; vqa and gqa join some by +. together: of GQA's questions")
+    triplets: str = opt("", "albef: learn from Visual Genome's texts with a box instead: box (objects, attributes, places), region (descriptions), box+region [AMC sec. 4.1]")
+    smallest: float = opt(0.08, "triplets: boxes below this share of the image are left out [AMC sec. 4.1]")
+    augment: str = opt("flip+jitter+grey", "albef: what happens to pictures, joined by +, or none: flip (texts and boxes too), jitter, grey [AMC sec. 4.1]")
+    distill: float = opt(0.4, "albef: how much the momentum model's guesses count, after the warm-up [ALBEF's code]")
+    momentum: float = opt(0.995, "albef: of the momentum model [ALBEF's code]")
+    queue: int = opt(65536, "albef: pairs of the past that serve as negatives [ALBEF's code]")
     answers_from: float = opt(0.5, "together: answers count after this share of the run [Kervadec sec. 6.3]")
     use: str = opt("label+feature", "MAF: what makes a region's vector, of label, attribute, feature [MAF table 3]")
     phrases: str = opt("attention", "MAF: a phrase's vector [MAF table 3]", ("attention", "average"))
@@ -129,6 +145,9 @@ class Config:
     hide: str = opt("", "a control that may not see the words or the regions", ("", "text", "regions"))
     data: str = opt("data/toy", "the data tree; data/toy is made on first use")
     regions: str = opt("", "folder of the region stores; DATA/regions unless given")
+    vision: str = opt("regions", "what an encoder sees: a detector's regions, or the picture in patches", ("regions", "patches"))
+    resolution: int = opt(0, "patches: pictures become squares of so many pixels; 64 for --size toy, else 256 [AMC sec. 4.1]")
+    patch: int = opt(16, "patches: of so many pixels [ALBEF]")
     out: str = opt("", "where the run goes; out/<recipe>-<loss>-seed<seed> unless given")
     seed: int = opt(0, "redraws weights, batches, masks and negatives")
     size: str = opt("base", "model size", tuple(SIZES))
@@ -142,8 +161,8 @@ class Config:
     lr: float = opt(5e-5, "peak learning rate of AdamW [authors' code]")
     head_lr: float = opt(1.0, "the downstream head learns so many times faster [authors' code]")
     warmup: int = opt(500, "updates of linear warm-up; then as --schedule says")
-    schedule: str = opt("linear", "linear to zero; linear-from-0: the same counted from 0 [LXMERT's code]; noam; steps: up in quarters, down by fifths; constant",
-                        ("linear", "linear-from-0", "noam", "steps", "constant"))
+    schedule: str = opt("linear", "linear to zero; cosine: to a tenth [ALBEF's code, there by epochs]; linear-from-0: the same counted from 0 [LXMERT's code]; noam; steps: up in quarters, down by fifths; constant",
+                        ("linear", "cosine", "linear-from-0", "noam", "steps", "constant"))
     optimizer: str = opt("adamw", "adamw; bertadam has no bias correction and decays every weight [LXMERT's code]", ("adamw", "bertadam"))
     weight_decay: float = opt(0.01, "on matrices, not on biases and norms [UNITER sec. A.2]")
     beta2: float = opt(0.98, "AdamW's second beta [authors' code]; the first is 0.9")
@@ -203,10 +222,13 @@ def parse(argv):
     typed = vars(typed)
     if "task" in typed:
         typed.setdefault("recipe", f"toy-{typed['task']}")
-    if found := {"align", "maf"} & set(typed.get("loss", "").split("+")):
-        typed.setdefault("recipe", {"align": "toy-align", "maf": "toy-grounding"}[found.pop()])
+    if found := set(OWN_RECIPES) & set(typed.get("loss", "").split("+")):
+        typed.setdefault("recipe", OWN_RECIPES[found.pop()])
     recipe = typed.pop("recipe", Config.recipe)
     return make_config(recipe, **typed)
+
+
+OWN_RECIPES = {"align": "toy-align", "maf": "toy-grounding", **dict.fromkeys(("amc", "amc-mean", "amc-max", "amc-cosine"), "toy-amc")}
 
 
 def make_config(recipe, **changes):
@@ -218,11 +240,24 @@ def make_config(recipe, **changes):
         raise UserError(f"--loss {cfg.loss} needs texts whose words point at boxes\n  Wanted: --recipe toy-align or kervadec, or --pretrain together")
     if cfg.model == "lxmert" and {"mrc", "mrckl"} & set(pretrain_shares(cfg)) or cfg.model == "uniter" and cfg.pretrain == "together":
         raise UserError(f"--pretrain {cfg.pretrain} is not for --model {cfg.model}\n  The two-stream model names masked regions in --pretrain together, the single stream in mrc, mrckl")
-    if cfg.model == "lxmert" and cfg.size not in STACKS:
-        raise UserError(f"--size {cfg.size} is not for --model lxmert\n  Wanted: {', '.join(STACKS)}")
+    if cfg.model != "uniter" and cfg.size not in STACKS:
+        raise UserError(f"--size {cfg.size} is not for --model {cfg.model}\n  Wanted: {', '.join(STACKS)}")
+    if cfg.model == "albef":
+        if cfg.vision != "patches" or cfg.task != "pretrain" or set(alignment_names(cfg)) - set(AMC):
+            raise UserError(f"--model albef with --vision {cfg.vision}, --task {cfg.task}, --loss {cfg.loss}\n  Wanted: --recipe toy-albef, toy-amc, albef or amc; --loss none, {', '.join(AMC)}")
+        for part in (cfg.triplets + "+" + cfg.augment).split("+"):
+            known(part, ["", "box", "region", "none", "flip", "jitter", "grey"], "--triplets, --augment")
+        if cfg.units < 2:
+            raise UserError("--units 1: with a single pair there is no negative\n  Wanted: at least 2")
+    if set(alignment_names(cfg)) & set(AMC) and (cfg.model != "albef" or not cfg.triplets):
+        raise UserError(f"--loss {cfg.loss} needs texts with boxes\n  Wanted: --recipe toy-amc or amc, or --model albef with --triplets")
     for part in cfg.use.split("+"):
         known(part, ["label", "attribute", "feature"], "--use")
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
+    if cfg.vision == "patches":
+        cfg.resolution = cfg.resolution or (64 if cfg.size == "toy" else 256)
+        if cfg.task in ("re", "vcr", "grounding"):
+            raise UserError(f"--vision patches is not for --task {cfg.task}: it is about a detector's boxes")
     cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
     cfg.dataset = cfg.dataset if cfg.task != "re" or cfg.dataset != "flickr30k" else "refcoco"
     if cfg.task in ("re", "retrieval"):
@@ -232,7 +267,7 @@ def make_config(recipe, **changes):
     if cfg.task_loss not in {"vqa": ("", "bce"), "ve": ("", "bce", "ce"), "re": ("", "ce", "rank")}.get(cfg.task, ("",)):
         raise UserError(f"--task-loss {cfg.task_loss} is not for --task {cfg.task}\n  vqa: bce; ve: bce or ce; re: ce or rank")
     cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}{'-blind-' * bool(cfg.hide)}{cfg.hide}-seed{cfg.seed}"
-    for name in ("steps", "units", "accumulate", "negatives", "mine_from", "save_every", "log_every", "eval_every"):
+    for name in ("steps", "units", "accumulate", "queue", "negatives", "mine_from", "save_every", "log_every", "eval_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted at least 1")
     for name, legal, fits in (("seed", "0 or more", cfg.seed >= 0), ("answers_from", "0 to 1", 0 <= cfg.answers_from <= 1), ("lr", "more than 0", cfg.lr > 0), ("warmup", "0 or more", cfg.warmup >= 0),
@@ -366,12 +401,14 @@ def load_streams(cfg, place, tokenizer):
         return Streams([make(train, labels, **share)], [1], {"nlvr": make(val, val_labels)}, train.store)
     if cfg.task == "grounding":
         return phrase_streams(cfg, place, tokenizer, share, units)
+    if cfg.model == "albef":
+        return picture_streams(cfg, place, tokenizer, share, units)
     if cfg.task == "pretrain" and cfg.pretrain == "together":
         return together_streams(cfg, place, pairs, share, units)
     if cfg.task == "pretrain":
         return pretraining_streams(cfg, place, pairs, share, units)
     if cfg.task == "retrieval":
-        store = RegionStore(Path(cfg.regions) / cfg.dataset)
+        store = open_store(regions_of(vars(cfg)), cfg.dataset)
         train, val = (pairs({"coco": coco_karpathy, "flickr30k": flickr30k}[cfg.dataset](cfg.data, s), store, f"{cfg.dataset} {s}") for s in ("train", "val"))
         ranking = dict(negatives=cfg.negatives, candidates=cfg.candidates, alternate=cfg.alternate, mined=cfg.mine_every > 0)
         return Streams([RankingBatches(train, units, cfg.seed, **share, **ranking)], [1],
@@ -406,7 +443,7 @@ def pretraining_streams(cfg, place, pairs, share, units):
             else:
                 reader, *stores = CORPORA[corpus]
                 texts, told = reader(cfg.data, split, out)
-                store = RegionStore(Path(cfg.regions) / stores[split == "val"])
+                store = open_store(regions_of(vars(cfg)), stores[split == "val"])
             found[split] = pairs(texts, store, f"{corpus} {split}", told)
         for task in tasks:
             how = dict(mask_rate=cfg.mask_rate, joint=cfg.joint_masking, corpus=number)
@@ -435,7 +472,7 @@ def together_streams(cfg, place, pairs, share, units):
     told["vg"] = {k: v for _, count in found for k, v in count.items()}
     streams = []
     for number, name in enumerate(texts):
-        some = pairs(texts[name], RegionStore(Path(cfg.regions) / name), f"{name} train", told[name])
+        some = pairs(texts[name], open_store(regions_of(vars(cfg)), name), f"{name} train", told[name])
         meant = Names(some.pointed_words, cfg.data) if "align" in alignment_names(cfg) and len(some.pointed) else None
         place.say(f"    {len(np.unique(np.searchsorted(some.starts, some.pointed[:, 0], side='right'))):,} of them point at boxes, by {len(some.pointed):,} word pieces")
         if meant and meant.without:
@@ -448,9 +485,32 @@ def together_streams(cfg, place, pairs, share, units):
     return Streams(streams, [len(s.pairs.texts) for s in streams], held, streams[0].pairs.store, names)
 
 
+def picture_streams(cfg, place, tokenizer, share, units):
+    """ALBEF's corpora, or Visual Genome's texts with boxes (AMC), as pixels. Images that a task is judged on are left out, as UNITER sec. A.1."""
+    out, streams, weights, val = held_out(cfg.data), [], [], {}
+    where, augment = regions_of(vars(cfg)), tuple(cfg.augment.split("+"))
+    for number, (corpus, weight) in enumerate({"triplets": 1.0}.items() if cfg.triplets else corpus_shares(cfg).items()):
+        for split in ("train", "val"):
+            reader, *stores = CORPORA["vg" if cfg.triplets else corpus]
+            if cfg.triplets and split == "train":
+                texts, told = vg_triplets(cfg.data, cfg.triplets.split("+"), cfg.smallest, {str(i) for i, v in vg_images(cfg.data).items() if v.get("coco_id") in out.coco})
+            else:
+                texts, told = reader(cfg.data, split, out)
+            texts = [t._replace(text=clean_caption(t.text)) for t in texts]
+            pairs = Pairs(texts, open_store(where, stores[split == "val"]), tokenizer, cfg.max_words, f"{corpus} {split}", True, ends=False)
+            place.say(f"  {pairs.store}\n  {pairs}")
+            tell(place, told)
+            if split == "train":
+                streams.append(PictureBatches(pairs, units, cfg.seed, **share, mask_rate=cfg.mask_rate, augment=augment, corpus=number))
+                weights.append(weight)
+            else:
+                val["itc" if number == 0 else f"{corpus}/itc"] = PictureBatches(pairs, min(cfg.units, len(pairs.texts)), cfg.seed, corpus=number)
+    return Streams(streams, weights, val, streams[0].pairs.store)
+
+
 def phrase_streams(cfg, place, words, share, units):
     """MAF's data: Flickr30k Entities' phrases; their boxes only serve to judge."""
-    streams, store = [], RegionStore(Path(cfg.regions) / "flickr30k")
+    streams, store = [], open_store(cfg.regions, "flickr30k")
     for split in ("train", "val"):
         found, told = entities(cfg.data, split)
         streams.append(PhraseBatches(Phrases(found, store, words, cfg.data, f"Flickr30k Entities {split}", cfg.skip_missing), units, cfg.seed, **(share if split == "train" else {})))
@@ -478,11 +538,13 @@ def model_sizes(cfg, tokenizer, streams):
     """What the data and the task ask of the model; kept in the checkpoint."""
     if cfg.task == "grounding":
         return dict(model="maf", words=tokenizer.names, width=tokenizer.vectors.shape[1], features=store_width(streams.store), use=cfg.use.split("+"))
+    if cfg.model == "albef":
+        return dict(model="albef", vocab=len(tokenizer), queue=cfg.queue, resolution=cfg.resolution, patch=cfg.patch)
     vcr_words, two = "vcr" if tokenizer.new_words else cfg.task, cfg.model == "lxmert"
     head = cfg.form if cfg.task == "nlvr2" else cfg.head or HEAD_OF.get(cfg.task, "answers" if streams.answer_list else "")
     sizes = dict(model=cfg.model, vocab=len(tokenizer), features=store_width(streams.store), classes=(streams.store.classes or 1601) - two, types=TYPES_OF.get(vcr_words, 2),
                  head=head, answers=len(streams.answer_list), align="align" in alignment_names(cfg))
-    return sizes | ({"attributes": len(names_of(cfg.data, "attributes"))} if two else {})
+    return sizes | ({"attributes": len(names_of(cfg.data, "attributes"))} if two else {}) | ({"patch": cfg.patch} if cfg.vision == "patches" else {})
 
 
 def build_model(cfg, place, tokenizer, streams):
@@ -515,6 +577,7 @@ ALIGNMENTS = {
     "iais-released": lambda own, cross, back, other, mask, other_mask: losses.iais_singular_released(own, cross, other, mask, other_mask),
     "iais-distributed": lambda own, cross, back, other, mask, other_mask: losses.iais_distributed_side(own, cross, back, mask, other_mask),
     "wra": None, "align": None, "maf": None,        # need no maps: hidden states, pointers, phrases
+    "amc": None, "amc-mean": None, "amc-max": None, "amc-cosine": None,        # heat maps
 }
 NO_MAPS = {name for name, side in ALIGNMENTS.items() if side is None}
 
@@ -634,6 +697,83 @@ def objective_maf(cfg, model, batch):
     return {"maf": losses.maf(similarity, batch["own"])}
 
 
+def objective_albef(cfg, model, batch):
+    """ALBEF's three losses (Li et al. 2021), and AMC's on the pairs whose text describes a box.
+
+    itc   against the momentum model's features of all processes' pairs and of the queue, targets softened by its own similarities
+    itm   positives; each text with another image and each image with another text of all processes' pairs, the likelier the more similar
+    mlm   in sight of the image, with the momentum model's guesses mixed in
+    """
+    student, teacher, text_mask, own = model.student, model.teacher, batch["text_mask"], batch["own"]
+    alpha = cfg.distill * min(1.0, batch["number"] / cfg.accumulate / max(1, cfg.warmup))
+    with torch.no_grad():
+        model.temperature.clamp_(0.001, 0.5)
+        model.follow(cfg.momentum)
+        image_m = teacher.vision(batch["image"])
+        features_m = teacher.features(image_m, teacher.read(batch["text"], text_mask))
+        image_known, text_known = (everyone(f.float()) for f in features_m)                         # (B, E), B = pairs of all processes
+        candidates = [torch.cat([known, queue.T]) for known, queue in ((text_known, model.text_queue), (image_known, model.image_queue))]
+    image, words = student.vision(batch["image"]), student.read(batch["text"], text_mask)
+    similarity = [f.float() @ c.T / model.temperature for f, c in zip(student.features(image, words), candidates)]        # image with texts, text with images
+    with torch.no_grad():
+        target = [losses.itc_targets(f.float() @ c.T / model.temperature, own, alpha) for f, c in zip(features_m, candidates)]
+        other_text, other_image = (drawn(losses.negative_weights(s[:, :len(image_known)], own), u[own]) for s, u in zip(similarity, batch["draw"]))
+        model.enqueue(image_known, text_known)
+    found = {"itc": sum(losses.itc(s, t) for s, t in zip(similarity, target)) / 2}
+
+    maps = set(AMC) & set(alignment_names(cfg)) and len(batch["boxed"])
+    states, P = student.fuse(words, text_mask, image, probs_of=model.cam_layer if maps else None)
+    every_image, every_text, every_mask = everyone(image), everyone(words), everyone(text_mask)
+    wrong, _ = student.fuse(torch.cat([words, every_text[other_text]]), torch.cat([text_mask, every_mask[other_text]]), torch.cat([every_image[other_image], image]))
+    match = model.match(torch.cat([states[:, 0], wrong[:, 0]]))                                     # (3b, 2)
+    found["itm"] = losses.itm(match, torch.arange(len(match), device=own.device) < len(own))
+
+    seen, _ = student.fuse(student.read(batch["masked_text"], text_mask), text_mask, image)
+    with torch.no_grad():
+        seen_m, _ = teacher.fuse(teacher.read(batch["masked_text"], text_mask), text_mask, image_m)
+        guess_m = teacher.name_words(seen_m, batch["masked_words"])
+    found["mlm"] = losses.mlm_distilled(student.name_words(seen, batch["masked_words"]), batch["word_targets"], guess_m, alpha)
+    if maps:
+        heat = heat_maps(losses.gradcam(P, match[:len(own), 1], text_mask)[batch["boxed"]], batch["region"].shape[-1])
+        found |= {name: AMC[name](heat, batch["region"].float()) for name in alignment_names(cfg) if name in AMC}
+    return found
+
+
+AMC = {"amc": losses.amc, "amc-mean": losses.amc_mean, "amc-max": losses.amc_max, "amc-cosine": losses.amc_cosine}
+
+
+def heat_maps(A, size):
+    """(b, patches) -> (b, size, size) in [0, 1]     AMC's code"""
+    A = losses.unit_range(A.float())
+    side = math.isqrt(A.shape[1])
+    return torch.nn.functional.interpolate(A.view(-1, 1, side, side), (size, size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def drawn(weights, luck):
+    """One column of each row (b, B), as likely as its weight; luck (b,) in [0, 1) decides. Where all weights vanish, any that is not 0 by rule."""
+    share = (weights + 1e-9 * (weights > 0)).double().cumsum(dim=1)
+    return (share > luck[:, None] * share[:, -1:]).int().argmax(dim=1)
+
+
+class Gather(torch.autograd.Function):
+    """Rows of all processes in the order of one process's batch; the gradient goes back to where each came from."""
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()::dist.get_world_size()]
+
+
+def everyone(x):
+    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
 def objective_rank(cfg, model, batch):
     """Ranking of each matched pair against its negatives; alignment on the matched pairs, which alone run with maps."""
     out = model(**batch["positive"], heads=("rank",), maps=maps_wanted(cfg))
@@ -670,15 +810,15 @@ def wrong_region(scores, region_mask, target, hard=0.3):
 
 
 OBJECTIVES = {**{task: objective_task for task in VALIDATION}, "mlm": objective_mlm, "itm": objective_itm, "nlvr": objective_itm, "rank": objective_rank,
-              "mrfr": objective_regions, "mrc": objective_regions, "mrckl": objective_regions, "together": objective_together, "maf": objective_maf}
-COUNTED = "mlm", "class", "attribute", "feature", "answers", "align"        # losses of one batch that are means over different things
+              "mrfr": objective_regions, "mrc": objective_regions, "mrckl": objective_regions, "together": objective_together, "maf": objective_maf, "albef": objective_albef}
+COUNTED = "mlm", "class", "attribute", "feature", "answers", "align", "amc", "amc-mean", "amc-max", "amc-cosine"        # losses of one batch that are means over different things
 
 
 def counts(batch):
     """How many things each loss of a batch is a mean over; "": those not named here. Masked words, masked regions, pairs or groups."""
     alone = [len(batch[name]) for name in ("masked_words", "masked_regions") if name in batch and "counts" not in batch]
     usual = (alone or [len(batch["names"])])[0]
-    return {"": usual, **{name: batch["counts"][name] if "counts" in batch else usual for name in COUNTED}}
+    return {"": usual, **{name: batch["counts"].get(name, 0) if "counts" in batch else usual for name in COUNTED}}
 
 
 @torch.no_grad()
@@ -726,7 +866,7 @@ def make_optimizer(cfg, model):
     """AdamW; matrices decay, biases and norms do not (the authors' code also decays four norms of the region embedding and heads)."""
     groups, every = [], cfg.optimizer == "bertadam"
     for head in (False, True):
-        some = [p for name, p in model.named_parameters() if name.startswith("task_head.") == head]
+        some = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("task_head.") == head]
         groups += [{"params": [p for p in some if (p.dim() >= 2) == matrix], "weight_decay": cfg.weight_decay * (matrix or every), "scale": cfg.head_lr if head else 1.0}
                    for matrix in (True, False)]
     groups = [g for g in groups if g["params"]]
@@ -769,7 +909,7 @@ def lr_at(step, peak, warmup, steps, schedule="linear", decay=None):
     elif step < warmup:
         factor = step / warmup
     else:
-        factor = {"noam": math.sqrt(max(1, warmup) / max(1, step)), "constant": 1.0}.get(schedule, max(0.0, (steps - step) / max(1, steps - warmup)))
+        factor = {"cosine": 0.55 + 0.45 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup))), "noam": math.sqrt(max(1, warmup) / max(1, step)), "constant": 1.0}.get(schedule, max(0.0, (steps - step) / max(1, steps - warmup)))
     return peak * factor if schedule == "linear-from-0" else max(peak * factor, 1e-8)
 
 
@@ -881,6 +1021,10 @@ def right_answers(cfg, model, batch):
     if task == "maf":                               # the own image before all others of the batch
         e, v, masks = phrase_vectors(cfg, model, batch)
         return losses.maf_similarity(e, v, *masks[1:]).argmax(dim=1) == batch["own"]
+    if task == "albef":                             # the own image before all others of the batch
+        image, words = model.student.vision(batch["image"]), model.student.read(batch["text"], batch["text_mask"])
+        image, words = model.student.features(image, words)
+        return (words @ image.T).argmax(dim=1) == batch["own"]
     if task in VALIDATION:
         scores, target = model(**batch["input"], heads=("task",)).scores, batch["target"]
         if task in ("vqa", "gqa"):                  # how right
@@ -960,7 +1104,7 @@ def train(cfg, place):
         if step % cfg.eval_every == 0 or step == cfg.steps:
             log.write({"step": step, **validate(cfg, place, compiled, streams.val)})
         if (step % cfg.save_every == 0 or step == cfg.steps) and place.main:
-            if cfg.task == "pretrain":              # untrained so far: a fine-tuning run finds it started as it should be
+            if cfg.task == "pretrain" and cfg.model != "albef":                         # untrained so far: a fine-tuning run finds it started as it should be
                 start_rank_from_match(model)
             save_checkpoint(Path(cfg.out) / "last.pt", cfg, model, optimizer, step, sizes)
     return last_words(cfg, place, model, tokenizer, log, sizes)
@@ -989,7 +1133,7 @@ def run_first(cfg, place):
     """Run the recipe named by --init for this data and seed, unless that is done; returns its checkpoint. Killed, it goes on by itself."""
     same = {} if cfg.model == RECIPES[cfg.init].get("model", "uniter") else {"model": cfg.model}
     first = make_config(cfg.init, data=cfg.data, regions=cfg.regions, seed=cfg.seed, precision=cfg.precision, compile=cfg.compile,
-                        workers=cfg.workers, resume=True, **same)
+                        workers=cfg.workers, resume=True, vision=cfg.vision, resolution=cfg.resolution, patch=cfg.patch, **same)
     numbers = {k: v for k, v in dataclasses.asdict(first).items() if k not in PLACE - {"data"}}
     first.out = f"out/{cfg.init}-seed{cfg.seed}-{hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:8]}"
     if not ((Path(first.out) / "done.json").exists()):
@@ -1001,21 +1145,24 @@ def run_first(cfg, place):
 
 def last_words(cfg, place, model, tokenizer, log, sizes):
     """Final benchmarks and where everything is; the numbers go to done.json too."""
-    numbers = {k: v for k, v in log.last.items() if k.startswith("val/")}
+    numbers, seen = {k: v for k, v in log.last.items() if k.startswith("val/")}, regions_of(vars(cfg))
     if place.main:
         if cfg.task == "grounding":
-            numbers |= evaluate.grounding(model, cfg.data, tokenizer, cfg.regions, dataclasses.asdict(cfg))
-            evaluate.grounding_figures(model, cfg.data, tokenizer, cfg.regions, dataclasses.asdict(cfg), Path(cfg.out) / "figures")
-        if cfg.pretrain == "together" and cfg.task == "pretrain":
+            numbers |= evaluate.grounding(model, cfg.data, tokenizer, seen, dataclasses.asdict(cfg))
+            evaluate.grounding_figures(model, cfg.data, tokenizer, seen, dataclasses.asdict(cfg), Path(cfg.out) / "figures")
+        if cfg.model == "albef":
+            numbers |= evaluate.pointing_games(model, cfg.data, tokenizer, dataclasses.asdict(cfg), autocast=place.autocast)
+            evaluate.heat_figures({f"{cfg.recipe} {cfg.loss}": model}, cfg.data, tokenizer, dataclasses.asdict(cfg), Path(cfg.out) / "figures")
+        elif cfg.pretrain == "together" and cfg.task == "pretrain":
             numbers |= evaluate.after_together(model, dataclasses.asdict(cfg), sizes, tokenizer, autocast=place.autocast)
-            evaluate.map_figures({f"{cfg.recipe} {cfg.loss}": (model, sizes["answer_list"])}, cfg.data, tokenizer, cfg.regions, Path(cfg.out) / "figures")
+            evaluate.map_figures({f"{cfg.recipe} {cfg.loss}": (model, sizes["answer_list"])}, cfg.data, tokenizer, seen, Path(cfg.out) / "figures")
         elif (Path(cfg.data) / "winoground").exists() and cfg.task in ("pretrain", "retrieval") and "vcr" not in cfg.corpora:
-            numbers |= evaluate.winoground(model, cfg.data, tokenizer, cfg.regions, autocast=place.autocast,
+            numbers |= evaluate.winoground(model, cfg.data, tokenizer, seen, autocast=place.autocast,
                                            head="rank" if cfg.task == "retrieval" else "match")
             if cfg.task == "retrieval":
-                evaluate.figures({f"{cfg.recipe} {cfg.loss}": model}, cfg.data, tokenizer, cfg.regions, Path(cfg.out) / "figures")
+                evaluate.figures({f"{cfg.recipe} {cfg.loss}": model}, cfg.data, tokenizer, seen, Path(cfg.out) / "figures")
         if cfg.recipe == "toy-retrieval":           # at full size this takes hours: evaluate.py --task retrieval
-            numbers |= evaluate.retrieval(model, cfg.data, tokenizer, cfg.regions, cfg.dataset, autocast=place.autocast)
+            numbers |= evaluate.retrieval(model, cfg.data, tokenizer, seen, cfg.dataset, autocast=place.autocast)
         if cfg.task in VALIDATION:
             numbers |= evaluate.downstream(model, dataclasses.asdict(cfg), sizes, tokenizer, hide=cfg.hide, autocast=place.autocast)
         if cfg.task == "nlvr":

@@ -46,7 +46,8 @@ def one_seed(seed, threads, results, nlvr):
 
 
 ALIGN = {"none": (["--recipe", "toy-align", "--loss", "none"], "54.9, 79.5", "74.5 (73.1, 76.0)"), "align": (["--loss", "align"], "60.5, 89.7", "75.5 (74.5, 77.2)"),
-         "none, 3600 steps": (["--recipe", "toy-align", "--loss", "none", "--steps", "3600"], "", ""), "align, 3600 steps": (["--loss", "align", "--steps", "3600"], "", "")}
+         **{f"{loss}, {steps} steps": ([*how, "--steps", str(steps)], "", "") for steps in (1500, 3600)
+            for loss, how in (("none", ["--recipe", "toy-align", "--loss", "none"]), ("align", ["--loss", "align"]))}}
 MAF_USE = {("attention", "label+feature"): "61.43", ("average", "label"): "55.73", ("average", "feature"): "56.18", ("average", "label+feature"): "59.51", ("attention", "label"): "57.23", ("attention", "feature"): "58.49",
            ("attention", "attribute"): "24.08", ("attention", "label+attribute"): "53.20", ("attention", "attribute+feature"): "57.98", ("attention", "label+attribute+feature"): "60.86"}
 MAF_START = {("xavier", "xavier"): "58.54", ("zero", "xavier"): "60.05", ("xavier", "identity"): "59.68", ("zero", "identity"): "61.28"}         # W_f, W_p; the paper's columns in their order

@@ -5,6 +5,7 @@ GOLDEN_DIR=/another/set python -m pytest tests/test_golden.py     checks another
 import json
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 import data
 import evaluate
 import losses
+import train
 from conftest import shared
-from model import Lxmert, Maf, Uniter, load_pretrained, our_name, start_rank_from_match
+from model import Albef, Lxmert, Maf, Uniter, load_pretrained, our_name, start_rank_from_match
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
@@ -426,6 +428,182 @@ def test_lxmert_checkpoints_by_their_published_names(style):
 
 
 # -------------------------------------------------------------------------------------------------------------- MAF
+
+# ---------------------------------------------------------------------------------------------------- ALBEF and AMC
+
+def albef(z):
+    """The model with its momentum copy as the file says: 0.9 of the student."""
+    c = json.loads(str(z["config_json"]))
+    b, width = c["bert"], c["vision_width"]
+    model = Albef(b["vocab_size"], width=b["hidden_size"], inner=b["intermediate_size"], heads=b["num_attention_heads"], layers=b["num_hidden_layers"], fusion=b["num_hidden_layers"] - b["fusion_layer"],
+                  vision=dict(width=width, layers=c["vision_depth"], heads=c["vision_heads"], inner=int(width * c["mlp_ratio"])), embed=c["embed_dim"], queue=c["queue_size"],
+                  positions=b["max_position_embeddings"], resolution=c["image_res"], patch=c["patch_size"], temperature=0.3)
+    report = load_weights(model, tensors(z, "sd/"))
+    assert not report.unused and all(n.startswith("teacher.") for n in report.missing), report
+    with torch.no_grad():
+        for teacher, student in zip(model.teacher.parameters(), model.student.parameters()):
+            teacher.copy_(0.9 * student)
+    return model.eval()
+
+
+def albef_batch(x, **more):
+    """What train.objective_albef wants, with the file's own negatives: a draw that hits them."""
+    labels = x["mlm_labels"].flatten()
+    masked = (labels >= 0).nonzero()[:, 0]
+    return dict(image=x["image"], text=x["input_ids"], text_mask=x["attention_mask"].bool(), masked_text=x["mlm_input_ids"], masked_words=masked, word_targets=labels[masked],
+                own=torch.arange(len(x["image"])), number=1, draw=torch.zeros(2, len(x["image"])), boxed=torch.zeros(0, dtype=torch.int64), **more)
+
+
+def albef_losses(monkeypatch, model, x, alpha, loss="none", **more):
+    texts_then_images = iter((x["neg_text_idx"], x["neg_image_idx"]))
+    monkeypatch.setattr(train, "drawn", lambda weights, luck: next(texts_then_images))
+    cfg = train.make_config("toy-amc", loss=loss, distill=alpha, warmup=1)
+    return train.objective_albef(cfg, model, albef_batch(x) | more)
+
+
+def test_albef_states_features_and_similarities():
+    z = golden("albef_small")
+    x, model, out = tensors(z, "in/"), albef(z), tensors(z, "out/")
+    mask, student = x["attention_mask"].bool(), model.student
+    with torch.no_grad():
+        close(student.text_embedding(x["input_ids"]), out["text_embedding_layer"], 2e-5)
+        image, words = student.vision(x["image"]), student.read(x["input_ids"], mask)
+        close(image, out["image_embeds"], 5e-5)
+        close(words, out["text_embeds"], 5e-5)
+        states, P = student.fuse(words, mask, image)
+        close(states, out["fusion_embeds"], 5e-5)
+        written_out, P = student.fuse(words, mask, image, probs_of=0)
+        close(written_out, out["fusion_embeds"], 5e-5)
+        close(P.sum(-1), torch.ones(P.shape[:-1]), 1e-5)
+        model.follow(0.995)
+        for name, theirs in tensors(z, "out/ema/").items():
+            close(dict(model.named_parameters())[our_name(name, model)], theirs, 1e-6)
+        teacher = model.teacher
+        for part, f in (("", student.features(image, words)), ("_m", teacher.features(teacher.vision(x["image"]), teacher.read(x["input_ids"], mask)))):
+            for side, ours in zip(("image", "text"), f):
+                close(ours, out[f"{side}_feat{part}"], 5e-5)
+        candidates = {"i2t": torch.cat([out["text_feat_m"].T, model.text_queue], 1), "t2i": torch.cat([out["image_feat_m"].T, model.image_queue], 1)}
+        for way, side in (("i2t", "image"), ("t2i", "text")):
+            for part in ("", "_m"):
+                close(out[f"{side}_feat{part}"] @ candidates[way] / model.temperature, out[f"sim_{way}{part}"], 5e-4)
+            own = torch.arange(len(image))
+            target = losses.itc_targets(out[f"sim_{way}_m"], own, 0.4)
+            close(target, out[f"itc_targets_{way}_a04"], 1e-5)
+            close(losses.itc(out[f"sim_{way}"], target), out[f"loss_{way}_a04"], 0, 1e-5)
+            close(losses.itc(out[f"sim_{way}"], losses.itc_targets(out[f"sim_{way}_m"], own, 0.0)), out[f"loss_{way}_a0"], 0, 1e-5)
+            close(losses.negative_weights(out[f"sim_{way}"][:, :len(own)], own), out[f"weights_{way}"], 1e-5)
+        close(student.vision(x["hires_image"])[:, :9], out["hires_image_embeds_cls_and_first8"], 5e-5)
+        close(model_position(model, x["hires_image"]), out["pos_embed_interp"], 1e-5)
+
+
+def model_position(model, image):
+    from model import resized_position
+    return resized_position(model.student.vision.position, (image.shape[-1] // model.student.vision.patch.kernel_size[0]) ** 2)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_albef_losses_queues_and_gradients(monkeypatch, alpha):
+    z = golden("albef_small")
+    x, model, part = tensors(z, "in/"), albef(z), "a04" if alpha else "a0"
+    found = albef_losses(monkeypatch, model, x, alpha)
+    for ours, theirs in (("mlm", "mlm"), ("itc", "ita"), ("itm", "itm")):
+        close(found[ours].detach(), z[f"out/loss_{theirs}_{part}"], 0, 1e-5)
+    for ours, theirs in ((model.image_queue, "image_queue"), (model.text_queue, "text_queue"), (model.queue_ptr, "queue_ptr")):
+        close(ours, z[f"out/{theirs}_after"], 2e-5)
+    if alpha:
+        sum(found.values()).backward()
+        gradients = list(official_gradients(model, tensors(z, "grad_a04/")))
+        assert gradients
+        for name, theirs in gradients:
+            close(dict(model.named_parameters())[name].grad, theirs, 1e-4 * theirs.abs().max().item() + 1e-8)
+
+
+def official_gradients(model, gradients):
+    """(our name, gradient) of each official one; a ViT's q, k, v come as one."""
+    for name, g in gradients.items():
+        parts = [(re.sub(r"(?<=attn\.)qkv\.", f"to_{p}.", name), piece) for p, piece in zip("qkv", g.chunk(3))] if ".attn.qkv." in name else [(name, g)]
+        yield from ((our_name(n, model), piece) for n, piece in parts if "decoder." not in n)
+
+
+def test_amc_heat_maps_and_losses(monkeypatch):
+    """From the maps and their gradients alone, then through the whole model, both orders of differentiation."""
+    weights, z = golden("albef_small"), golden("amc")
+    c, x, out, model = json.loads(str(z["config_json"])), tensors(z, "in/"), tensors(z, "out/"), albef(weights)
+    mask, boxed = x["attention_mask"].bool(), x["mask_indicator"][:, 0].nonzero()[:, 0]
+    P = out["attn_map"].clone().requires_grad_()
+    A = losses.gradcam(P, (P * out["attn_grad"]).sum((1, 2, 3)), mask)[boxed].detach()
+    close(A, out["gradcam_raw"].flatten(1), 1e-7)
+    close(losses.unit_range(A, c["eps"]), out["gradcam_norm"].flatten(1), 1e-5)
+    heat = train.heat_maps(A, c["mask_size"])
+    close(heat, out["gradcam_resized"], 1e-5)
+    M = x["mask"][boxed].float()
+    close(losses.amc_mean(heat, M), out["loss_gcam_mean"][0], 1e-5)
+    close(losses.amc_max(heat, M), out["loss_gcam_max"], 1e-5)
+    close(losses.amc(heat, M), out["amc_total"][0], 1e-5)
+
+    model.queue_ptr.fill_(c["queue_ptr_start"])
+    found = albef_losses(monkeypatch, model, x, 0.4, "amc+amc-mean+amc-max", boxed=boxed, region=x["mask"][boxed].bool())
+    for ours, theirs in (("amc", "amc_total"), ("amc-mean", "loss_gcam_mean"), ("amc-max", "loss_gcam_max"), ("itc", "loss_ita_a04"), ("itm", "loss_itm")):
+        close(found[ours].detach(), out[theirs].squeeze(), 1e-5, 1e-5)
+    close(found["mlm"].detach(), 0.6 * out["mlm_hard"] + 0.4 * out["mlm_distill_albef_dimlast"], 0, 1e-5)      # theirs softmaxes over positions, a slip
+    for name in ("image_queue", "text_queue", "queue_ptr"):
+        close(getattr(model, name), out[f"{name}_after"], 2e-5)
+    for prefix, loss in (("grad_amc/", found["amc"]), ("grad_mean/", found["amc-mean"]), ("grad_max/", found["amc-max"]),
+                         ("grad_ita_itm_amc/", found["itc"] + found["itm"] + found["amc"])):
+        for p in model.parameters():
+            p.grad = None
+        loss.backward(retain_graph=True)
+        gradients = list(official_gradients(model, tensors(z, prefix)))
+        assert gradients, prefix
+        for name, theirs in gradients:
+            ours = dict(model.named_parameters())[name].grad
+            close(torch.zeros_like(theirs) if ours is None else ours, theirs, 1e-4 * theirs.abs().max().item() + 1e-8)
+    model.zero_grad()
+    found["amc"].backward()
+    assert model.match.weight.grad[1].any() and not model.match.weight.grad[0].any()        # through second order alone
+
+
+def test_amc_differentiates_the_matched_score(monkeypatch):
+    """The paper's equation (5), the cross-entropy's gradient, is to be had, too."""
+    weights, z = golden("albef_small"), golden("amc")
+    x, model = tensors(z, "in/"), albef(weights)
+    mask, student = x["attention_mask"].bool(), model.student
+    states, P = student.fuse(student.read(x["input_ids"], mask), mask, student.vision(x["image"]), probs_of=0)
+    match = model.match(states[:, 0])
+    close(match.detach(), z["out/itm_logits_pos"], 2e-5)
+    close(P.detach(), z["out/attn_map"], 2e-5)
+    for score, name in ((match[:, 1].sum(), "out/attn_grad"), (torch.nn.functional.cross_entropy(match, torch.ones(len(match), dtype=torch.long), reduction="sum"), "paper/attn_grad_of_cross_entropy")):
+        theirs = torch.tensor(z[name])
+        close(torch.autograd.grad(score, P, retain_graph=True)[0], theirs, 1e-4 * theirs.abs().max().item())
+
+
+def test_amc_evaluation_points_and_boxes():
+    """A heat map at the picture's own size, its hottest place, and the detector's box that holds most of it."""
+    weights, z = golden("albef_small"), golden("amc")
+    x, model = tensors(z, "in/"), albef(weights)
+    A = evaluate.heat(model, {"image": x["image"], "text": x["input_ids"], "text_mask": x["attention_mask"].bool()})
+    close(A, z["eval/gradcam"].reshape(len(A), -1), 1e-7)
+    for b, (h, w) in enumerate(z["eval/sizes_hw"]):
+        full = evaluate.at_size(A[b:b + 1], (int(w), int(h)))[0]
+        close(full, z[f"eval/upsampled_{b}"], 1e-7)
+        assert evaluate.hottest(full) == tuple(z["eval/points_xy"][b])
+        boxes = z["eval/det_boxes_xywh"][b]
+        close(boxes[evaluate.best_box_by_heat(full, boxes)], z["eval/pred_box_xywh"][b], 1e-4)
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_amc_losses_on_given_maps(case):
+    z = golden("amc")
+    x = tensors(z, f"fn{case}/")
+    heat, M = x["heat"].requires_grad_(), x["mask"].float()
+    for name, loss in (("mean", losses.amc_mean), ("max", losses.amc_max)):
+        value = loss(heat, M)
+        close(value.detach(), x[f"loss_{name}"].squeeze(), 1e-5)
+        gradient, = torch.autograd.grad(value, heat, allow_unused=True)
+        close(torch.zeros_like(heat) if gradient is None else gradient, x[f"grad_{name}"], 1e-5)
+    if "equation7_per_example_mean" in x:
+        close(torch.stack([losses.amc_mean(h[None], m[None]) for h, m in zip(heat.detach(), M)]).mean(), x["equation7_per_example_mean"].squeeze(), 1e-5)
+
 
 def maf_parts(z, prefix):
     """Our model with these weights, and the batch."""

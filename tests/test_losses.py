@@ -370,6 +370,58 @@ def test_alignment_losses_are_the_same_under_autocast():
     torch.testing.assert_close(losses.word_object_alignment(spoiled, target, mask), losses.word_object_alignment(A, target, mask))
 
 
+# ------------------------------------------------------------------------------------------------------------- pixels
+
+def test_contrast_and_its_targets_by_hand():
+    s, own = torch.tensor([[2.0, 0.0, 1.0], [0.5, -1.0, 3.0]]), torch.tensor([2, 0])
+    target = losses.itc_targets(s, own, 0.25)
+    wanted = 0.0
+    for row, o, t in zip(s.tolist(), own.tolist(), target.tolist()):
+        p = softmax(row)
+        assert t == pytest.approx([0.25 * p[m] + 0.75 * (m == o) for m in range(3)])
+        wanted -= sum(t[m] * math.log(p[m]) for m in range(3)) / 2
+    assert losses.itc(s, target).item() == pytest.approx(wanted)
+    weights = losses.negative_weights(s, own)
+    for row, o, w in zip(s.tolist(), own.tolist(), weights.tolist()):
+        assert w == pytest.approx([0 if m == o else p for m, p in enumerate(softmax(row))])
+    logits, teacher, words = torch.randn(2, 4), torch.randn(2, 4), torch.tensor([1, 3])
+    soft = -sum(q * math.log(p) for a, b in zip(logits.tolist(), teacher.tolist()) for p, q in zip(softmax(a), softmax(b))) / 2
+    assert losses.mlm_distilled(logits, words, teacher, 0.4).item() == pytest.approx(0.6 * losses.mlm(logits, words).item() + 0.4 * soft, rel=1e-5)
+    assert losses.mlm_distilled(logits[:0], words[:0], teacher[:0], 0.4).item() == 0
+
+
+def test_gradcam_and_amc_by_hand():
+    """A score that is linear in P has the gradient that it was made with; padded words give nothing."""
+    torch.manual_seed(3)
+    P, G, mask = torch.rand(2, 2, 3, 5, dtype=torch.float64), torch.randn(2, 2, 3, 5, dtype=torch.float64), prefix_mask([3, 2])
+    P.requires_grad_()
+    A = losses.gradcam(P, (P * G).sum((1, 2, 3)), mask)
+    for b in range(2):
+        for v in range(4):
+            wanted = sum(P[b, h, n, v + 1].item() * max(0.0, G[b, h, n, v + 1].item()) for h in range(2) for n in range(3) if mask[b, n]) / 6
+            assert A[b, v].item() == pytest.approx(wanted)
+    heat, M = torch.rand(2, 3, 3, dtype=torch.float64), torch.zeros(2, 3, 3, dtype=torch.float64)
+    M[0, :2, :2], M[1, 2, 2] = 1, 1
+    cells = [(b, i, j) for b in range(2) for i in range(3) for j in range(3)]
+    inside, outside = ([heat[c].item() for c in cells if (M[c] == 1) == where] for where in (True, False))
+    assert losses.amc_mean(heat, M, 0.9).item() == pytest.approx(max(0, sum(outside) / len(outside) - sum(inside) / len(inside) + 0.9))
+    tops = [(max(heat[c].item() for c in cells if c[0] == b and M[c] == 0), max(heat[c].item() for c in cells if c[0] == b and M[c] == 1)) for b in range(2)]
+    assert losses.amc_max(heat, M).item() == pytest.approx(sum(max(0, o - i + 0.5) for o, i in tops) / 2)
+    assert losses.amc(heat, M).item() == pytest.approx(0.2 * losses.amc_mean(heat, M).item() + 0.8 * losses.amc_max(heat, M).item())
+    cosine = [sum(heat[c].item() for c in cells if c[0] == b and M[c] == 1) / math.sqrt(sum(heat[c].item() ** 2 for c in cells if c[0] == b) * M[b].sum().item()) for b in range(2)]
+    assert losses.amc_cosine(heat, M).item() == pytest.approx(1 - sum(cosine) / 2)
+    unit = losses.unit_range(heat)
+    assert unit.amin().item() == 0 and 0.999 < unit[0].max().item() <= 1 and losses.amc_cosine(M, M).item() == pytest.approx(0)
+
+
+def test_pixel_losses_are_the_same_under_autocast():
+    s, own, heat, M = torch.randn(3, 5), torch.tensor([1, 0, 2]), torch.rand(2, 4, 4), (torch.rand(2, 4, 4) > 0.6).float()
+    for loss in (lambda: losses.itc(s, losses.itc_targets(s, own, 0.4)), lambda: losses.amc(heat, M), lambda: losses.amc_cosine(heat, M), lambda: losses.mlm_distilled(s, own, s, 0.4)):
+        wanted = loss()
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(loss(), wanted)
+
+
 # ------------------------------------------------------------------------------------------------- copyable and told
 
 PUBLIC = [name for name, f in vars(losses).items() if inspect.isfunction(f)]
@@ -404,6 +456,13 @@ def test_each_function_runs_when_copied_with_the_helpers_its_docstring_names(nam
     x |= dict(similarity=torch.randn(3, 3), label=torch.tensor([1, 0, -1, 1, 0]))
     if name == "pick_region":
         x |= dict(scores=torch.randn(2, 4), target=torch.tensor([3, 0]))
+    if name in ("itc", "itc_targets", "negative_weights", "mlm_distilled"):
+        x |= dict(similarity_m=torch.randn(3, 5), own=torch.tensor([0, 2, 1]), alpha=0.4, target=torch.tensor([0, 2, 1]) if name == "mlm_distilled" else torch.rand(3, 3), logits=torch.randn(3, 5), teacher_logits=torch.randn(3, 5))
+    if name == "gradcam":
+        P = torch.rand(2, 2, 3, 5, requires_grad=True)
+        x |= dict(P=P, score=(P * torch.randn(2, 2, 3, 5)).sum((1, 2, 3)))
+    if name in ("unit_range", "amc_mean", "amc_max", "amc", "amc_cosine"):
+        x |= dict(A=torch.rand(2, 4, 4), M=(torch.rand(2, 4, 4) > 0.5).float())
     needed = [p.name for p in inspect.signature(getattr(losses, name)).parameters.values() if p.default is p.empty]
     if name == "joint_softmax":
         x |= {k: v[:, None] for k, v in x.items() if k in ("S_LL", "S_LV", "S_VL", "S_VV")}
@@ -415,4 +474,4 @@ def test_docstrings_tell_what_a_reader_needs(name):
     doc = getattr(losses, name).__doc__
     assert doc and len(doc) > 50
     if name not in ("wide", "mean_over", "masked_softmax", "block_softmax", "joint_softmax", "strongest_partner", "row_mean_kl", "box_iou"):
-        assert "return" in doc.lower() and any(paper in doc for paper in ("UNITER", "CACR", "IAIS", "Kervadec", "MAF", "eq. (13)")), name
+        assert "return" in doc.lower() and any(paper in doc for paper in ("UNITER", "CACR", "IAIS", "Kervadec", "MAF", "AMC", "ALBEF", "eq. (13)")), name

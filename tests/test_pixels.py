@@ -1,0 +1,475 @@
+"""Pictures: readers, patches, augmentation, what can be wrong with a file; ALBEF and AMC as a user runs them; every loss on every encoder."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import losses
+import train
+from conftest import QUICK, last_line, run, same, weights
+from data import DataError, Pairs, Patches, PatchStore, PictureBatches, Text, WordPiece, open_picture
+from model import Albef, PatchStem, build, load_pretrained, resized_position
+
+WHITE = (255, 255, 255)
+
+
+@pytest.fixture(scope="module")
+def store(toy_tree):
+    return data.open_store(Patches(str(toy_tree), 64, 16), "coco")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy_tree):
+    return WordPiece(toy_tree / "bert-base-uncased/vocab.txt", True)
+
+
+@pytest.fixture(scope="module")
+def albef(toy_tree, tmp_path_factory):
+    """A barely trained ALBEF, and what its run printed."""
+    folder = tmp_path_factory.mktemp("albef")
+    done = run(folder, "--recipe", "toy-albef", "--data", toy_tree, "--steps", 6, "--warmup", 2, "--units", 8, "--queue", 20, "--out", "run", *QUICK)
+    return folder / "run/last.pt", done
+
+
+# ------------------------------------------------------------------------------------------------------------ patches
+
+def test_patches_are_the_picture_cut_up(toy_tree, store):
+    with Image.open(store.paths[3]) as picture:
+        whole = np.asarray(picture.convert("RGB").resize((64, 64), Image.BICUBIC), float)
+    features = store.read(np.array([3, 4]))
+    assert features.shape == (2, 16, 3 * 16 * 16) and features.dtype == np.float16 and store.n_regions[3] == 16
+    boxes = store.relative_boxes(np.array([3]))[0]
+    pixels = (features[0].astype(float).reshape(16, 16, 16, 3) * data.DEVIATION + data.MEAN) * 255
+    for n, (x1, y1, x2, y2) in enumerate((boxes * 64).astype(int)):
+        assert (x2 - x1, y2 - y1) == (16, 16) and (x1, y1) == (16 * (n % 4), 16 * (n // 4))
+        assert np.abs(pixels[n] - whole[y1:y2, x1:x2]).mean() < 6           # JPEG decoded at a smaller size, half precision
+    assert store.size(3) == (240, 180)
+
+
+def test_colours_of_patches(tmp_path):
+    (tmp_path / "winoground/images").mkdir(parents=True)
+    picture = Image.new("RGB", (32, 32), (250, 3, 3))
+    picture.paste((3, 3, 250), (0, 0, 4, 16))                               # a quarter of the first patch
+    picture.save(tmp_path / "winoground/images/one.png")
+    store = PatchStore(Patches(str(tmp_path), 32, 16), "winoground")
+    share, red, blue = store.read(np.array([0]), "cls_prob")[0], 1 + 7 * 64, 1 + 7
+    assert share.shape == (4, 513) and share[0, blue] == pytest.approx(0.25) and share[0, red] == pytest.approx(0.75) and share[3, red] == 1 and not share[:, 0].any()
+    assert store.read(np.array([0]), "cls_id").tolist() == [[red - 1] * 4] and (store.read(np.array([0]), "attr_id") == -1).all()
+
+
+def test_every_picture_of_the_tree_is_found(toy_tree):
+    for name in ("coco", "flickr30k", "vg", "gqa", "winoground", "nlvr2", "cc3m_train", "cc3m_val", "sbu"):
+        stored = data.RegionStore(toy_tree / "regions" / name)
+        assert set(stored.image_ids) <= set(data.find_pictures(toy_tree, name)), name
+    with pytest.raises(DataError, match="no pictures of refclef"):
+        data.find_pictures(toy_tree / "nowhere", "refclef")
+
+
+def test_a_store_too_large_to_keep_reads_the_same(toy_tree, store, monkeypatch):
+    monkeypatch.setattr(PatchStore, "KEPT", 0)
+    again = data.open_store(store.patches, "coco")
+    assert again.kept is None and (again.read(np.arange(5)) == store.read(np.arange(5))).all()
+
+
+def test_regions_cut_out(toy_tree):
+    """A crop's window holds its region; the whole picture and the region alone are the two ends."""
+    crops = data.open_store(Patches(str(toy_tree), 64, 16), "vg_crops")
+    boxes = {f"{name}/{k}": box for name, k, box in data.vg_regions(toy_tree)}
+    wide = []
+    for name, (left, top, right, bottom) in zip(crops.image_ids, crops.windows):
+        x, y, w, h = boxes[name]
+        assert -1e-6 <= left <= x + 1e-6 and right + 1e-6 >= x + w and -1e-6 <= top <= y + 1e-6 and bottom + 1e-6 >= y + h and right <= 240 + 1e-6 and bottom <= 180 + 1e-6
+        wide.append((right - left) / 240)
+    assert min(wide) < 0.3 and max(wide) > 0.9
+    texts, _ = data.corpus_crops(toy_tree, "train", data.held_out(toy_tree))
+    assert all(t.image in crops.index for t in texts)
+    with pytest.raises(DataError, match="--vision patches"):
+        data.open_store(toy_tree / "regions", "vg_crops")
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "cmyk", "16 bits", "transparent", "one pixel", "rotated", "grey 16 rgb"])
+def test_odd_pictures(tmp_path, kind):
+    path, left, right = tmp_path / "p.png", (200, 10, 10), (10, 10, 200)
+    picture = Image.new("RGB", (40, 20), left)
+    picture.paste(right, (20, 0, 40, 20))
+    wanted = [left, right]
+    if kind == "grey":
+        picture.convert("L").save(path)
+        wanted = [(67, 67, 67), (32, 32, 32)]
+    elif kind == "palette":
+        picture.convert("P", palette=Image.ADAPTIVE).save(path)
+    elif kind == "cmyk":
+        path = tmp_path / "p.jpg"
+        picture.convert("CMYK").save(path, quality=95)
+    elif kind in ("16 bits", "grey 16 rgb"):
+        grey = np.full((20, 40), 20 * 257, np.uint16)
+        grey[:, 20:] = 220 * 257
+        Image.fromarray(grey).save(path)
+        wanted = [(20,) * 3, (220,) * 3]
+    elif kind == "transparent":
+        picture.putalpha(0)
+        picture.save(path)
+        wanted = [WHITE, WHITE]
+    elif kind == "one pixel":
+        Image.new("RGB", (1, 1), left).save(path)
+        wanted = [left, left]
+    else:                                           # the camera was held upside down
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        path = tmp_path / "p.jpg"
+        picture.save(path, exif=exif, quality=95)
+        wanted = [right, left]
+    x = open_picture(path, 16).astype(int)
+    assert x.shape == (16, 16, 3)
+    for column, colour in zip((2, 13), wanted):
+        assert np.abs(x[8, column] - colour).max() < 14, (kind, x[8, column], colour)
+
+
+def test_a_picture_held_sideways_has_its_own_size(tmp_path):
+    (tmp_path / "winoground/images").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "winoground/images/a.jpg", exif=exif)
+    assert PatchStore(Patches(str(tmp_path), 32, 16), "winoground").size(0) == (20, 40)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "page", "bomb"])
+def test_pictures_that_cannot_be_read(tmp_path, kind):
+    path = tmp_path / ("p.png" if kind == "bomb" else "p.jpg")
+    if kind == "bomb":
+        Image.new("1", (40_000, 5_000)).save(path)
+    else:
+        Image.effect_noise((200, 200), 50).save(path)
+        content = {"truncated": path.read_bytes()[:2000], "empty": b"", "page": b"<html>404</html>"}[kind]
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"p\.(jpg|png) cannot be read as a picture"):
+        open_picture(path, 32)
+
+
+def test_a_bad_picture_stops_a_run_with_its_name(toy_tree, tmp_path):
+    import shutil
+    tree = tmp_path / "toy"
+    shutil.copytree(toy_tree, tree)
+    for path in (tree / "coco/train2014").iterdir():
+        path.write_bytes(path.read_bytes()[:700])
+    done = run(tmp_path, "--recipe", "toy-pretrain", "--vision", "patches", "--init", "none", "--data", tree, "--steps", 2, "--out", "x", *QUICK, expect=1)
+    assert "cannot be read as a picture" in done.stderr and ".jpg" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(DataError, match="multiple of --patch"):
+        data.open_store(Patches(str(toy_tree), 50, 16), "coco")
+
+
+def test_stem_sees_what_a_patch_shows():
+    """Hiding a far patch leaves a token alone; the order of pixels is the store's."""
+    torch.manual_seed(0)
+    for patch in (8, 12, 16):
+        stem = PatchStem(patch, 32).eval()
+        assert stem.patch == patch
+        x = torch.randn(1, 25, 3 * patch * patch)
+        y, changed = stem(x), x.clone()
+        changed[0, 24] += 1
+        moved = (stem(changed) - y).abs().sum(-1)[0] > 1e-4
+        assert y.shape == (1, 25, 32) and moved[24]
+        # norms see the whole picture, so compare with the convolutions alone
+        picture = torch.arange(25 * 3 * patch * patch).view(1, 25, -1).float()
+        from einops import rearrange
+        image = rearrange(picture, "B (h w) (p q c) -> B c (h p) (w q)", h=5, p=patch, q=patch)
+        assert image[0, 2, 1, 2] == picture[0, 0, (patch + 2) * 3 + 2]
+
+
+# ------------------------------------------------------------------------------------------------------------ readers
+
+def small_vg(tmp_path, objects):
+    (tmp_path / "vg").mkdir()
+    dump = lambda name, record: (tmp_path / f"vg/{name}.json").write_text(json.dumps(record))
+    dump("image_data", [{"image_id": 1, "url": "x/VG_100K/1.jpg", "width": 90, "height": 90, "coco_id": None, "flickr_id": None}])
+    dump("attributes", [{"image_id": 1, "attributes": objects}])
+    dump("region_descriptions", [{"id": 1, "regions": [{"region_id": 5, "phrase": " a dog\n runs", "x": 0, "y": 0, "width": 90, "height": 45},
+                                                       {"region_id": 6, "phrase": "far away", "x": 200, "y": 0, "width": 9, "height": 9},
+                                                       {"region_id": 7, "phrase": "tiny", "x": 0, "y": 0, "width": 9, "height": 9}]}])
+
+
+def test_triplets(tmp_path):
+    dog = lambda x, y, **more: {"names": ["dog"], "x": x, "y": y, "w": 30, "h": 30, **more}
+    small_vg(tmp_path, [dog(0, 0, attributes=["brown", "wet"]), dog(55, 30), {"names": ["cat"], "x": 30, "y": 55, "w": 30, "h": 30}, dog(0, 0) | {"w": 5, "h": 5}])
+    texts, told = data.vg_triplets(tmp_path)
+    found = [(t.text, tuple(round(90 * v) for v in t.target[0])) for t in texts]
+    first, second = (0, 0, 30, 30), (55, 30, 85, 60)
+    assert found == [("a dog runs", (0, 0, 90, 45)), ("brown dog", first), ("wet dog", first), ("dog", second), ("cat", (30, 55, 60, 85)),
+                     ("dog on the right", second), ("bottom dog", second), ("dog at the top left", first)]
+    assert told == {"texts: region descriptions": 1, "boxes left out: outside their image, or of no area": 1, "boxes left out: too small": 5,
+                    "texts: objects with attributes": 2, "texts: objects": 2, "texts: prompts of place": 3}
+    assert [t.text for t in data.vg_triplets(tmp_path, ("region",))[0]] == ["a dog runs"] and not data.vg_triplets(tmp_path, out={"1"})[0]
+    everything, _ = data.vg_triplets(tmp_path, ("box",), smallest=0)
+    assert {"dog on the left", "top dog"} <= {t.text for t in everything if t.target[0] == pytest.approx((0, 0, 5 / 90, 5 / 90))}
+
+
+def test_captions_are_cleaned_as_albef_does():
+    assert data.clean_caption('A man -- (smiling), "happy"/sad: <person>!') == "a man smiling happy sad person"
+    assert data.clean_caption("Ein Bär; собака 犬") == "ein bär собака 犬" and len(data.clean_caption("w " * 90).split()) == 30
+
+
+def test_web_captions(tmp_path, toy_tree):
+    (tmp_path / "cc12m").mkdir()
+    out = data.HeldOut(set(), {"77"}, {})
+    (tmp_path / "cc12m/cc12m.tsv").write_text("".join(f"http://x.org/{i}.jpg\ta {i}\n" for i in range(4)) + "http://farm1.staticflickr.com/1/77_0a1b2c3d4e_z.jpg\tz\n")
+    (train_texts, told), (val, _) = (data.corpus_cc12m(tmp_path, split, out) for split in ("train", "val"))
+    assert [t.text for t in train_texts + val] == ["a 0", "a 1", "a 2", "a 3"] and len(val) == 1 and list(told.values()) == [1]
+    (tmp_path / "cc12m/cc12m.tsv").write_text("one column\n")
+    with pytest.raises(DataError, match=r"cc12m\.tsv, line 1 has 1 columns"):
+        data.corpus_cc12m(tmp_path, "train", out)
+
+
+def test_flip_mirrors_the_box_and_the_words(toy_tree, tokenizer):
+    texts = [Text(i, "a red circle on the left", i, ((0.0, 0.25, 0.25, 0.5),)) for i in data.open_store(Patches(str(toy_tree), 64, 16), "vg").image_ids[:40]]
+    pairs = Pairs(texts, data.open_store(Patches(str(toy_tree), 64, 16), "vg"), tokenizer, 24, ends=False)
+    assert pairs.text(np.array([0]))[0][0, -1] == tokenizer("left")[0]
+    batch = PictureBatches(pairs, 40, 0, augment=("flip",))[0]
+    plain = PictureBatches(pairs, 40, 0)[0]
+    left, right = tokenizer("left")[0], tokenizer("right")[0]
+    flipped = (batch["text"] == right).any(1)
+    assert 8 < flipped.sum() < 32 and not (batch["text"][flipped] == left).any() and (plain["text"] == left).any(1).all()
+    for row in range(40):
+        image, mask = plain["image"][row], plain["region"][row]
+        assert mask.sum() == 16 * 16 and mask[16:32, :16].all()
+        assert torch.equal(batch["image"][row], image.flip(-1) if flipped[row] else image) and torch.equal(batch["region"][row], mask.flip(-1) if flipped[row] else mask)
+    assert data.box_mask((0.999, 0.999, 1, 1), 8, False).sum() == 1 and data.box_mask((0, 0, 1, 1), 8, True).all()
+
+
+def test_colours_change_only_where_asked(toy_tree, tokenizer, store):
+    texts = [Text(i, "a", i) for i in store.image_ids[:30]]
+    pairs = Pairs(texts, store, tokenizer, 24, ends=False)
+    plain, grey, jitter = (PictureBatches(pairs, 30, 0, augment=a)[0]["image"] for a in ((), ("grey",), ("jitter",)))
+    colourful = lambda x: ((x * torch.tensor(data.DEVIATION).view(3, 1, 1) + torch.tensor(data.MEAN).view(3, 1, 1)).std(dim=1).amax((1, 2)) > 0.02)
+    assert colourful(plain).all() and 1 <= (~colourful(grey)).sum() <= 14
+    changed = (jitter != plain).flatten(1).any(1)
+    assert 5 <= changed.sum() <= 25
+
+
+def test_picture_batches_are_the_same_however_shared(toy_tree, tokenizer, store):
+    pairs = Pairs([Text(i, f"a red circle {'on the left ' * (n % 3)}", i, ((0, 0, 0.5, 0.5),) if n % 2 else None) for n, i in enumerate(store.image_ids[:24])], store, tokenizer, 24, ends=False)
+    how = dict(augment=("flip", "jitter", "grey"))
+    whole = PictureBatches(pairs, 12, 3, **how)[1]
+    for part in range(2):
+        mine = PictureBatches(pairs, 12, 3, part, 2, **how)[1]
+        for name in ("text", "masked_text", "text_mask", "image", "own"):
+            assert torch.equal(mine[name], whole[name][part::2]), name
+        assert torch.equal(mine["draw"], whole["draw"]) and mine["names"] == whole["names"][part::2]
+        N_L = whole["text"].shape[1]
+        places = [(p // N_L * 2 + part) * N_L + p % N_L for p in mine["masked_words"].tolist()]
+        assert set(places) <= set(whole["masked_words"].tolist())
+        assert [2 * b + part for b in mine["boxed"].tolist()] == [b for b in whole["boxed"].tolist() if b % 2 == part]
+    with pytest.raises(DataError, match="24 texts for batches of 25"):
+        PictureBatches(pairs, 25, 0)
+
+
+# ------------------------------------------------------------------------------------------------------- ALBEF and AMC
+
+def test_albef_runs_and_points(albef):
+    numbers = last_line(albef[1])
+    assert {"val/itc", "pointing/flickr30k", "pointing/flickr30k/people", "pointing/flickr30k/chance", "pointing/refcoco+/testA", "pointing/refcoco+/testA/clean",
+            "pointing/refcoco+/testB/boxes"} <= set(numbers) and all(0 <= v <= 100 for v in numbers.values())
+    assert list((albef[0].parent / "figures").glob("heat_flickr30k_*.png")) and list((albef[0].parent / "figures").glob("heat_coco_*.png"))
+
+
+@pytest.mark.parametrize("loss", ["none", "amc", "amc-mean", "amc-max", "amc-cosine"])
+def test_twenty_steps_of_amc(toy_tree, albef, tmp_path, loss, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "pointing_games", lambda *a, **k: {})
+    monkeypatch.setattr(evaluate, "heat_figures", lambda *a, **k: [])
+    run(tmp_path, "--recipe", "toy-amc", "--loss", loss, "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 20, "--warmup", 2, "--units", 8, "--log-every", 1, "--out", "x", *QUICK)
+    log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
+    for name in {"itc", "itm", "mlm", loss} - {"none"}:
+        values = [r[name] for r in log if name in r]
+        assert len(values) == 20 and np.isfinite(values).all() and any(values), name
+
+
+def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
+    """Thirty updates on one batch: through the second derivative the heat moves into the boxes."""
+    monkeypatch.chdir(tmp_path)
+    cfg = train.make_config("toy-amc", data=str(toy_tree), init=str(albef[0]), queue=20, units=8, steps=40, warmup=1, lr=1e-3, precision="fp32")
+    place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
+    loaded = train.load_streams(cfg, place, tokenizer)
+    model, batch = train.build_model(cfg, place, tokenizer, loaded), loaded.train[0][0]
+    optimizer = train.make_optimizer(cfg, model)
+    assert all(p.requires_grad for g in optimizer.param_groups for p in g["params"])
+    values = [train.update(cfg, place, model, optimizer, loaded.train, step, [batch])[0]["amc"].item() for step in range(1, 31)]
+    assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3]), values
+
+
+def test_two_processes_are_one_with_the_doubled_batch(toy_tree, albef, tmp_path):
+    """Queue, negatives, contrast, matching and words: to the last digits the same weights, teacher and queue. (AMC's mean pools over a process's pairs.)"""
+    args = ["--recipe", "toy-amc", "--loss", "amc-max", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 4, "--warmup", 1, *QUICK]
+    run(tmp_path, *args, "--units", 12, "--out", "one")
+    run(tmp_path, *args, "--units", 6, "--out", "two", processes=2)
+    one = weights(tmp_path / "one")
+    same(one, weights(tmp_path / "two"), rtol=0, atol=2e-5)
+    assert one["queue_ptr"].item() == 6 * 12 % 20 or one["queue_ptr"].item() == (6 * 8 + 4 * 12) % 20
+
+
+def test_resume_is_bit_for_bit(toy_tree, albef, tmp_path):
+    args = ["--loss", "amc", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 6, "--warmup", 2, "--units", 8, "--save-every", 3, "--dropout", 0.1, *QUICK]
+    run(tmp_path, *args, "--out", "whole")
+    run(tmp_path, *args, "--out", "cut", expect=None)
+    import shutil
+    shutil.rmtree(tmp_path / "cut")
+    from conftest import run_and_kill
+    run_and_kill(tmp_path, args, "cut")
+    run(tmp_path, *args, "--out", "cut", "--resume")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_drawing_follows_the_weights():
+    w = torch.tensor([[0.0, 0.3, 0.1], [0.2, 0.0, 0.0], [0.0, 0.0, 1e-30]])
+    luck = torch.linspace(0, 0.9999, 4001)
+    picked = train.drawn(w[:1].expand(4001, 3), luck)
+    assert (picked == 1).float().mean().item() == pytest.approx(0.75, abs=1e-3) and not (picked == 0).any()
+    assert train.drawn(w, torch.tensor([0.5, 0.99, 0.0])).tolist() == [1, 0, 2]
+
+
+def test_momentum_and_queue_by_hand():
+    torch.manual_seed(0)
+    model = build("albef", "toy", vocab=30, queue=5, resolution=32, patch=16)
+    start, now = [p.clone() for p in model.teacher.parameters()], list(model.student.parameters())
+    with torch.no_grad():
+        for p in now:
+            p.add_(1.0)
+    model.follow(0.9)
+    for old, new, student in zip(start, model.teacher.parameters(), now):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * student)
+    before = model.image_queue.clone()
+    model.enqueue(torch.full((3, 64), 1.0), torch.full((3, 64), 2.0))
+    model.enqueue(torch.full((3, 64), 3.0), torch.full((3, 64), 4.0))
+    assert model.queue_ptr.item() == 1 and model.image_queue[0].tolist() == [3, 1, 1, 3, 3] and model.text_queue[5].tolist() == [4, 2, 2, 4, 4] and before.shape == (64, 5)
+
+
+@pytest.mark.parametrize("kind", ["deit", "bert", "albef at another resolution"])
+def test_official_checkpoints(tmp_path, kind):
+    """By their published names: DeiT fills the ViT, BERT text and fusion, and the momentum copy starts from them; ALBEF's positions are resized."""
+    torch.manual_seed(0)
+    tiny = dict(vocab=40, width=16, layers=4, fusion=2, heads=2, inner=32, embed=8, vision=dict(width=24, layers=2, heads=2, inner=48), queue=6, positions=20)
+    model = Albef(**tiny, resolution=64, patch=16)
+    if kind == "deit":
+        file = {"cls_token": torch.randn(1, 1, 24), "pos_embed": torch.randn(1, 5, 24), "patch_embed.proj.weight": torch.randn(24, 3, 16, 16), "patch_embed.proj.bias": torch.randn(24),
+                "blocks.1.attn.qkv.weight": torch.randn(72, 24), "blocks.1.attn.qkv.bias": torch.randn(72), "blocks.0.mlp.fc1.weight": torch.randn(48, 24),
+                "norm.weight": torch.randn(24), "head.weight": torch.randn(10, 24), "head.bias": torch.randn(10)}
+        torch.save({"model": file}, tmp_path / "x.pth")
+        report = load_pretrained(model, tmp_path / "x.pth")
+        assert sorted(report.unused) == ["head.bias", "head.weight"], report
+        torch.testing.assert_close(model.student.vision.layers[1].attention.to_k.weight, file["blocks.1.attn.qkv.weight"][24:48])
+        torch.testing.assert_close(model.teacher.vision.position, resized_position(file["pos_embed"], 16))
+    elif kind == "bert":
+        file = {"bert.embeddings.word_embeddings.weight": torch.randn(40, 16), "bert.embeddings.LayerNorm.gamma": torch.randn(16), "bert.encoder.layer.1.attention.self.query.weight": torch.randn(16, 16),
+                "bert.encoder.layer.3.attention.self.value.bias": torch.randn(16), "bert.encoder.layer.3.output.dense.weight": torch.randn(16, 32), "cls.predictions.transform.dense.weight": torch.randn(16, 16),
+                "cls.predictions.bias": torch.randn(40), "bert.pooler.dense.weight": torch.randn(16, 16), "cls.seq_relationship.weight": torch.randn(2, 16)}
+        torch.save(file, tmp_path / "x.bin")
+        report = load_pretrained(model, tmp_path / "x.bin")
+        assert sorted(report.unused) == ["bert.pooler.dense.weight", "cls.seq_relationship.weight"], report
+        torch.testing.assert_close(model.student.fusion_layers[1].attention.to_v.bias, file["bert.encoder.layer.3.attention.self.value.bias"])
+        torch.testing.assert_close(model.teacher.text_layers[1].attention.to_q.weight, file["bert.encoder.layer.1.attention.self.query.weight"])
+    else:
+        from model import read_checkpoint                                   # noqa: F401
+        other = Albef(**tiny | {"queue": 12}, resolution=96, patch=16)
+        torch.save(other.state_dict(), tmp_path / "x.pt")
+        report = load_pretrained(model, tmp_path / "x.pt")
+        assert set(report.unused) == {"image_queue", "text_queue"}
+        torch.testing.assert_close(model.student.vision.position, resized_position(other.student.vision.position, 16))
+
+
+def test_pointing_by_hand(toy_tree, tokenizer, tmp_path, monkeypatch):
+    """A model whose heat is the truth hits everything; one that looks at a corner, nothing; strictly inside counts."""
+    config = dict(data=str(toy_tree), regions=str(toy_tree / "regions"), vision="patches", resolution=64, patch=8, max_words=24)
+
+    def told(place):
+        def explained(model, texts, store, tokenizer, max_words, **how):
+            for t in texts:
+                A = torch.zeros(180, 240)
+                x, y = place(t.target[0])
+                A[int(y), int(x)] = 1
+                yield t, store.index[t.image], A
+        monkeypatch.setattr(evaluate, "explained", explained)
+        return evaluate.pointing_games(None, toy_tree, tokenizer, config)
+    middle, corner, edge = told(lambda b: (b[0] + b[2] / 2, b[1] + b[3] / 2)), told(lambda b: (0, 0)), told(lambda b: (b[0], b[1]))
+    for name in ("flickr30k", "flickr30k/people", "refcoco+/testA", "refcoco+/testB/clean"):
+        assert middle[f"pointing/{name}"] == 100 and corner[f"pointing/{name}"] == 0 and edge[f"pointing/{name}"] == 0, name
+    assert middle["pointing/refcoco+/testA/boxes"] > 80 > corner["pointing/refcoco+/testA/boxes"] and 1 < middle["pointing/flickr30k/chance"] < 15
+
+
+def test_referit(tmp_path, toy_tree, tokenizer, monkeypatch):
+    (tmp_path / "refclef/images").mkdir(parents=True)
+    Image.new("RGB", (100, 50)).save(tmp_path / "refclef/images/12.jpg")
+    (tmp_path / "refclef/refclef_test_10k_unique.json").write_text(json.dumps([{"image": "images/12.jpg", "text": "tree on left", "bbox": [0, 0, 40, 50], "split": "test"}]))
+    texts, _ = data.referit(tmp_path)
+    assert texts == [Text("12", "tree on left", "0", (0, 0, 40, 50))]
+    monkeypatch.setattr(evaluate, "heat", lambda model, batch: torch.eye(4)[[1]].repeat(len(batch["text"]), 1))         # the right upper quarter
+    model = build("albef", "toy", vocab=len(tokenizer), queue=4, resolution=32, patch=16)
+    config = dict(data=str(tmp_path), regions=str(tmp_path / "regions"), vision="patches", resolution=32, patch=16, max_words=24)
+    assert evaluate.pointing_games(model, tmp_path, tokenizer, config) == {"pointing/referit": 0.0, "pointing/referit/chance": 40.0}
+    with pytest.raises(DataError, match="has none of flickr30k_entities"):
+        evaluate.pointing_games(model, tmp_path / "nowhere", tokenizer, config)
+
+
+@pytest.mark.parametrize("typed, told", [
+    (["--loss", "amc", "--recipe", "toy"], "needs texts with boxes"),
+    (["--recipe", "toy-albef", "--loss", "cacr"], "--model albef"),
+    (["--recipe", "toy-albef", "--units", "1"], "no negative"),
+    (["--recipe", "toy-amc", "--triplets", "boxes"], "did you mean box"),
+    (["--vision", "patches", "--task", "re"], "not for --task re"),
+])
+def test_what_cannot_be(typed, told):
+    with pytest.raises(train.UserError, match=told):
+        train.parse(typed)
+
+
+def test_cosine_schedule():
+    rate = lambda step: train.lr_at(step, 1e-4, 10, 110, "cosine")
+    assert rate(5) == pytest.approx(5e-5) and rate(10) == pytest.approx(1e-4) and rate(60) == pytest.approx(5.5e-5) and rate(110) == pytest.approx(1e-5)
+    assert rate(35) == pytest.approx(1e-5 + 9e-5 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+# ----------------------------------------------------------------------------------------- every loss on every encoder
+
+@pytest.fixture(scope="module")
+def patched(toy_tree, tmp_path_factory):
+    """Barely trained single- and two-stream models of patches."""
+    folder, found = tmp_path_factory.mktemp("patched"), {}
+    for model, tasks in (("uniter", "mlm+itm+mrfr+mrc+mrckl+wra"), ("lxmert", "mlm+itm+mrfr")):
+        done = run(folder, "--recipe", "toy-pretrain", "--vision", "patches", "--resolution", 32, "--model", model, "--init", "none", "--pretrain", tasks, "--data", toy_tree, "--steps", 20,
+                   "--warmup", 5, "--units", 256, "--out", model, *QUICK)
+        assert "winoground/group" in last_line(done)
+        found[model] = folder / model / "last.pt"
+    return found
+
+
+@pytest.mark.parametrize("model", ["uniter", "lxmert"])
+@pytest.mark.parametrize("loss", ["cacr", "iais", "iais-released", "iais-distributed", "wra"])
+def test_alignment_losses_on_patches(toy_tree, patched, tmp_path, model, loss):
+    run(tmp_path, "--recipe", "toy", "--vision", "patches", "--resolution", 32, "--model", model, "--init", patched[model], "--data", toy_tree, "--loss", loss, "--steps", 20, "--warmup", 2,
+        "--units", 256, "--candidates", 6, "--log-every", 1, "--out", "x", *QUICK)
+    log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
+    values = [r[loss] for r in log if loss in r]
+    assert len(values) == 20 and np.isfinite(values).all() and any(values)
+
+
+@pytest.mark.parametrize("loss", ["none", "align"])
+def test_all_of_kervadecs_supervision_on_patches(toy_tree, tmp_path, loss):
+    """Patches have colours for classes and no names, so a pointer's target is its box alone."""
+    done = run(tmp_path, "--recipe", "toy-align", "--loss", loss, "--vision", "patches", "--resolution", 32, "--data", toy_tree, "--steps", 20, "--warmup", 5, "--units", 512, "--log-every", 1,
+               "--out", "x", *QUICK)
+    log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
+    for name in {"class", "feature", "answers", loss} - {"none"}:
+        assert any(r.get(name, 0) for r in log) and np.isfinite([r[name] for r in log if name in r]).all(), name
+    assert "gqa/accuracy" in last_line(done)
+
+
+@pytest.mark.parametrize("task", ["vqa", "ve", "nlvr2"])
+def test_downstream_tasks_on_patches(toy_tree, patched, tmp_path, task):
+    done = run(tmp_path, "--task", task, "--vision", "patches", "--resolution", 32, "--init", patched["uniter"], "--data", toy_tree, "--steps", 4, "--warmup", 1, "--units", 512, "--out", "x", *QUICK)
+    assert any(k.startswith(f"{task}/accuracy") for k in last_line(done))
+    from evaluate import main                                               # noqa: F401
+    numbers = evaluate.run_task(evaluate.make_parser().parse_args(["--task", task, "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree)]))
+    assert numbers[f"{task}/accuracy"] == pytest.approx(last_line(done)[f"{task}/accuracy"], abs=0.01)
