@@ -503,7 +503,7 @@ def open_picture(path, resolution, window=None):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 if window is None:
-                    picture.draft("RGB", (resolution, resolution))                              # JPEG: decode at a half, a quarter if that is enough
+                    picture.draft("RGB", (resolution * 7 // 8, resolution * 7 // 8))            # JPEG: decode at a half, a quarter if that is almost enough
                 return np.asarray(upright(picture).resize((resolution, resolution), Image.BICUBIC, window))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path} cannot be read as a picture: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
@@ -512,7 +512,10 @@ def open_picture(path, resolution, window=None):
 
 def upright(picture):
     """As a camera held it (EXIF), and red, green, blue of 8 bits, whatever it was: grey, palette, CMYK, 16 bits, transparent on white."""
-    picture = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(0x0112, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
     if picture.mode.startswith(("I", "F")):         # 16 bits a pixel or more: Pillow would cut them off
         x = np.asarray(picture, np.float64)
         picture = Image.fromarray((x / (65535 if x.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))
@@ -1925,7 +1928,7 @@ class PictureBatches(PairBatches):
     pairs    of a PatchStore; a Text's target is the boxes that it describes, x1 y1 x2 y2 in [0, 1], or None: then it has no mask
     augment  any of flip (mirrors boxes too, and swaps left and right in the text), jitter (half of them: brightness, contrast and colour by up
              to 0.4), grey (a fifth of them) [AMC's code, which leaves the text as it is]
-    [k]      text, masked_text (b, N_L), text_mask; masked_words (K,) places in b*N_L, word_targets (K,); image (b, 3, R, R);
+    [k]      text, masked_text (b, N_L), text_mask; masked_words (K,) places in b*N_L, word_targets (K,); pixels (b, R, R, 3) uint8;
              boxed (M,) rows that have a mask, region (M, R, R) bool; own (b,): which of the whole batch; draw (2, B) in [0, 1): the luck of
              the negatives, the same for all processes; number k
     """
@@ -1960,7 +1963,7 @@ class PictureBatches(PairBatches):
                 boxed.append(row), masks.append(box_mask(boxes[int(luck[3, i] * len(boxes))], images.shape[1], flip[i]))
         t = torch.from_numpy
         return {"task": "albef", "names": self.pairs.names(captions[mine], self.pairs.image[captions[mine]]), "number": k, "own": t(mine), "draw": t(draw).float(),
-                "text": t(text), "masked_text": t(np.where(hidden & (new >= 0), new, text)), "text_mask": t(real), "image": normalised(images),
+                "text": t(text), "masked_text": t(np.where(hidden & (new >= 0), new, text)), "text_mask": t(real), "pixels": t(images),
                 "masked_words": t(np.flatnonzero(hidden)), "word_targets": t(text[hidden]), "boxed": torch.tensor(boxed, dtype=torch.int64),
                 "region": t(np.stack(masks)) if masks else torch.zeros(0, *images.shape[1:3], dtype=torch.bool),
                 "counts": {"mlm": int(hidden.sum()), **dict.fromkeys(("amc", "amc-mean", "amc-max", "amc-cosine"), len(boxed))}}
@@ -1986,8 +1989,9 @@ def box_mask(box, R, flip):
 
 
 def normalised(pixels):
-    """(B, R, R, 3) uint8 -> (B, 3, R, R) float32, less the mean, by the deviation"""
-    return torch.from_numpy(np.ascontiguousarray(((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(0, 3, 1, 2)))
+    """(B, R, R, 3) uint8, on any device -> (B, 3, R, R) float32, less the mean, by the deviation"""
+    mean, deviation = (torch.tensor(x, device=pixels.device).view(3, 1, 1) * 255 for x in (MEAN, DEVIATION))
+    return (pixels.permute(0, 3, 1, 2).float() - mean) / deviation
 
 
 class Mix(torch.utils.data.Dataset):

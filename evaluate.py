@@ -627,7 +627,7 @@ def explained(model, texts, store, tokenizer, max_words, batch_size=64, autocast
         order = order[len(some):]
         text, mask = (torch.from_numpy(x) for x in pairs.text(np.array(some)))
         with autocast():
-            A = heat(model, to({"image": normalised(store.pixels(pairs.image[some])), "text": text, "text_mask": mask}, device))
+            A = heat(model, to({"image": normalised(torch.from_numpy(store.pixels(pairs.image[some]))), "text": text, "text_mask": mask}, device))
         for c, full in zip(some, at_size(A, size)):
             yield texts[c], int(pairs.image[c]), full
         bar.update(len(some))

@@ -168,7 +168,7 @@ class PatchStem(nn.Module):
         sizes = [3] + [max(24, width >> (len(strides) - 1 - i)) for i in range(len(strides))]
         self.patch = math.prod(strides)
         self.layers = nn.Sequential(*(part for a, b, f in zip(sizes, sizes[1:], strides)
-                                      for part in (nn.Conv2d(a, b, max(3, f), f, padding=int(f <= 3)), nn.GroupNorm(1, b), nn.GELU())), nn.Conv2d(sizes[-1], width, 1))
+                                      for part in (nn.Conv2d(a, b, max(3, f), f, padding=int(f <= 3)), nn.GroupNorm(8, b), nn.GELU())), nn.Conv2d(sizes[-1], width, 1))
 
     def forward(self, x):
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=math.isqrt(x.shape[1]), p=self.patch, q=self.patch)

@@ -30,7 +30,7 @@ import evaluate
 import losses
 from data import (CORPORA, ENTAILMENT, REFER, VCR_WORDS, DataError, Mix, Names, PairBatches, Pairs, PhraseBatches, Phrases, PictureBatches, RankingBatches, RegionStore,
                   TaskBatches, TogetherBatches, WordPiece, Words, all_answers, bare, blind, clean_caption, coco_karpathy, ensure_toy, entities, flickr30k, gqa, gqa_records, held_out,
-                  joined_descriptions, names_of, nlvr_pairs, open_store, regions_of, soft_target, vcr, vcr_store, vg_images, vg_questions, vg_triplets, vqa, write_atomic)
+                  joined_descriptions, names_of, nlvr_pairs, normalised, open_store, regions_of, soft_target, vcr, vcr_store, vg_images, vg_questions, vg_triplets, vqa, write_atomic)
 from evaluate import HEAD_OF, TYPES_OF, VALIDATION, answer_list_of, load_task, to
 from model import SIZES, STACKS, CheckpointError, Maf, build, load_pretrained, read_checkpoint, start_rank_from_match
 
@@ -709,11 +709,11 @@ def objective_albef(cfg, model, batch):
     with torch.no_grad():
         model.temperature.clamp_(0.001, 0.5)
         model.follow(cfg.momentum)
-        image_m = teacher.vision(batch["image"])
+        image_m = teacher.vision(pixels := normalised(batch["pixels"]))
         features_m = teacher.features(image_m, teacher.read(batch["text"], text_mask))
         image_known, text_known = (everyone(f.float()) for f in features_m)                         # (B, E), B = pairs of all processes
         candidates = [torch.cat([known, queue.T]) for known, queue in ((text_known, model.text_queue), (image_known, model.image_queue))]
-    image, words = student.vision(batch["image"]), student.read(batch["text"], text_mask)
+    image, words = student.vision(pixels), student.read(batch["text"], text_mask)
     similarity = [f.float() @ c.T / model.temperature for f, c in zip(student.features(image, words), candidates)]        # image with texts, text with images
     with torch.no_grad():
         target = [losses.itc_targets(f.float() @ c.T / model.temperature, own, alpha) for f, c in zip(features_m, candidates)]
@@ -1022,7 +1022,7 @@ def right_answers(cfg, model, batch):
         e, v, masks = phrase_vectors(cfg, model, batch)
         return losses.maf_similarity(e, v, *masks[1:]).argmax(dim=1) == batch["own"]
     if task == "albef":                             # the own image before all others of the batch
-        image, words = model.student.vision(batch["image"]), model.student.read(batch["text"], batch["text_mask"])
+        image, words = model.student.vision(normalised(batch["pixels"])), model.student.read(batch["text"], batch["text_mask"])
         image, words = model.student.features(image, words)
         return (words @ image.T).argmax(dim=1) == batch["own"]
     if task in VALIDATION:

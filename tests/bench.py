@@ -13,6 +13,8 @@ python tests/bench.py retrieval --readme      one part; the figures go to tests/
 (g) scoring every caption with every image: pairs a second over those of the bare forward
 (h) the two-stream step with alignment decoder and loss over the step without, LXMERT's size; MAF's captions a second on the toy tree, loader
     included; GloVe: seconds for 2.2 million lines of 300 (a file of 5 GB, written first) and the memory that reading adds
+(i) ALBEF-base, 8 pairs at 256 pixels: the step with AMC over the step without, in time and in peak memory; contrast and momentum over matching and
+    masked words alone; pictures of 640 x 480 a second through decoding and augmentation, one core; the toy loader over the toy model
 """
 import argparse
 import json
@@ -25,13 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import losses
 import train
-from data import PairBatches, Pairs, RegionStore, StoreWriter, Text, WordPiece, glove, make_toy, unit_batches
+from data import Pairs, PairBatches, Patches, PatchStore, PictureBatches, RegionStore, StoreWriter, Text, WordPiece, glove, make_toy, normalised, open_store, unit_batches
 from model import SIZES, Uniter, build
 from seeds import RESULTS, fill
 
@@ -312,7 +315,9 @@ def bench_align(found, folder):
     step = lambda settings, more: lambda: train.update(settings, place, model, optimizer, [], settings.steps, [batch | more | {"counts": counts}])
     found["align"] = ratio(step(other, aligned), step(cfg, {}), rounds=9)
 
-    tree, cfg = folder / "toy", None
+
+def bench_maf(found, folder):
+    tree = folder / "toy"
     make_toy(tree, scenes=2000)
     cfg = train.make_config("toy-grounding", data=str(tree))
     place = train.find_place(cfg)
@@ -327,6 +332,102 @@ def bench_align(found, folder):
             train.update(cfg, place, model, optimizer, streams.train, 1, [streams.train[0][count[0]]])
             count[0] += 1
     found["maf_captions_per_s"] = 50 * cfg.units / seconds(train_maf, rounds=7)[0]
+
+
+def albef_step(loss, n=8):
+    """A training step of the amc recipe on n pairs of random pixels, a batch of them, and the model."""
+    cfg = train.make_config("amc", loss=loss, init="none")
+    place = train.Place(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
+    torch.manual_seed(0)
+    model, W = build("albef", "base", vocab=30_522, queue=65_536, resolution=256, patch=16, dropout=0.1).to(DEVICE).train(), 24
+    optimizer, words, region = train.make_optimizer(cfg, model), torch.arange(0, n * W, 7), torch.zeros(n, 256, 256, dtype=torch.bool)
+    region[:, 40:120, 60:160] = True
+    text = torch.randint(1000, 30_000, (n, W))
+    batch = {"task": "albef", "names": ["x"] * n, "number": 10 ** 6, "own": torch.arange(n), "draw": torch.rand(2, n), "text": text, "masked_text": text, "text_mask": torch.ones(n, W, dtype=torch.bool),
+             "pixels": torch.randint(256, (n, 256, 256, 3), dtype=torch.uint8), "masked_words": words, "word_targets": text.flatten()[words], "boxed": torch.arange(n), "region": region,
+             "counts": {"mlm": len(words), loss: n}}
+    return lambda: train.update(cfg, place, model, optimizer, [], cfg.steps, [batch]), batch, model, place, cfg, optimizer
+
+
+def peak(loss):
+    """MiB that a step's activations add at most: highest use while it runs, less that before."""
+    step, _, model, *_ = albef_step(loss, 4)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    torch.randn(10 ** 6)
+    if DEVICE.type == "cuda":
+        step(), torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    from torch.autograd.graph import saved_tensors_hooks
+    kept, sizes = 0, set()
+
+    def pack(x):                                    # on a CPU: what autograd keeps for the backward passes, each storage once
+        nonlocal kept
+        if (key := x.untyped_storage().data_ptr()) not in sizes:
+            sizes.add(key)
+            kept += x.untyped_storage().nbytes()
+        return x
+    with saved_tensors_hooks(pack, lambda x: x):
+        step()
+    return (kept - sum(p.untyped_storage().nbytes() for p in model.parameters() if p.untyped_storage().data_ptr() in sizes)) / 2 ** 20
+
+
+def bench_pixels(found, folder):
+    with_amc, batch, model, place, cfg, optimizer = albef_step("amc")
+    without = train.make_config("amc", loss="none", init="none")
+    none = lambda: train.update(without, place, model, optimizer, [], cfg.steps, [batch])
+    found["amc_step"] = ratio(with_amc, none, rounds=5)
+
+    def plain():
+        """Matching and masked words alone, no momentum model, no queue."""
+        student, mask, n = model.student, batch["text_mask"], len(batch["own"])
+        with place.autocast():
+            image, words = student.vision(normalised(batch["pixels"].to(DEVICE))), student.read(batch["text"].to(DEVICE), mask.to(DEVICE))
+            states, _ = student.fuse(words.repeat(3, 1, 1), mask.repeat(3, 1).to(DEVICE), torch.cat([image, image.roll(1, 0), image]))
+            seen, _ = student.fuse(student.read(batch["masked_text"].to(DEVICE), mask.to(DEVICE)), mask.to(DEVICE), image)
+            loss = (losses.itm(model.match(states[:, 0]), torch.arange(3 * n, device=DEVICE) < n)
+                    + losses.mlm(student.name_words(seen, batch["masked_words"].to(DEVICE)), batch["word_targets"].to(DEVICE)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    found["itc_momentum"] = ratio(none, plain, rounds=5)
+    del with_amc, none, plain, model, optimizer
+    found["amc_memory"] = peak("amc") / peak("none")
+
+    (folder / "winoground/images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(48):                             # photographs: smooth, with some grain
+        smooth = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+        Image.fromarray((np.asarray(smooth, int) + rng.integers(-8, 9, (480, 640, 1))).clip(0, 255).astype(np.uint8)).save(folder / f"winoground/images/{i}.jpg", quality=90)
+    (folder / "vocab.txt").write_text("\n".join([*WordPiece.SPECIAL, "word", "left", "right"]))
+    PatchStore.KEPT, kept = 0, PatchStore.KEPT
+    store = open_store(Patches(str(folder), 256, 16), "winoground")
+    PatchStore.KEPT = kept
+    pairs = Pairs([Text(i, "word " * 10, i, ((0.1, 0.1, 0.5, 0.5),)) for i in store.image_ids], store, WordPiece(folder / "vocab.txt", True), 24, ends=False)
+    stream, threads = PictureBatches(pairs, 16, 0, augment=("flip", "jitter", "grey")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    found["pictures_per_s"] = 48 / seconds(lambda: [stream[k] for k in range(3)], rounds=7)[0]
+    torch.set_num_threads(threads)
+
+    tree = folder / "toy"
+    make_toy(tree, scenes=600)
+    cfg = train.make_config("toy-albef", data=str(tree), init="none")
+    place = train.find_place(cfg)
+    place.say = lambda *words: None
+    tokenizer = train.load_tokenizer(cfg)
+    streams = train.load_streams(cfg, place, tokenizer)
+    model = train.build_model(cfg, place, tokenizer, streams)
+    optimizer, one, count = train.make_optimizer(cfg, model), streams.train[0][0], [0]
+
+    def load():
+        for _ in range(4):
+            streams.train[0][count[0]]
+            count[0] += 1
+    load()
+    found["toy_pictures_vs_model"] = ratio(lambda: [train.update(cfg, place, model, optimizer, streams.train, 1, [one]) for _ in range(4)], load, rounds=5)
 
 
 def bench_glove(found, folder):
@@ -363,11 +464,13 @@ MEANING = {
     "visual_bert_pairs_per_s": ("    padded fp32 VisualBERT's", ""), "pretrain_vs_visual_bert": ("(f) pre-training / VisualBERT", ">= 3"),
     "retrieval_vs_forward": ("(g) all-pairs scoring / the bare forward", ">= 0.95"), "align": ("(h) two-stream step with align / without", "<= 1.05"),
     "maf_captions_per_s": ("(h) MAF, captions a second", ">= 5,000"), "glove_seconds": ("(h) GloVe, 2.2 M lines of 300, seconds", "< 60"),
-    "glove_mib": ("    memory it adds, MiB", "< 1,024"),
+    "glove_mib": ("    memory it adds, MiB", "< 1,024"), "amc_step": ("(i) ALBEF-base step with AMC / without", "<= 1.45"), "amc_memory": ("(i) activations kept with AMC / without", "<= 1.5"),
+    "itc_momentum": ("(i) ALBEF step / matching and masked words alone", "<= 1.35"), "pictures_per_s": ("(i) 640 x 480 JPEG, decoded and augmented, a second, one core", ">= 250"),
+    "toy_pictures_vs_model": ("(i) toy loader / toy ALBEF", ">= 1"),
 }
 
 
-PARTS = {"small": bench_small, "steps": bench_steps, "pretraining": bench_pretraining, "retrieval": bench_retrieval, "align": bench_align, "glove": bench_glove}
+PARTS = {"small": bench_small, "steps": bench_steps, "pretraining": bench_pretraining, "retrieval": bench_retrieval, "align": bench_align, "maf": bench_maf, "glove": bench_glove, "pixels": bench_pixels}
 
 
 def table(results):

@@ -450,13 +450,14 @@ def albef_batch(x, **more):
     """What train.objective_albef wants, with the file's own negatives: a draw that hits them."""
     labels = x["mlm_labels"].flatten()
     masked = (labels >= 0).nonzero()[:, 0]
-    return dict(image=x["image"], text=x["input_ids"], text_mask=x["attention_mask"].bool(), masked_text=x["mlm_input_ids"], masked_words=masked, word_targets=labels[masked],
+    return dict(pixels=x["image"], text=x["input_ids"], text_mask=x["attention_mask"].bool(), masked_text=x["mlm_input_ids"], masked_words=masked, word_targets=labels[masked],
                 own=torch.arange(len(x["image"])), number=1, draw=torch.zeros(2, len(x["image"])), boxed=torch.zeros(0, dtype=torch.int64), **more)
 
 
 def albef_losses(monkeypatch, model, x, alpha, loss="none", **more):
     texts_then_images = iter((x["neg_text_idx"], x["neg_image_idx"]))
     monkeypatch.setattr(train, "drawn", lambda weights, luck: next(texts_then_images))
+    monkeypatch.setattr(train, "normalised", lambda pixels: pixels)         # the file's pictures are
     cfg = train.make_config("toy-amc", loss=loss, distill=alpha, warmup=1)
     return train.objective_albef(cfg, model, albef_batch(x) | more)
 

@@ -28,7 +28,7 @@ def test_pretraining_runs_every_task(pretrained):
     assert {"mlm", "itm"} & set().union(*log) and (checkpoint.parent / "figures/curve.png").exists()
 
 
-@pytest.mark.parametrize("loss", [*(a for a in train.ALIGNMENTS if a not in ("align", "maf")), "cacr+wra", "none"])         # those two: test_align.py
+@pytest.mark.parametrize("loss", [*(a for a in train.ALIGNMENTS if a not in train.OWN_RECIPES), "cacr+wra", "none"])       # the others: test_align.py, test_pixels.py
 def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = parse([*map(str, toy_run(toy_tree, pretrained, "--loss", loss, "--steps", 20, "--log-every", 1))])
