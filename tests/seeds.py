@@ -3,6 +3,7 @@
 python tests/seeds.py --seeds 0 1 2 3 4 --jobs 2       40 minutes on two cores; goes on where it stopped; fills tests/results.json and README.md
 python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy checkpoint and from scratch
 python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour and a half
+python tests/seeds.py --seeds 0 1 2 --pixels         AMC's tables instead
 """
 import argparse
 import json
@@ -78,6 +79,39 @@ def align_seed(seed, threads, results):
         keep(f"maf/{phrases}/{use}/{seed}", "train.py", "--loss", "maf", "--phrases", phrases, "--use", use, *common, "--out", f"out/seeds/maf-{phrases}-{use}-{seed}")
     for f, p in MAF_START:
         keep(f"maf/start/{f}/{p}/{seed}", "train.py", "--loss", "maf", "--start-f", f, "--start-p", p, *common, "--out", f"out/seeds/maf-{f}-{p}-{seed}")
+
+
+AMC = {                                             # what is typed: paper's Flickr30k, RefCOCO+ testA, testB (tables 1, 3, 4)
+    "--recipe toy-amc --loss none": "", "--loss amc": "86.59, 80.34, 64.55", "--loss amc --triplets box": "86.49, 78.89, 61.16", "--loss amc --triplets region": "85.14, 77.89, 61.26",
+    "--loss amc-cosine": "84.85, 76.41, 60.81", "--loss amc-mean": "82.83, 75.34, 56.90", "--loss amc-max": "86.56, 80.34, 64.47",
+}
+
+
+def pixel_seed(seed, threads, results, only):
+    """AMC's tables on one seed's world: ALBEF first, then each loss from it. only: how many of the rows."""
+    data = f"data/toy-seed{seed}"
+    if not (ROOT / data).exists():
+        run("data.py", "toy", "--out", data, "--seed", str(seed))
+
+    def keep(name, *args):
+        out = f"out/seeds/{name.replace('/', '-').replace(' ', '')}"
+        if name not in results:
+            results[name] = json.loads(run("train.py", *args, "--data", data, "--seed", str(seed), "--resume", "--out", out, OMP_NUM_THREADS=str(threads)).strip().splitlines()[-1])
+            RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+            print(name, results[name], flush=True)
+        return f"{out}/last.pt"
+    start = keep(f"amc/--recipe toy-albef/{seed}", "--recipe", "toy-albef")
+    for typed in list(AMC)[:only]:
+        keep(f"amc/{typed}/{seed}", *typed.split(), "--init", start)
+
+
+def amc_table(results):
+    keys = ("flickr30k", "flickr30k/chance", "refcoco+/testA", "refcoco+/testB", "refcoco+/testA/clean", "refcoco+/testA/boxes")
+    lines = ["| `train.py` | paper: Flickr30k, RefCOCO+ testA, testB | toy: Flickr30k | by chance | testA | testB | testA, clean | testA, Recall@1 | Flickr30k, seed by seed |", "|" + "---|" * 9]
+    for typed, paper in ({"--recipe toy-albef": "79.14, 69.37, 53.77"} | AMC).items():
+        if rows := several(results, f"amc/{typed}/{{}}"):
+            lines.append(f"| `{typed}` | {paper} | " + " | ".join(mean([r[f"pointing/{k}"] for r in rows]) for k in keys) + " | " + " ".join(f"{r['pointing/flickr30k']:.1f}" for r in rows) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def several(results, pattern):
@@ -159,12 +193,13 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each with its share of the cores")
     parser.add_argument("--nlvr", help="folder of NLVR v1 (dev/, test/): run that instead")
     parser.add_argument("--align", action="store_true", help="Kervadec's and MAF's tables instead")
+    parser.add_argument("--pixels", type=int, nargs="?", const=len(AMC), default=0, help="AMC's tables instead; a number: only its first so many rows")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with ThreadPoolExecutor(args.jobs) as pool:
         threads = max(1, os.cpu_count() // args.jobs)
-        list(pool.map(lambda s: align_seed(s, threads, results) if args.align else one_seed(s, threads, results, args.nlvr), args.seeds))
-    fill(seeds=table(results), nlvr=nlvr_table(results), align=align_table(results), maf=maf_table(results), maf_ablation=maf_ablation(results))
+        list(pool.map(lambda s: pixel_seed(s, threads, results, args.pixels) if args.pixels else align_seed(s, threads, results) if args.align else one_seed(s, threads, results, args.nlvr), args.seeds))
+    fill(seeds=table(results), nlvr=nlvr_table(results), align=align_table(results), maf=maf_table(results), maf_ablation=maf_ablation(results), amc=amc_table(results))
 
 
 if __name__ == "__main__":
