@@ -5,7 +5,8 @@ A batch is a dict of tensors with fixed names; masks are bool, True = real; boxe
 
     1. Errors and files     DataError  write_atomic  read_json  read_pickle
     2. Text                 WordPiece                                           as BERT, cased or uncased
-    3. Region features      RegionStore  JoinedStore  StoreWriter  pack         memory-mapped; from TSV and npz files
+    3. Region features      RegionStore  JoinedStore  PatchStore  CropStore     memory-mapped features; pictures in patches
+                            StoreWriter  pack  extract                          from TSV and npz files; from pictures, through a detector
     4. Readers              coco  coco_karpathy  flickr30k  winoground  nlvr                  official files -> Texts
          pre-training       held_out  corpus_coco  corpus_vg  corpus_cc3m  corpus_sbu         without what downstream tasks are judged on
          downstream         vqa  vg_questions  vcr  nlvr2  snli_ve  referring  gqa             with what is right
@@ -16,7 +17,7 @@ A batch is a dict of tensors with fixed names; masks are bool, True = real; boxe
          phrases            Phrases  PhraseBatches                              MAF
     7. Downstream tasks     Task  TaskBatches  vqa_task  gqa_task  vcr_task  nlvr2_task  ve_task  re_task  blind
     8. ShapesWorld          make_toy  ensure_toy                                a toy world in the official formats
-    9. Command line         python data.py toy | pack
+    9. Command line         python data.py toy | pack | extract
 
 python data.py toy --out data/toy --seed 0 --scenes 6000
 python data.py pack train2014_obj36.tsv --out DATA/regions/coco
@@ -24,6 +25,7 @@ python data.py pack train2014_obj36.tsv --out DATA/regions/coco
 import argparse
 import base64
 import contextlib
+import datetime
 import difflib
 import functools
 import gzip
@@ -494,7 +496,13 @@ def around(rng, box, record):
 
 
 def open_picture(path, resolution, window=None):
-    """A picture, or a window of it, as (R, R, 3) uint8: turned upright, in colour, resized whatever its shape.
+    """A picture, or a window of it, as (R, R, 3) uint8, resized whatever its shape."""
+    picture = read_picture(path, None if window else resolution * 7 // 8)                       # decoded at a half, a quarter if that is almost enough
+    return np.asarray(picture.resize((resolution, resolution), Image.BICUBIC, window))
+
+
+def read_picture(path, enough=None):
+    """A picture, upright and in colour; enough: a JPEG may be decoded at a fraction of its size that is not below this.
 
     One that cannot be read or is too large to be meant (a decompression bomb) is a DataError.
     """
@@ -502,9 +510,10 @@ def open_picture(path, resolution, window=None):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
-                if window is None:
-                    picture.draft("RGB", (resolution * 7 // 8, resolution * 7 // 8))            # JPEG: decode at a half, a quarter if that is almost enough
-                return np.asarray(upright(picture).resize((resolution, resolution), Image.BICUBIC, window))
+                if enough:
+                    picture.draft("RGB", (enough, enough))
+                picture.load()
+                return upright(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path} cannot be read as a picture: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
                         "  Most often a download that stopped half way, or an error page saved as a picture. Fetch it again, or remove it.") from None
@@ -697,6 +706,110 @@ def pack(source, out, images=None):
     bar.close()
     writer.commit()
     print(f"{out}: {writer.done:,} images, {writer.offsets[-1]:,} regions of width {meta['features']}, {clipped} boxes clipped to their image")
+
+
+def extract(images, detector, out, regions=(36, 36), shorter=800, longer=1333, batch=1, shard=64):
+    """Pictures of a folder to a region store, through the bottom-up-attention detector (model.Detector). May be killed and restarted, with
+    any number of processes (torchrun): what is finished, in shards of `shard` pictures, stays in OUT.parts, and the store is the same to the byte.
+
+    detector: its weights; regions: at least and at most so many; shorter, longer: sides that pictures are resized to; batch: pictures of one
+    size at a time (1: the same numbers on every machine's batch size). A picture that cannot be read is left out, counted, and listed in OUT/skipped.txt.
+    """
+    from model import load_detector, resized_picture, resized_size      # here alone data needs a model: it makes the data
+    folder, parts, rank, world = need(images, "a folder of pictures", "Check the path."), Path(f"{out}.parts"), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if Path(out).exists():
+        raise DataError(f"{out} exists already\n  Wanted: a new place. Choose another --out, or delete it first.")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if twice := [name for name, n in Counter(p.stem for p in paths).items() if n > 1]:
+        raise DataError(f"{folder}: {len(twice):,} names stand for several pictures, the first {twice[0]}\n  Wanted: one picture a name. Extract their folders one by one.")
+    if not paths:
+        raise DataError(f"{folder} holds no .jpg or .png\n  Check the path.")
+    model = load_detector(detector)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    model.to(device)
+    settings = {"detector": hashlib.sha256(Path(detector).read_bytes()).hexdigest()[:16], "regions": list(regions), "sides": [shorter, longer], "shard": shard, "batch": batch, "pictures": len(paths)}
+    parts.mkdir(parents=True, exist_ok=True)
+    if (parts / "settings.json").exists() and read_json(parts / "settings.json", "what the extraction was begun with") != settings:
+        raise DataError(f"{parts} was begun with other settings or pictures\n  Delete it to start again, or repeat the first command.")
+    write_atomic(parts / "settings.json", json.dumps(settings))
+    shards = [paths[i:i + shard] for i in range(0, len(paths), shard)]
+    todo = [k for k in range(rank, len(shards), world) if not (parts / f"{k:06d}.npz").exists()]
+    bar = tqdm(total=sum(len(shards[k]) for k in range(rank, len(shards), world)), initial=sum(len(shards[k]) for k in range(rank, len(shards), world) if k not in set(todo)),
+               desc=f"extract {folder.name}", unit=" images", disable=None if rank == 0 else True)
+    for k in todo:
+        save_shard(parts / f"{k:06d}.npz", look_at(model, shards[k], device, regions, shorter, longer, batch, bar, resized_picture, resized_size))
+    bar.close()
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        merge_shards(parts, len(shards), out, {"source": f"detector {settings['detector']}, {regions[0]} to {regions[1]} regions, sides {shorter}, {longer}"})
+
+
+def look_at(model, paths, device, regions, shorter, longer, batch, bar, resized_picture, resized_size):
+    """One shard: {column: rows of all its pictures, "n": regions of each, "wh", "ids", "skipped": why not}"""
+    pictures, skipped, found = {}, [], {}
+    for path in paths:
+        try:
+            pixels = torch.from_numpy(np.array(read_picture(path)))
+            if min(size := resized_size(*pixels.shape[:2], shorter, longer)) < 32:
+                raise DataError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels become {size[1]} x {size[0]}, too narrow to see anything")
+            pictures.setdefault(size, []).append((path.stem, pixels))
+        except DataError as error:
+            skipped.append(str(error).splitlines()[0])
+            bar.update()
+    for (h, w), some in pictures.items():
+        for start in range(0, len(some), batch):
+            part = some[start:start + batch]
+            x = torch.stack([resized_picture(pixels.to(device), shorter, longer) for _, pixels in part])
+            raw = torch.tensor([pixels.shape[:2] for _, pixels in part], dtype=torch.float32, device=device)
+            sizes = torch.tensor([[h, w]] * len(part), device=device)
+            for (name, pixels), seen in zip(part, model(x, sizes, raw / sizes, regions)):
+                found[name] = (pixels.shape[1], pixels.shape[0]), {c: getattr(seen, c).cpu().numpy() for c in COLUMNS}, seen.threshold
+                if not len(seen.boxes):
+                    skipped.append(f"{name}: nothing was seen")
+                    del found[name]
+            bar.update(len(part))
+    ids = [p.stem for p in paths if p.stem in found]
+    rows = {c: np.concatenate([found[i][1][c].astype(COLUMNS[c][0]) for i in ids]) for c in COLUMNS} if ids else {}
+    return rows | {"n": np.array([len(found[i][1]["boxes"]) for i in ids], np.int64), "wh": np.array([found[i][0] for i in ids], np.int64).reshape(-1, 2), "ids": np.array(ids, str),
+                   "skipped": np.array(skipped, str), "few": np.array(sum(found[i][2] < 0 for i in ids))}
+
+
+def save_shard(path, arrays):
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise DataError(f"{path} could not be written: {error}\n  Free some space and start the same command again: finished shards are kept.") from None
+
+
+def merge_shards(parts, count, out, meta):
+    """All shards, in order, into one store; then they are deleted."""
+    writer, at, skipped, few = None, 0, [], 0
+    for k in tqdm(range(count), desc=f"write {out}", disable=None):
+        with np.load(parts / f"{k:06d}.npz", allow_pickle=False) as z:
+            skipped, few, ids, ends = skipped + z["skipped"].tolist(), few + int(z["few"]), z["ids"].tolist(), np.cumsum(z["n"])
+            rows = {c: z[c] for c in COLUMNS} if ids else {}
+            for i, name in enumerate(ids):
+                writer = writer or StoreWriter(out, list(COLUMNS), meta | {"features": rows["features"].shape[1], "classes": rows["cls_prob"].shape[1]})
+                if at >= writer.done:
+                    part = slice(ends[i] - z["n"][i], ends[i])
+                    w, h = z["wh"][i]
+                    writer.add(name, (w, h), **{c: x[part].clip(0, [w, h, w, h]) if c == "boxes" else x[part] for c, x in rows.items()})
+                at += 1
+    if writer is None:
+        raise DataError(f"none of the pictures could be read, for example {skipped[0]}\n  {parts} holds the list.")
+    write_atomic(writer.tmp / "skipped.txt", "".join(f"{line}\n" for line in skipped))
+    writer.commit()
+    shutil.rmtree(parts)
+    print(f"{out}: {writer.done:,} images, {writer.offsets[-1]:,} regions; {len(skipped):,} pictures left out (skipped.txt); {few:,} with fewer regions than asked for")
 
 
 # 4. Readers --------------------------------------------------------------------------------------------------------
@@ -2899,11 +3012,13 @@ class NlvrStore(RegionStore):
         return super().read(images, column) if column != "features" else self.table[super().read(images, "kind")]
 
 
-def nlvr_pairs(data, split, tokenizer, orders=6):
-    """Pairs of NLVR sentences with their presentations, and labels (captions,) bool. orders: of the six orders of the boxes, the first so many."""
+def nlvr_pairs(data, split, tokenizer, orders=6, regions=None):
+    """Pairs of NLVR sentences with their presentations, and labels (captions,) bool. orders: of the six orders of the boxes, the first so many;
+    regions: Patches for the pictures themselves, else what their structured representation tells."""
     examples = nlvr(data, split)
     captions = [Text(f"{e.id}-{k}", e.text, f"{e.id}-{k}") for e in examples for k in range(orders)]
-    pairs = Pairs(captions, NlvrStore(examples), tokenizer, name=f"NLVR {split}")
+    store = open_store(regions, "nlvr") if isinstance(regions, Patches) else NlvrStore(examples)
+    pairs = Pairs(captions, store, tokenizer, name=f"NLVR {split}")
     return pairs, np.repeat([e.label for e in examples], orders)
 
 
@@ -2921,18 +3036,33 @@ def make_parser():
     packing.add_argument("source", help="an LXMERT or bottom-up-attention .tsv file, or a folder of UNITER .npz files")
     packing.add_argument("--out", required=True, help="a new folder, e.g. DATA/regions/coco")
     packing.add_argument("--images", help="folder of the pictures, to read their sizes from (npz files do not tell them)")
+    seeing = commands.add_parser("extract", help="pictures to a region store, through a detector", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                 description=extract.__doc__)
+    seeing.add_argument("--images", required=True, help="folder of .jpg and .png files, folders inside it included")
+    seeing.add_argument("--detector", required=True, help="weights: unc-nlp/frcnn-vg-finetuned's pytorch_model.bin")
+    seeing.add_argument("--out", required=True, help="a new folder, e.g. DATA/regions/coco")
+    seeing.add_argument("--regions", default="36", help="so many of each picture, or from-to as in 10-100")
+    seeing.add_argument("--shorter", type=int, default=800, help="pixels of the shorter side")
+    seeing.add_argument("--longer", type=int, default=1333, help="pixels of the longer side at most")
+    seeing.add_argument("--batch", type=int, default=1, help="pictures of one size at a time")
+    seeing.add_argument("--shard", type=int, default=64, help="pictures between two savings: so many are lost by a kill")
     return parser
 
 
-def main():
-    args = make_parser().parse_args()
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     try:
-        if args.command == "toy":
+        if args.command == "extract":
+            if not re.fullmatch(r"\d+(-\d+)?", args.regions):
+                raise DataError(f"--regions {args.regions}\n  Wanted: 36, or 10-100")
+            least, _, most = args.regions.partition("-")
+            extract(args.images, args.detector, args.out, (int(least), int(most or least)), args.shorter, args.longer, args.batch, args.shard)
+        elif args.command == "toy":
             make_toy(args.out, args.seed, args.scenes)
             print(f"{args.out}: ShapesWorld, seed {args.seed}, {args.scenes} scenes")
         else:
             pack(args.source, args.out, args.images)
-    except (DataError, OSError) as error:
+    except (DataError, OSError, ValueError) as error:               # ValueError: model.CheckpointError, of a detector's weights
         sys.exit(f"data.py: error: {error}")
 
 

@@ -16,6 +16,7 @@
     training_curve     the losses of a run
 
 python evaluate.py --task winoground --ckpt out/toy-cacr-seed0/last.pt
+python evaluate.py --image photo.jpg --text "a dog left of a person" --ckpt out/.../last.pt --detector pytorch_model.bin
 """
 import argparse
 import contextlib
@@ -23,7 +24,9 @@ import csv
 import hashlib
 import io
 import json
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -33,9 +36,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import (ENTAILMENT, VCR_WORDS, DataError, Pairs, Phrases, RegionStore, Text, WordPiece, Words, answer_list, bare, blind, clean_caption, coco_karpathy, entities,
-                  flickr30k, gqa as read_gqa, gqa_answers, gqa_records, gqa_task, iou, names_of, nlvr2_task, nlvr_pairs, normalise_answer, normalised, open_store, re_task,
-                  read_json, referit, referring as read_referring, regions_of, unit_batches, upright, vcr_store, vcr_task, ve_task, vg_images, vqa_task,
+from data import (ENTAILMENT, VCR_WORDS, DataError, Pairs, PatchStore, Phrases, RegionStore, Text, WordPiece, Words, answer_list, bare, blind, clean_caption, coco_karpathy, entities,
+                  extract, flickr30k, gqa as read_gqa, gqa_answers, gqa_records, gqa_task, iou, names_of, nlvr2_task, nlvr_pairs, normalise_answer, normalised, open_store, re_task,
+                  read_json, read_picture, referit, referring as read_referring, regions_of, unit_batches, vcr_store, vcr_task, ve_task, vg_images, vqa_task,
                   winoground as read_winoground, write_atomic)
 from model import SIZES, Albef, CheckpointError, Lxmert, Maf, build, load_pretrained, read_checkpoint
 
@@ -177,9 +180,9 @@ def retrieval(model, data, tokenizer, regions, dataset="flickr30k", split="test"
     return found
 
 
-def nlvr(model, data, tokenizer, split="dev", **scoring):
+def nlvr(model, data, tokenizer, split="dev", regions=None, **scoring):
     """Accuracy on NLVR v1 in percent: over all six orders, over presentations as given, and of always answering the majority."""
-    pairs, labels = nlvr_pairs(data, split, tokenizer)
+    pairs, labels = nlvr_pairs(data, split, tokenizer, regions=regions)
     right = (score_pairs(model, pairs, np.arange(len(labels)), pairs.image, head="match", **scoring) > 0) == labels
     return {"nlvr/accuracy": float(100 * right.mean()), "nlvr/accuracy/as_given": float(100 * right[::6].mean()),
             "nlvr/majority": float(100 * max(labels.mean(), 1 - labels.mean()))}
@@ -726,8 +729,7 @@ def heat_figures(models, data, tokenizer, config, out, n=6):
         for model in models.values():
             panels = {}
             for t, at, A in explained(model, said[:5], store, tokenizer, config["max_words"]):
-                with Image.open(store.paths[at]) as picture:
-                    panels[t.id] = draw_heat(upright(picture), A, t.target, t.text)
+                panels[t.id] = draw_heat(read_picture(store.paths[at]), A, t.target, t.text)
             rows.append([panels[t.id] for t in said[:5]])
         paths.append(Path(out) / f"heat_{name}_{image}.png")
         save_png(grid(rows, list(models)), paths[-1])
@@ -816,14 +818,14 @@ def grid(rows, titles):
     return out
 
 
-def attention_figure(models, data, pairs, caption, words=None, directions=("S_LV", "S_VL")):
+def attention_figure(models, data, pairs, caption, words=None, directions=("S_LV", "S_VL"), picture=None):
     """Rows of panels, one for each model and direction; a panel shows a word's attention over the boxes of the caption's own image.
 
-    models  {name: model};   words: which (all content words unless given)
+    models  {name: model};   words: which (all content words unless given);   picture: looked for in the data tree unless given
     """
     image = int(pairs.image[caption])
     stem, boxes = pairs.store.image_ids[image], pairs.store.read(np.array([image]), "boxes")[0]
-    picture = Image.open(find_picture(data, stem)).convert("RGB")
+    picture = picture or read_picture(find_picture(data, stem))
     boxes = boxes / np.tile(pairs.store.wh[image], 2) * np.tile(picture.size, 2)            # also where the store has the unit square
     rows, titles = [], []
     for name, model in models.items():
@@ -834,6 +836,45 @@ def attention_figure(models, data, pairs, caption, words=None, directions=("S_LV
             rows.append([draw_attention(picture, boxes, P[i], pieces[i]) for i in show])
             titles.append(f"{name}: {pairs.texts[caption].text!r}, {what} ({direction}), percent")
     return grid(rows, titles)
+
+
+def one_photo(model, tokenizer, config, photo, text, out, detector="", regions=(36, 36), sides=(800, 1333)):
+    """How well a sentence fits a photo, where each of its words looks, and the figure: {"match", "rank" or nothing, "words": {word: [x1 y1 x2 y2]}, "figure"}.
+
+    A model of regions needs a detector's weights; one of patches, and ALBEF, only the photo.
+    """
+    photo, figure = Path(photo), Path(out) / f"{Path(photo).stem}.png"
+    picture, max_words = read_picture(photo), config.get("max_words", 60)
+    if isinstance(model, Maf):
+        raise CheckpointError("MAF compares captions and does not score a single one\n  Wanted: a checkpoint of uniter, lxmert or albef")
+    with tempfile.TemporaryDirectory() as folder:
+        if config.get("vision") == "patches":
+            store = PatchStore.__new__(PatchStore)
+            store.hold(regions_of(config), [photo.stem], [photo], str(photo))
+        elif not detector:
+            raise CheckpointError("this model reads a detector's regions\n  Wanted: --detector pytorch_model.bin of unc-nlp/frcnn-vg-finetuned; or a checkpoint trained with --vision patches")
+        else:
+            (Path(folder) / "in").mkdir()
+            shutil.copy(photo, Path(folder) / "in" / photo.name)
+            with contextlib.redirect_stdout(sys.stderr):
+                extract(Path(folder) / "in", detector, Path(folder) / "store", regions, *sides)
+            store = RegionStore(Path(folder) / "store")
+        if isinstance(model, Albef):
+            (_, _, A), = explained(model, [Text(photo.stem, text, "photo")], store, tokenizer, max_words)
+            pairs = Pairs([Text(photo.stem, clean_caption(text), "photo")], store, tokenizer, max_words, ends=False)
+            ids, mask = (torch.from_numpy(x) for x in pairs.text(np.array([0])))
+            with torch.inference_mode():
+                match, _ = model.eval()(*to([ids, mask, normalised(torch.from_numpy(store.pixels(np.array([0]))))], next(model.parameters()).device))
+            save_png(draw_heat(picture, A, [], text), figure)
+            return {"match": float(match.softmax(-1)[0, 1]), "hottest": list(hottest(A)), "figure": str(figure)}
+        pairs = Pairs([Text(photo.stem, text, "photo")], store, tokenizer, max_words)
+        one = np.zeros(1, np.int64)
+        found = {head: float(score_pairs(model, pairs, one, pairs.image, head)[0]) for head in ("match", "rank")}
+        pieces, P, _ = word_attention(model, pairs, 0, 0)
+        boxes = store.relative_boxes(one)[0] * np.tile(picture.size, 2)
+        save_png(attention_figure({"": model}, None, pairs, 0, directions=("S_LV",), picture=picture), figure)
+        return {"match": 1 / (1 + float(np.exp(-found["match"]))), "rank": found["rank"], "figure": str(figure),
+                "words": {f"{i} {w}": boxes[row.argmax()].round().tolist() for i, (w, row) in enumerate(zip(pieces, P))}}
 
 
 def find_picture(data, stem):
@@ -965,7 +1006,11 @@ def answer_list_of(task, data):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=("winoground", "retrieval", *VALIDATION, "nlvr", "pointing", "grounding", "figures"),
+    parser.add_argument("--image", help="one photo: how well --text fits it, and where its words look; no --task")
+    parser.add_argument("--text", default="", help="the sentence for --image")
+    parser.add_argument("--detector", default="", help="weights for --image with a model of regions: unc-nlp/frcnn-vg-finetuned's pytorch_model.bin")
+    parser.add_argument("--sides", type=int, nargs=2, default=(800, 1333), help="what --detector resizes the shorter and at most the longer side to (default: 800 1333)")
+    parser.add_argument("--task", choices=("winoground", "retrieval", *VALIDATION, "nlvr", "pointing", "grounding", "figures"),
                         help="pointing: do words look where GQA's annotation points; grounding: MAF; figures: attention over boxes, grounded phrases, and the training curve")
     parser.add_argument("--ckpt", required=True, nargs="+", help="a last.pt of train.py, or an official checkpoint with --size; figures compares several")
     parser.add_argument("--data", default="data/toy", help="the data tree (default: data/toy)")
@@ -991,7 +1036,7 @@ def main():
         numbers = run_task(args)
     except (DataError, CheckpointError) as error:
         sys.exit(f"evaluate.py: error: {error}")
-    print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in numbers.items()}))
+    print(json.dumps({k: round(v, 4 if args.image else 2) if isinstance(v, float) else v for k, v in numbers.items()}))
 
 
 def run_task(args):
@@ -1001,6 +1046,12 @@ def run_task(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config, sizes = next(iter(loaded.values()))
     model.to(device)
+    if args.image:
+        if not args.text.strip():
+            raise DataError("--image without --text\n  Wanted: a sentence, as in --text \"a dog left of a person\"")
+        return one_photo(model, tokenizer, config, args.image, args.text, args.out, args.detector, sides=args.sides)
+    if not args.task:
+        raise DataError("neither --task nor --image\n  Wanted: a benchmark, or a photo and a sentence")
     folder = args.regions or f"{args.data}/regions"
     regions, head = regions_of(config | {"data": args.data, "regions": folder}), args.head or ("match" if config.get("task") == "pretrain" else "rank")
     if args.task == "winoground":
@@ -1011,7 +1062,7 @@ def run_task(args):
         keep = args.scores or Path(args.ckpt[0]).parent / f"scores-{dataset}-{split}-{mark}.npy"
         return retrieval(model, args.data, tokenizer, regions, dataset, split, head=head, keep=keep)
     if args.task == "nlvr":
-        return nlvr(model, args.data, tokenizer, args.split or "dev")
+        return nlvr(model, args.data, tokenizer, args.split or "dev", regions)
     if args.task == "grounding":
         if not isinstance(model, Maf):
             raise CheckpointError(f"{args.ckpt[0]} does not ground phrases\n  Train that first: python train.py --loss maf")

@@ -15,6 +15,7 @@ feature, V vocabulary, C region classes, K masked words or regions. A mask is bo
     Lxmert           two streams and heads; same forward()                       Kervadec sec. 3
     Albef            ViT, text and fusion encoder, momentum copy, queues         AMC sec. 2 (Li et al. 2021)
     Maf              word vectors and three matrices                             MAF sec. 3.1
+    Detector         ResNet-101 Faster R-CNN with attributes: pictures to regions      Anderson et al. 2018
     build            any of them by name and size
     load_pretrained  BERT, UNITER, LXMERT, DeiT, ALBEF, AMC, MAF and our own checkpoints
 """
@@ -663,6 +664,284 @@ class Maf(nn.Module):
     def project(self, p):
         """W_p of eq. (3): (..., d) phrase means -> phrase vectors."""
         return self.phrase(p) + 1e-5 * self.mini(p)
+
+
+# ------------------------------------------------------- the bottom-up-attention detector (Anderson et al. 2018), to look with, not to train
+
+DETECTOR = dict(stem=64, res2=256, bottleneck=64, blocks=(3, 4, 23, 3), hidden=512, anchors=(64, 128, 256, 512), ratios=(0.5, 1.0, 2.0), classes=1600, attributes=400,
+                embedding=256, attr_hidden=512)
+BGR_MEAN = 102.9801, 115.9465, 122.7717             # of 0 ... 255
+CLAMP = math.log(1000 / 16)                         # of a box's growth
+
+
+class ConvNorm(nn.Conv2d):
+    """Convolution without bias, and the batch norm that was trained with it."""
+    def __init__(self, a, b, kernel, stride=1, padding=0, dilation=1):
+        super().__init__(a, b, kernel, stride, padding, dilation, bias=False)
+        self.norm = nn.BatchNorm2d(b)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class Bottleneck(nn.Module):
+    """x = relu(shortcut(x) + conv3(relu(conv2(relu(conv1(x))))));  the stride sits in conv1."""
+    def __init__(self, a, middle, b, stride=1, dilation=1, first=False):
+        super().__init__()
+        self.shortcut = ConvNorm(a, b, 1, stride) if first else None
+        self.conv1, self.conv3 = ConvNorm(a, middle, 1, stride), ConvNorm(middle, b, 1)
+        self.conv2 = ConvNorm(middle, middle, 3, 1, dilation, dilation)
+
+    def forward(self, x):
+        out = self.conv3(self.conv2(self.conv1(x).relu_()).relu_())
+        return out.add_(x if self.shortcut is None else self.shortcut(x)).relu_()
+
+
+def stage(blocks, a, middle, b, stride=1, dilation=1):
+    return nn.Sequential(*(Bottleneck(a if i == 0 else b, middle, b, stride if i == 0 else 1, dilation, i == 0) for i in range(blocks)))
+
+
+class Detections(NamedTuple):
+    """What a detector sees in one image, by falling confidence; K regions."""
+    boxes: torch.Tensor                             # (K, 4) x1 y1 x2 y2, pixels of the picture as it came in
+    features: torch.Tensor                          # (K, 2048) >= 0
+    cls_prob: torch.Tensor                          # (K, 1 + classes), background first
+    cls_id: torch.Tensor                            # (K,) of the classes without background
+    cls_conf: torch.Tensor
+    attr_id: torch.Tensor                           # (K,) of the attributes
+    attr_conf: torch.Tensor
+    keep: torch.Tensor                              # (K,) which proposals
+    threshold: float                                # the overlap that was allowed; -1: none of them left enough regions
+
+
+class Detector(nn.Module):
+    """Faster R-CNN on a ResNet-101's fourth stage, with attributes: the published weights' names and shapes.   Anderson et al. 2018
+
+    stem, res2, bottleneck: widths, the last two doubled from stage to stage; blocks of res2 ... res5; hidden: of the proposal network
+    It only looks: always in eval mode, batch norms as trained. Feed BGR, resized_picture()'s; one image a batch gives the same numbers whatever
+    comes with it (padding is seen).
+    """
+    def __init__(self, *, stem, res2, bottleneck, blocks, hidden, anchors, ratios, classes, attributes, embedding, attr_hidden):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"stem": nn.ModuleDict({"conv1": ConvNorm(3, stem, 7, 2, 3)}), "res2": stage(blocks[0], stem, bottleneck, res2),
+                                       "res3": stage(blocks[1], res2, 2 * bottleneck, 2 * res2, 2), "res4": stage(blocks[2], 2 * res2, 4 * bottleneck, 4 * res2, 2)})
+        self.proposal_generator = nn.ModuleDict({
+            "rpn_head": nn.ModuleDict({"conv": nn.Conv2d(4 * res2, hidden, 3, padding=1), "objectness_logits": nn.Conv2d(hidden, len(anchors) * len(ratios), 1),
+                                       "anchor_deltas": nn.Conv2d(hidden, 4 * len(anchors) * len(ratios), 1)}),
+            "anchor_generator": nn.ModuleDict({"cell_anchors": nn.ParameterList([nn.Parameter(cell_anchors(anchors, ratios))])})})
+        self.roi_heads = nn.ModuleDict({"res5": stage(blocks[3], 4 * res2, 8 * bottleneck, 8 * res2, 1, 2), "box_predictor": nn.ModuleDict({
+            "cls_score": nn.Linear(8 * res2, classes + 1), "bbox_pred": nn.Linear(8 * res2, 4 * classes), "cls_embedding": nn.Embedding(classes + 1, embedding),
+            "fc_attr": nn.Linear(8 * res2 + embedding, attr_hidden), "attr_score": nn.Linear(attr_hidden, attributes + 1)})})
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def look(self, images):
+        """(B, 3, H, W) -> (B, 1024, H/16, W/16)"""
+        x = F.max_pool2d(self.backbone["stem"]["conv1"](images).relu_(), 3, 2, ceil_mode=True)
+        return self.backbone["res4"](self.backbone["res3"](self.backbone["res2"](x)))
+
+    def score_anchors(self, x):
+        """Objectness (B, h w A), boxes (B, h w A, 4) before clipping, and deltas (B, h w A, 4); anchor (y w + x) A + a."""
+        head = self.proposal_generator["rpn_head"]
+        h = head["conv"](x).relu_()
+        logits, deltas = head["objectness_logits"](h), head["anchor_deltas"](h)
+        anchors = grid_anchors(self.proposal_generator["anchor_generator"]["cell_anchors"][0], *x.shape[-2:])
+        deltas = rearrange(deltas, "B (A four) h w -> B (h w A) four", four=4)
+        return rearrange(logits, "B A h w -> B (h w A)"), decoded(anchors, deltas, (1.0, 1.0, 1.0, 1.0)), deltas
+
+    def propose(self, x, sizes, before=6000, after=300, overlap=0.7):
+        """Of each image the boxes that may hold something: [(n, 4)], by falling score; sizes (B, 2): height and width without padding."""
+        logits, boxes, _ = self.score_anchors(x)
+        found = []
+        for score, box, size in zip(logits, boxes, sizes.tolist()):
+            score, order = score.topk(min(before, len(score)))
+            box = clip_boxes(box[order], size)
+            whole = ((box[:, 2:] - box[:, :2]) > 0).all(dim=1)
+            box, score = box[whole], score[whole]
+            found.append(box[nms(box, score, overlap)[:after]])
+        return found
+
+    def describe(self, x, proposals):
+        """Features (R, 2048), logits of classes (R, classes + 1) and attributes (R, attributes + 1), deltas (R, 4 classes) of all proposals."""
+        image = torch.cat([torch.full((len(p), 1), float(i), device=x.device) for i, p in enumerate(proposals)])
+        pooled = roi_pool(x, torch.cat([image, torch.cat(proposals)], dim=1), 14, 1 / 16)
+        features = torch.cat([self.roi_heads["res5"](part).mean(dim=(2, 3)) for part in pooled.split(100)])
+        head = self.roi_heads["box_predictor"]
+        logits = head["cls_score"](features)
+        kind = head["cls_embedding"](logits.argmax(dim=1))          # of all classes, background too
+        return features, logits, head["attr_score"](head["fc_attr"](torch.cat([features, kind], dim=1)).relu_()), head["bbox_pred"](features)
+
+    @torch.inference_mode()
+    def forward(self, images, sizes, scales=None, regions=(36, 36), before=6000, after=300, thresholds=(0.5, 0.6, 0.7)):
+        """[Detections] of images (B, 3, H, W) of heights and widths sizes (B, 2), padded right and below with 0.
+
+        scales (B, 2): the picture's own height and width by these; regions: at least and at most so many
+        """
+        x = self.look(images)
+        proposals = self.propose(x, sizes, before, after)
+        columns = [c.split([len(p) for p in proposals]) for c in self.describe(x, proposals)]
+        found = []
+        for i, (boxes, features, logits, attributes, deltas) in enumerate(zip(proposals, *columns)):
+            probs = logits.softmax(dim=1)
+            boxes = clip_boxes(decoded(boxes[:, None], deltas.view(len(boxes), -1, 4), (10.0, 10.0, 5.0, 5.0)), sizes[i].tolist())
+            keep, classes, threshold = best_boxes(boxes, probs, regions, thresholds)
+            conf, attr = attributes[keep, :-1].softmax(dim=1).max(dim=1)
+            own = boxes[keep, classes] * (scales[i].flip(0).repeat(2) if scales is not None else 1)
+            found.append(Detections(own, features[keep], probs[keep].roll(1, dims=1), classes, probs[keep, classes], attr, conf, keep, threshold))
+        return found
+
+
+def best_boxes(boxes, probs, regions, thresholds):
+    """Which proposals (K,), their classes (K,), and the overlap allowed: each offers its best class's box; non-maximum suppression across classes
+    with the first threshold that leaves enough, cut to the most. Where none does, the last one's boxes, with threshold -1.
+
+    boxes (R, classes, 4), probs (R, classes + 1), background last; regions: least and most
+    """
+    score, kind = probs[:, :-1].max(dim=1)
+    own = boxes[torch.arange(len(boxes), device=boxes.device), kind]
+    keep, used = kind[:0], -1.0
+    for threshold in thresholds:
+        keep = nms(own, score, threshold)[:regions[1]]
+        if len(keep) >= regions[0]:
+            used = threshold
+            break
+    return keep, kind[keep], used
+
+
+def cell_anchors(sizes, ratios):
+    """(A, 4) boxes around 0 of these sizes (outer) and ratios, height by width (inner)"""
+    w = torch.tensor([[math.sqrt(s * s / r) for r in ratios] for s in sizes], dtype=torch.float64).flatten()
+    h = w * torch.tensor(ratios, dtype=torch.float64).repeat(len(sizes))
+    return (torch.stack([-w, -h, w, h], dim=1) / 2).float()
+
+
+def grid_anchors(cells, h, w, stride=16):
+    """(h w A, 4): the cells' anchors around each place of the map, the first at 0"""
+    y, x = torch.meshgrid(torch.arange(h, device=cells.device) * stride, torch.arange(w, device=cells.device) * stride, indexing="ij")
+    return (torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4) + cells).view(-1, 4)
+
+
+def decoded(boxes, deltas, weights):
+    """Boxes (..., 4) moved and grown by deltas (..., 4); growth is clamped from above after division by the weights."""
+    wh = boxes[..., 2:] - boxes[..., :2]
+    middle = boxes[..., :2] + 0.5 * wh
+    d = deltas / torch.tensor(weights, device=deltas.device)
+    middle, wh = d[..., :2] * wh + middle, d[..., 2:].clamp(max=CLAMP).exp() * wh
+    return torch.cat([middle - 0.5 * wh, middle + 0.5 * wh], dim=-1)
+
+
+def clip_boxes(boxes, size):
+    h, w = size
+    return torch.stack([boxes[..., 0].clamp(0, w), boxes[..., 1].clamp(0, h), boxes[..., 2].clamp(0, w), boxes[..., 3].clamp(0, h)], dim=-1)
+
+
+def nms(boxes, scores, overlap):
+    """Non-maximum suppression: which boxes to keep, by falling score: (n,) int64.
+
+    One is dropped if it overlaps (IoU strictly above) an earlier one that is kept. That is a fixed point of keep = not (earlier and kept and
+    overlapping).any(), which is unique; iterating from "all" gets there in as many rounds as the longest chain of boxes that drop each other.
+    Ties: the lower index first; a box of no area drops none.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    x1, y1, x2, y2 = boxes[order].unbind(dim=1)
+    area = (x2 - x1) * (y2 - y1)
+    shared = ((torch.minimum(x2[:, None], x2) - torch.maximum(x1[:, None], x1)).clamp_(min=0)
+              .mul_((torch.minimum(y2[:, None], y2) - torch.maximum(y1[:, None], y1)).clamp_(min=0)))
+    iou, limit = shared / (area[:, None] + area - shared), torch.tensor(overlap, dtype=torch.float32)
+    # float32 against the threshold itself, not against its float32, as the CPU kernels of others do
+    drops = (iou >= limit if limit.double().item() > overlap else iou > limit).triu_(diagonal=1).to(boxes.dtype)          # row drops column
+    keep = torch.ones(len(boxes), dtype=boxes.dtype, device=boxes.device)
+    while True:
+        again = (keep @ drops == 0).to(boxes.dtype)
+        if torch.equal(again, keep):
+            return order[keep.bool()]
+        keep = again
+
+
+def roi_pool(x, rois, size, scale):
+    """The maximum of each of size x size bins of each region: (R, C, size, size); an empty bin is 0.
+
+    x (B, C, H, W); rois (R, 5): number of the image, x1 y1 x2 y2; corners times scale are rounded half away from zero and both count; bins
+    overlap. A bin's maximum is that of at most four windows whose sides are powers of two, so windows are made once for all regions.
+    """
+    B, C, H, W = x.shape
+    if not len(rois):
+        return x.new_zeros(0, C, size, size)
+    corner = rois[:, 1:] * scale
+    corner = corner.sign() * (corner.abs() + 0.5).floor()                                               # (R, 4)
+    step = (corner[:, 2:] - corner[:, :2] + 1).clamp(min=1) / size                                      # (R, 2) width, height of a bin
+    p = torch.arange(size, device=x.device, dtype=step.dtype)
+    spans = []
+    for start, bin, most in ((corner[:, 1], step[:, 1], H), (corner[:, 0], step[:, 0], W)):
+        low = ((p * bin[:, None]).floor() + start[:, None]).clamp(0, most).long()                       # (R, size)
+        high = (((p + 1) * bin[:, None]).ceil() + start[:, None]).clamp(0, most).long()
+        level = (high - low).clamp(min=1).float().log2().floor().long()
+        spans.append((low.clamp(max=most - 1), (high - 2 ** level).clamp(0, most - 1), level, high <= low))
+    (top, bottom, tall, no_rows), (left, right, wide, no_columns) = spans
+    windows, rows = [], x.permute(0, 2, 3, 1)                                                           # channels last: a gather moves whole rows
+    for a in range(int(tall.max()) + 1):
+        if a:
+            rows = torch.maximum(rows, F.pad(rows, (0, 0, 0, 0, 0, 2 ** (a - 1)), value=float("-inf"))[:, 2 ** (a - 1):])
+        columns = rows
+        for b in range(int(wide.max()) + 1):
+            if b:
+                columns = torch.maximum(columns, F.pad(columns, (0, 0, 0, 2 ** (b - 1)), value=float("-inf"))[:, :, 2 ** (b - 1):])
+            windows.append(columns)
+    windows, levels = torch.stack(windows).reshape(-1, C), int(wide.max()) + 1
+    table = (tall[:, :, None] * levels + wide[:, None, :]) * B + rois[:, 0].long()[:, None, None]       # (R, size, size)
+    out = None
+    for y in (top, bottom):
+        for column in (left, right):
+            part = windows[((table * H + y[:, :, None]) * W + column[:, None, :]).flatten()]
+            out = part if out is None else torch.maximum(out, part, out=out)
+    out = rearrange(out, "(R h w) C -> R C h w", h=size, w=size)
+    return out.masked_fill((no_rows[:, :, None] | no_columns[:, None, :])[:, None], 0)
+
+
+def resized_size(h, w, shorter=800, longer=1333):
+    """(height, width) with the shorter side as told, unless the longer one would pass its own bound; halves go up"""
+    scale = shorter / min(h, w)
+    h, w = (shorter, scale * w) if h < w else (scale * h, shorter)
+    if max(h, w) > longer:
+        h, w = h * longer / max(h, w), w * longer / max(h, w)
+    return max(1, int(h + 0.5)), max(1, int(w + 0.5))
+
+
+def resized_picture(pixels, shorter=800, longer=1333):
+    """(H, W, 3) uint8, red first -> (3, h, w) float32, blue first, less the mean: what the detector was trained on. No antialiasing [authors' code]"""
+    size = resized_size(*pixels.shape[:2], shorter, longer)
+    x = F.interpolate(pixels.permute(2, 0, 1)[None].float(), size, mode="bilinear", align_corners=False)[0].flip(0)
+    return x - torch.tensor(BGR_MEAN, device=x.device).view(3, 1, 1)
+
+
+def load_detector(path):
+    """A Detector of a weights file's own sizes, filled from it. A file of another architecture, or one that lacks something, is a CheckpointError."""
+    found = {re.sub(r"^module\.", "", name): tensor for name, tensor in read_tensors(path).items()}
+
+    def shape(name):
+        if name not in found:
+            raise CheckpointError(f"{path} is not of this detector: it lacks {name} ({len(found):,} tensors, the first: {', '.join(list(found)[:2])})\n"
+                                  "  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin.")
+        return found[name].shape
+    blocks = [len({m[1] for name in found if (m := re.match(rf"{place}\.(\d+)\.conv1\.weight", name))}) for place in (r"backbone\.res2", r"backbone\.res3", r"backbone\.res4", r"roi_heads\.res5")]
+    anchors, head = shape("proposal_generator.anchor_generator.cell_anchors.0")[0], "roi_heads.box_predictor"
+    model = Detector(stem=shape("backbone.stem.conv1.weight")[0], res2=shape("backbone.res2.0.conv3.weight")[0], bottleneck=shape("backbone.res2.0.conv1.weight")[0], blocks=blocks,
+                     hidden=shape("proposal_generator.rpn_head.conv.weight")[0], anchors=[1.0] * anchors, ratios=[1.0], classes=shape(f"{head}.cls_score.weight")[0] - 1,
+                     attributes=shape(f"{head}.attr_score.weight")[0] - 1, embedding=shape(f"{head}.cls_embedding.weight")[1], attr_hidden=shape(f"{head}.fc_attr.weight")[0])
+    own = model.state_dict()
+    lacks = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
+    wrong = [f"{name}: {tuple(found[name].shape)} in the file, {tuple(own[name].shape)} wanted" for name in own
+             if name in found and found[name].numel() != own[name].numel()]
+    if lacks or wrong:
+        raise CheckpointError(f"{path} does not fit the detector: {len(lacks)} tensors missing, {len(wrong)} of another size\n  " + "\n  ".join((wrong + lacks)[:4])
+                              + "\n  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in found:
+                tensor.copy_(found[name].view(tensor.shape))
+    return model
 
 
 def build(kind, size, **sizes):

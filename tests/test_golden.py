@@ -16,9 +16,10 @@ import torch
 import data
 import evaluate
 import losses
+import model as model_parts
 import train
 from conftest import shared
-from model import Albef, Lxmert, Maf, Uniter, load_pretrained, our_name, start_rank_from_match
+from model import Albef, Lxmert, Maf, Uniter, load_detector, load_pretrained, our_name, start_rank_from_match
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
@@ -604,6 +605,137 @@ def test_amc_losses_on_given_maps(case):
         close(torch.zeros_like(heat) if gradient is None else gradient, x[f"grad_{name}"], 1e-5)
     if "equation7_per_example_mean" in x:
         close(torch.stack([losses.amc_mean(h[None], m[None]) for h, m in zip(heat.detach(), M)]).mean(), x["equation7_per_example_mean"].squeeze(), 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ the detector
+
+def detector(z):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(tensors(z, "sd/"), f"{folder}/detector.bin")
+        return load_detector(f"{folder}/detector.bin"), json.loads(str(z["config"]))
+
+
+def same_detections(found, z, c, prefix, i=None):
+    """One image's final regions against the file's, in order."""
+    at = (lambda name: torch.tensor(z[f"{prefix}/{name}"])) if i is None else (lambda name: torch.tensor(z[f"{prefix}/{name}"][i]))
+    keep = torch.tensor(z[f"{prefix}/keep" if i is None else f"{prefix}/keep{i}"])
+    assert torch.equal(found.keep, keep) and found.threshold == pytest.approx(float(at("nms_used")))
+    n = int(at("preds_per_image"))
+    assert n == len(keep) and torch.equal(found.cls_id, at("obj_ids")[:n]) and torch.equal(found.attr_id, at("attr_ids")[:n])
+    close(found.boxes, at("boxes")[:n], 5e-3)
+    close(found.cls_conf, at("obj_probs")[:n], 1e-4)
+    close(found.attr_conf, at("attr_probs")[:n], 1e-4)
+    close(found.features, at("roi_features")[:n], 1e-4)
+
+
+def test_detector_step_by_step():
+    z = golden("frcnn_small")
+    model, c = detector(z)
+    pictures = [model_parts.resized_picture(torch.tensor(z[f"image/{i}"]), c["min_size"], c["max_size"]) for i in range(2)]
+    x = torch.tensor(z["pre/images"])
+    for picture, whole, size, raw in zip(pictures, x, z["pre/sizes"], z["pre/raw_sizes"]):
+        assert picture.shape[1:] == tuple(size) and tuple(size) == model_parts.resized_size(*raw.tolist(), c["min_size"], c["max_size"])
+        close(picture, whole[:, :size[0], :size[1]], 2e-3)
+    sizes, scales = torch.tensor(z["pre/sizes"]), torch.tensor(z["pre/scales_yx"])
+    with torch.no_grad():
+        stem = torch.nn.functional.max_pool2d(model.backbone["stem"]["conv1"](x).relu(), 3, 2, ceil_mode=True)
+        close(stem, z["feat/stem"], 2e-4)
+        two = model.backbone["res2"](stem)
+        three = model.backbone["res3"](two.clone())
+        for name, ours in (("res2", two), ("res3", three)):
+            close(ours[:, ::ours.shape[1] // z[f"feat/{name}"].shape[1]], z[f"feat/{name}"], 2e-4)
+        four = model.look(x)
+        close(four, z["feat/res4"], 2e-4)
+        head = model.proposal_generator["rpn_head"]
+        h = head["conv"](four).relu()
+        close(head["objectness_logits"](h), z["rpn/logits"], 2e-4)
+        close(head["anchor_deltas"](h), z["rpn/deltas"], 2e-4)
+        close(model_parts.grid_anchors(model.proposal_generator["anchor_generator"]["cell_anchors"][0], *four.shape[-2:]), z["rpn/anchors"], 2e-5)
+        logits, boxes, _ = model.score_anchors(four)
+        close(boxes, z["rpn/decoded"], 1e-2)
+        proposals = model.propose(four, sizes, c["rpn_pre_nms"], c["rpn_post_nms"], c["rpn_nms"])
+        for i, ours in enumerate(proposals):
+            close(ours, z[f"rpn/proposals{i}"], 5e-3)
+        assert [len(p) for p in proposals] == z["roi/counts"].tolist()
+        features, classes, attributes, deltas = model.describe(four, proposals)
+        rois = torch.cat([torch.cat([torch.full((len(p), 1), float(i)) for i, p in enumerate(proposals)]), torch.cat(proposals)], dim=1)
+        pooled = model_parts.roi_pool(four, rois, c["pool"], c["pool_scale"])
+        close(pooled[torch.tensor(z["roi/pooled_index"])], z["roi/pooled"], 2e-4)
+        close(model.roi_heads["res5"](pooled[int(z["roi/res5_index"])][None])[0], z["roi/res5_map"], 2e-4)
+        close(features, z["roi/res5_mean"], 1e-4)
+        for ours, name in ((classes, "cls_logits"), (attributes, "attr_logits"), (deltas, "box_deltas")):
+            close(ours, z[f"roi/{name}"], 5e-4)
+        close(classes.softmax(1), z["roi/cls_probs"], 1e-4)
+        for i, rows in enumerate(torch.arange(len(features)).split([len(p) for p in proposals])):
+            own = model_parts.clip_boxes(model_parts.decoded(proposals[i][:, None], deltas[rows].view(len(rows), -1, 4), (10.0, 10.0, 5.0, 5.0)), z["pre/sizes"][i].tolist())
+            close(own.flatten(1), z["roi/boxes_all"][rows.numpy()], 5e-3)
+    how = dict(regions=(c["min_detections"], c["max_detections"]), before=c["rpn_pre_nms"], after=c["rpn_post_nms"], thresholds=c["nms_thresholds"])
+    whole = model(x, sizes, scales, **how)
+    for i, found in enumerate(whole):
+        same_detections(found, z, c, "out", i)
+        alone = model(pictures[i][None], sizes[i:i + 1], scales[i:i + 1], **how)[0]
+        same_detections(alone, z, c, f"single{i}")
+        h, w = z["pre/raw_sizes"][i]
+        close(alone.boxes / torch.tensor([w, h, w, h]), z[f"single{i}/normalized_boxes"][:len(alone.boxes)], 5e-5)
+
+
+@pytest.mark.parametrize("case", ["random", "ties", "degenerate", "empty", "one"])
+def test_detector_nms(case):
+    z = golden("frcnn_small")
+    keep = model_parts.nms(torch.tensor(z[f"nms/{case}/boxes"]), torch.tensor(z[f"nms/{case}/scores"]), float(z[f"nms/{case}/threshold"]))
+    assert keep.tolist() == z[f"nms/{case}/keep"].tolist()
+
+
+@pytest.mark.parametrize("case", ["first", "second", "third", "never", "cut"])
+def test_detector_thresholds(case):
+    z = golden("frcnn_small")
+    x = tensors(z, f"nms_loop/{case}/")
+    boxes = model_parts.clip_boxes(x["boxes"].view(len(x["boxes"]), -1, 4), x["image_hw"].tolist())
+    keep, classes, used = model_parts.best_boxes(boxes, x["probs"], x["min_max"].tolist(), x["thresholds"].tolist())
+    assert used == pytest.approx(float(x["threshold_used"]))
+    if used > 0:                                    # else theirs raises; ours returns what there is
+        assert keep.tolist() == x["keep"].tolist() and classes.tolist() == x["out_classes"].tolist()
+        close(boxes[keep, classes], x["out_boxes"], 1e-5)
+        close(x["probs"][keep, classes], x["out_scores"], 1e-6)
+
+
+@pytest.mark.parametrize("case", ["basic", "halves", "outside", "float32_bins"])
+def test_detector_roi_pool(case):
+    z = golden("frcnn_small")
+    x = tensors(z, f"roi_pool/{case}/")
+    assert torch.equal(model_parts.roi_pool(x["feature"], x["rois"], int(x["size"]), float(x["scale"])), x["output"])
+
+
+def test_detector_anchors_decoding_and_sizes():
+    z = golden("frcnn_small")
+    for case in ("official", "offset"):
+        x = tensors(z, f"anchors/{case}/")
+        close(model_parts.cell_anchors(x["sizes"].tolist(), x["ratios"].tolist()), x["cell"], 2e-5)
+        if float(x["offset"]) == 0:                 # the published detector's
+            close(model_parts.grid_anchors(x["cell"], *x["grid_hw"].tolist(), int(x["stride"])), x["anchors"], 2e-5)
+    for case in ("rpn", "class_specific"):
+        x = tensors(z, f"box_decode/{case}/")
+        boxes, deltas = (x["boxes"], x["deltas"]) if case == "rpn" else (x["boxes"][:, None], x["deltas"].view(len(x["boxes"]), -1, 4))
+        close(model_parts.decoded(boxes, deltas, x["weights"].tolist()).flatten(1), x["output"], 1e-3, 1e-5)
+        assert float(x["clamp"]) == pytest.approx(model_parts.CLAMP)
+    assert [model_parts.resized_size(*hw, *z["resize_sizes/min_max"].tolist()) for hw in z["resize_sizes/in_hw"].tolist()] == [tuple(hw) for hw in z["resize_sizes/out_hw"].tolist()]
+    for case in ("up", "down", "clip", "square", "half"):
+        x = tensors(z, f"resize/{case}/")
+        size = model_parts.resized_size(*x["image"].shape[:2], *x["min_max"].tolist())
+        assert size == tuple(x["size_hw"].tolist())
+        close(torch.tensor(x["image"].shape[:2]) / torch.tensor(size), x["scale_yx"], 1e-5)
+
+
+def test_detector_of_real_size_has_the_published_names():
+    path = FOLDER / "frcnn_keys.json"
+    if not path.exists():
+        pytest.fail(f"{path} is missing")
+    told = json.loads(path.read_text())
+    with torch.device("meta"):
+        model = model_parts.Detector(**model_parts.DETECTOR)
+    own = {name: list(t.shape) for name, t in model.state_dict().items()}
+    assert own == {name: shape for name, shape, *_ in told["keys"]} and len(own) == told["n_keys"]
+    assert sum(p.numel() for p in model.parameters()) == told["n_parameters"] and sum(t.numel() for t in model.state_dict().values()) == told["n_elements"]
 
 
 def maf_parts(z, prefix):

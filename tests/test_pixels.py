@@ -312,8 +312,9 @@ def test_two_processes_are_one_with_the_doubled_batch(toy_tree, albef, tmp_path)
     args = ["--recipe", "toy-amc", "--loss", "amc-max", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 4, "--warmup", 1, *QUICK]
     run(tmp_path, *args, "--units", 12, "--out", "one")
     run(tmp_path, *args, "--units", 6, "--out", "two", processes=2)
-    one = weights(tmp_path / "one")
-    same(one, weights(tmp_path / "two"), rtol=0, atol=2e-5)
+    # a key's bias moves all scores of a row alike: its gradient is rounding, which Adam makes large
+    one, two = ({k: v for k, v in weights(tmp_path / name).items() if not k.endswith("to_k.bias")} for name in ("one", "two"))
+    same(one, two, rtol=0, atol=2e-5)
     assert one["queue_ptr"].item() == 6 * 12 % 20 or one["queue_ptr"].item() == (6 * 8 + 4 * 12) % 20
 
 
@@ -470,6 +471,26 @@ def test_all_of_kervadecs_supervision_on_patches(toy_tree, tmp_path, loss):
     for name in {"class", "feature", "answers", loss} - {"none"}:
         assert any(r.get(name, 0) for r in log) and np.isfinite([r[name] for r in log if name in r]).all(), name
     assert "gqa/accuracy" in last_line(done)
+
+
+def test_nlvr_as_pictures(toy_tree, patched, tmp_path):
+    """The official folders, drawn small here: dev/images/<number>/<identifier>-<order>.png."""
+    import shutil
+    tree = tmp_path / "toy"
+    shutil.copytree(toy_tree, tree)
+    for split in ("dev", "test"):
+        (tree / f"nlvr/{split}/images/3").mkdir(parents=True)
+        lines = []
+        for i in range(8):
+            item = {"type": "circle", "color": "#0099ff", "size": 20, "x_loc": 10 * i, "y_loc": 5}
+            lines.append(json.dumps({"identifier": f"{i}-0", "sentence": "there is a blue circle", "label": "true" if i % 2 else "false", "structured_rep": [[item], [], []]}))
+            for k in range(6):
+                picture = Image.new("RGBA", (400, 100), (200, 200, 200, 255))
+                picture.paste((0, 153, 255, 255), (10 * i, 5, 10 * i + 20, 25))
+                picture.save(tree / f"nlvr/{split}/images/3/{split}-{i}-0-{k}.png")
+        (tree / f"nlvr/{split}/{split}.json").write_text("\n".join(lines).replace('"identifier": "', f'"identifier": "{split}-'))
+    done = run(tmp_path, "--task", "nlvr", "--vision", "patches", "--resolution", 32, "--init", patched["uniter"], "--data", tree, "--steps", 3, "--warmup", 1, "--units", 256, "--out", "x", *QUICK)
+    assert last_line(done)["nlvr/majority"] == 50.0
 
 
 @pytest.mark.parametrize("task", ["vqa", "ve", "nlvr2"])
