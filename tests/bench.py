@@ -15,6 +15,8 @@ python tests/bench.py retrieval --readme      one part; the figures go to tests/
     included; GloVe: seconds for 2.2 million lines of 300 (a file of 5 GB, written first) and the memory that reading adds
 (i) ALBEF-base, 8 pairs at 256 pixels: the step with AMC over the step without, in time and in peak memory; contrast and momentum over matching and
     masked words alone; pictures of 640 x 480 a second through decoding and augmentation, one core; the toy loader over the toy model
+(j) the detector at its real size on a picture of 800 x 1,067, random weights: share of the time in non-maximum suppression and region pooling, the
+    convolutions' rate over matmul's, pictures a second
 """
 import argparse
 import json
@@ -33,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import losses
+import model as model_parts
 import train
 from data import Pairs, PairBatches, Patches, PatchStore, PictureBatches, RegionStore, StoreWriter, Text, WordPiece, glove, make_toy, normalised, open_store, unit_batches
 from model import SIZES, Uniter, build
@@ -430,6 +433,40 @@ def bench_pixels(found, folder):
     found["toy_pictures_vs_model"] = ratio(lambda: [train.update(cfg, place, model, optimizer, streams.train, 1, [one]) for _ in range(4)], load, rounds=5)
 
 
+def bench_detector(found, folder):
+    torch.manual_seed(0)
+    detector, picture = model_parts.Detector(**model_parts.DETECTOR).to(DEVICE), torch.randn(1, 3, 800, 1067, device=DEVICE) * 50
+    spent, work, size = [0.0], [0], torch.tensor([[800, 1067]])
+
+    def timed(job):
+        def wrapped(*args):
+            start = time.perf_counter()
+            out = job(*args)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            spent[0] += time.perf_counter() - start
+            return out
+        return wrapped
+
+    def count(module, args, out):
+        work[0] += 2 * out.numel() * module.weight[0].numel()
+    for module in detector.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(count)
+    plain = model_parts.nms, model_parts.roi_pool
+    model_parts.nms, model_parts.roi_pool = map(timed, plain)
+    detector(picture, size)
+    runs, spent[0], work[0] = 3, 0.0, 0
+    start = time.perf_counter()
+    for _ in range(runs):
+        detector(picture, size)
+    whole = time.perf_counter() - start
+    model_parts.nms, model_parts.roi_pool = plain
+    product, flops = matmul_rate()
+    found["detector_pooling_share"], found["detector_pictures_per_s"] = spent[0] / whole, runs / whole
+    found["detector_conv_share"] = work[0] / (whole - spent[0]) / (flops / seconds(product, rounds=9)[0])
+
+
 def bench_glove(found, folder):
     rng, lines = np.random.default_rng(0), 2_200_000
     numbers = [" ".join(f"{x:.5f}" for x in rng.standard_normal(300)) for _ in range(200)]
@@ -466,11 +503,12 @@ MEANING = {
     "maf_captions_per_s": ("(h) MAF, captions a second", ">= 5,000"), "glove_seconds": ("(h) GloVe, 2.2 M lines of 300, seconds", "< 60"),
     "glove_mib": ("    memory it adds, MiB", "< 1,024"), "amc_step": ("(i) ALBEF-base step with AMC / without", "<= 1.45"), "amc_memory": ("(i) activations kept with AMC / without", "<= 1.5"),
     "itc_momentum": ("(i) ALBEF step / matching and masked words alone", "<= 1.35"), "pictures_per_s": ("(i) 640 x 480 JPEG, decoded and augmented, a second, one core", ">= 250"),
-    "toy_pictures_vs_model": ("(i) toy loader / toy ALBEF", ">= 1"),
+    "toy_pictures_vs_model": ("(i) toy loader / toy ALBEF", ">= 1"), "detector_pooling_share": ("(j) detector: share of suppression and region pooling", "< 0.15"),
+    "detector_conv_share": ("(j) the rest of the detector's rate / matmul's", ""), "detector_pictures_per_s": ("    its pictures a second", ""),
 }
 
 
-PARTS = {"small": bench_small, "steps": bench_steps, "pretraining": bench_pretraining, "retrieval": bench_retrieval, "align": bench_align, "maf": bench_maf, "glove": bench_glove, "pixels": bench_pixels}
+PARTS = {"small": bench_small, "steps": bench_steps, "pretraining": bench_pretraining, "retrieval": bench_retrieval, "align": bench_align, "maf": bench_maf, "glove": bench_glove, "pixels": bench_pixels, "detector": bench_detector}
 
 
 def table(results):
