@@ -930,17 +930,9 @@ def load_detector(path):
     model = Detector(stem=shape("backbone.stem.conv1.weight")[0], res2=shape("backbone.res2.0.conv3.weight")[0], bottleneck=shape("backbone.res2.0.conv1.weight")[0], blocks=blocks,
                      hidden=shape("proposal_generator.rpn_head.conv.weight")[0], anchors=[1.0] * anchors, ratios=[1.0], classes=shape(f"{head}.cls_score.weight")[0] - 1,
                      attributes=shape(f"{head}.attr_score.weight")[0] - 1, embedding=shape(f"{head}.cls_embedding.weight")[1], attr_hidden=shape(f"{head}.fc_attr.weight")[0])
-    own = model.state_dict()
-    lacks = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
-    wrong = [f"{name}: {tuple(found[name].shape)} in the file, {tuple(own[name].shape)} wanted" for name in own
-             if name in found and found[name].numel() != own[name].numel()]
-    if lacks or wrong:
-        raise CheckpointError(f"{path} does not fit the detector: {len(lacks)} tensors missing, {len(wrong)} of another size\n  " + "\n  ".join((wrong + lacks)[:4])
-                              + "\n  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin.")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if name in found:
-                tensor.copy_(found[name].view(tensor.shape))
+    report = load_pretrained(model, path)
+    if lacks := [name for name in report.missing if not name.endswith("num_batches_tracked")]:
+        raise CheckpointError(f"{path} is not all of this detector: {len(lacks)} tensors are missing\n  {', '.join(lacks[:4])}\n  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin.")
     return model
 
 
@@ -1146,6 +1138,8 @@ def load_pretrained(model, path, new_words=0):
             continue
         if ours == "region_embedding.mask" and tensor.dim() == 2:
             tensor = tensor[1]                      # row 0 stands for "not masked" and is always zero
+        if tensor.numel() == own[ours].numel() == 1:
+            tensor = tensor.view(own[ours].shape)   # counters come as [] and as [1]
         more = len(own[ours]) - len(tensor) if tensor.dim() else 0
         if ours == "text_embedding.token_type.weight" and more > 0:  # VCR's answer and rationale start as text, NLVR2's right image as
             start = tensor[1 if len(own[ours]) == 3 else 0]         # an image [authors' code]

@@ -127,8 +127,8 @@ def test_detector_stays_as_it_was_trained():
 @pytest.mark.parametrize("spoil, told", [
     (lambda d: {"bert.embeddings.word_embeddings.weight": torch.zeros(3, 3)}, "is not of this detector"),
     (lambda d: {k: v for k, v in d.items() if "attr_score" not in k}, "it lacks roi_heads.box_predictor.attr_score.weight"),
-    (lambda d: d | {"roi_heads.box_predictor.bbox_pred.weight": torch.zeros(8, 128)}, "1 of another size"),
-    (lambda d: {k: v for k, v in d.items() if k != "backbone.res3.0.conv2.norm.running_mean"}, "1 tensors missing"),
+    (lambda d: d | {"roi_heads.box_predictor.bbox_pred.weight": torch.zeros(8, 128)}, "1 tensors of another size"),
+    (lambda d: {k: v for k, v in d.items() if k != "backbone.res3.0.conv2.norm.running_mean"}, "1 tensors are missing"),
 ])
 def test_weights_of_something_else(tmp_path, weights_file, spoil, told):
     torch.save(spoil(torch.load(weights_file)), tmp_path / "x.bin")
@@ -140,6 +140,8 @@ def test_counters_of_any_shape_load(tmp_path, weights_file):
     state = {k: v.view(1) if k.endswith("num_batches_tracked") else v for k, v in torch.load(weights_file).items()}
     torch.save({"module." + k: v for k, v in state.items()}, tmp_path / "x.bin")
     assert load_detector(tmp_path / "x.bin").backbone["stem"]["conv1"].out_channels == 8
+    report = parts.load_pretrained(Detector(**SMALL), tmp_path / "x.bin")
+    assert not report.missing and not report.unused
 
 
 # --------------------------------------------------------------------------------------------------------- extraction
