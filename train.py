@@ -76,8 +76,8 @@ RECIPES = {
                                    optimizer="adamw", answers_from=0.25, steps=2400, warmup=200, units=1024, lr=1e-3, beta2=0.98, clip=5.0, save_every=500, eval_every=500),
     "toy-gqa": TWO_STREAM | dict(task="gqa", init="toy-align", size="toy", dropout=0.0, optimizer="adamw", steps=800, warmup=50, units=2048, lr=3e-4, beta2=0.98),
     "toy-grounding": MAF | dict(steps=1000, lr=1e-3),
-    "toy-albef": TOY_PICTURES | dict(corpora="coco+vg", steps=1500, lr=5e-4),
-    "toy-amc": TOY_PICTURES | dict(loss="amc", init="toy-albef", triplets="box+region", steps=400, lr=1e-4, warmup=40),
+    "toy-albef": TOY_PICTURES | dict(corpora="crops+coco", steps=1000, lr=5e-4),
+    "toy-amc": TOY_PICTURES | dict(loss="amc", init="toy-albef", triplets="box+region", steps=400, lr=2e-4, warmup=40),
     # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README
     "uniter-pretrain": PRETRAIN | dict(corpora="coco+vg", accumulate=2),
     "uniter-pretrain-all": ALL_DATA | dict(accumulate=6),
