@@ -731,7 +731,8 @@ def extract(images, detector, out, regions=(36, 36), shorter=800, longer=1333, b
     parts.mkdir(parents=True, exist_ok=True)
     if (parts / "settings.json").exists() and read_json(parts / "settings.json", "what the extraction was begun with") != settings:
         raise DataError(f"{parts} was begun with other settings or pictures\n  Delete it to start again, or repeat the first command.")
-    write_atomic(parts / "settings.json", json.dumps(settings))
+    if rank == 0:                                   # one writer; the others' settings are of the same command line
+        write_atomic(parts / "settings.json", json.dumps(settings))
     shards = [paths[i:i + shard] for i in range(0, len(paths), shard)]
     todo = [k for k in range(rank, len(shards), world) if not (parts / f"{k:06d}.npz").exists()]
     bar = tqdm(total=sum(len(shards[k]) for k in range(rank, len(shards), world)), initial=sum(len(shards[k]) for k in range(rank, len(shards), world) if k not in set(todo)),

@@ -1,5 +1,6 @@
 """The detector's parts against slow loops; extraction as a user runs it: killed, restarted, shared out, with bad pictures; photos to training."""
 import contextlib
+import ctypes
 import io
 import json
 import math
@@ -197,7 +198,7 @@ def test_killed_anywhere_the_store_is_the_same(extracted, photos, weights_file, 
 def test_several_processes_make_the_same_store(extracted, photos, weights_file, tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "data.py"), *arguments(photos, weights_file, tmp_path / "two")],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     assert files(tmp_path / "two") == files(extracted[0])
 
 
@@ -267,15 +268,20 @@ def test_a_full_disk_keeps_the_finished_shards(photos, weights_file, extracted, 
 
 
 def test_memory_does_not_grow(toy_tree, weights_file, tmp_path):
-    """What a process holds after each shard: no more in the second half than in the first."""
-    code = ("import sys, data; saved, used = data.save_shard, []\n"
-            "def save(*args): saved(*args), used.append(int(open('/proc/self/statm').read().split()[1]) * 4 / 1024)\n"
-            f"data.save_shard = save; data.main(sys.argv[1:]); print(max(used[:len(used) // 2]), max(used))")
+    """What a process has allocated after each shard: no more after the last than half way. glibc's own count, since what
+    the process holds of the system (RSS) also tells of holes, and jumps by tens of MiB from machine to machine."""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("needs glibc 2.33 or later, which counts what is allocated")
+    code = ("import ctypes, sys, data; saved, used = data.save_shard, []\n"
+            "class Info(ctypes.Structure): _fields_ = [(n, ctypes.c_size_t) for n in 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()]\n"
+            "mallinfo2 = ctypes.CDLL(None).mallinfo2; mallinfo2.restype = Info\n"
+            "def save(*args): saved(*args); info = mallinfo2(); used.append((info.uordblks + info.hblkhd) / 2 ** 20)\n"
+            "data.save_shard = save; data.main(sys.argv[1:]); print(used[len(used) // 2], used[-1])")
     done = subprocess.run([sys.executable, "-c", code, *arguments(toy_tree / "coco/train2014", weights_file, tmp_path / "out", "--shard", 8)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     half, whole = map(float, done.stdout.split()[-2:])
-    assert whole < half + 40, (half, whole)
+    assert whole < half + 4, (half, whole)
 
 
 # ------------------------------------------------------------------------------------- from photos to training, one photo
