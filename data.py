@@ -910,7 +910,7 @@ def nlvr(data, split):
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: an item of structured_rep lacks or has an unknown {error}") from None
         field(e, "label", where)
-        out.append(NlvrExample(field(e, "identifier", where), field(e, "sentence", where), truth(e, where), boxes))
+        out.append(NlvrExample(f"{split}-{field(e, 'identifier', where)}", field(e, "sentence", where), truth(e, where), boxes))
     return out
 
 

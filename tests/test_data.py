@@ -1,5 +1,6 @@
 """Readers, store, tokenizer and batches; and every kind of bad file a user may have."""
 import base64
+import itertools
 import json
 import os
 import subprocess
@@ -247,7 +248,7 @@ def test_real_nlvr(tmp_path_factory, toy):
     import tarfile
     folder = tmp_path_factory.mktemp("real")
     with tarfile.open(shared("real/nlvr.tar.gz")) as tar:
-        tar.extractall(folder, filter="data", members=[m for m in tar if m.name.endswith(".json")])
+        tar.extractall(folder, filter="data", members=[m for m in tar if m.name.endswith(".json") or "/dev/images/1/" in m.name])
     dev, test = data.nlvr(folder, "dev"), data.nlvr(folder, "test")
     assert (len(dev), sum(e.label for e in dev), len(test), sum(e.label for e in test)) == (989, 547, 990, 556)
     pairs, labels = data.nlvr_pairs(folder, "dev", WordPiece(toy / "bert-base-cased/vocab.txt", lower=False))
@@ -256,6 +257,15 @@ def test_real_nlvr(tmp_path_factory, toy):
     assert first[1].round().tolist() == [80, 80, 100, 100]             # box 0 shows the first item at 80, 80
     n = [len(b) for b in dev[0].boxes]
     assert k3[1].round()[0] == dev[0].boxes[1][0][3] and sum(n) + 3 == len(first)           # order 3 shows boxes 1, 2, 0
+    pictures, colours = data.find_pictures(folder, "nlvr"), {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
+    shown = [e for e in dev if f"{e.id}-0" in pictures][:10]
+    for e in shown:                                 # the pictures themselves, in each order, have every item's colour where its middle is said to be
+        for k, order in enumerate(itertools.permutations(range(3))):
+            pixels = np.array(Image.open(pictures[f"{e.id}-{k}"]).convert("RGB")).astype(int)
+            for at, b in enumerate(order):
+                for _, colour, size, x, y in e.boxes[b]:
+                    assert abs(pixels[min(y + size // 2 + 2, 99), 150 * at + min(x + size // 2, 99)] - colours[colour]).sum() < 60, (e.id, k)
+    assert len(shown) == 10
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

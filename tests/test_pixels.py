@@ -474,7 +474,7 @@ def test_all_of_kervadecs_supervision_on_patches(toy_tree, tmp_path, loss):
 
 
 def test_nlvr_as_pictures(toy_tree, patched, tmp_path):
-    """The official folders, drawn small here: dev/images/<number>/<identifier>-<order>.png."""
+    """The official folders, drawn small here: dev/images/<number>/dev-<identifier>-<order>.png."""
     import shutil
     tree = tmp_path / "toy"
     shutil.copytree(toy_tree, tree)
@@ -488,7 +488,7 @@ def test_nlvr_as_pictures(toy_tree, patched, tmp_path):
                 picture = Image.new("RGBA", (400, 100), (200, 200, 200, 255))
                 picture.paste((0, 153, 255, 255), (10 * i, 5, 10 * i + 20, 25))
                 picture.save(tree / f"nlvr/{split}/images/3/{split}-{i}-0-{k}.png")
-        (tree / f"nlvr/{split}/{split}.json").write_text("\n".join(lines).replace('"identifier": "', f'"identifier": "{split}-'))
+        (tree / f"nlvr/{split}/{split}.json").write_text("\n".join(lines))
     done = run(tmp_path, "--task", "nlvr", "--vision", "patches", "--resolution", 32, "--init", patched["uniter"], "--data", tree, "--steps", 3, "--warmup", 1, "--units", 256, "--out", "x", *QUICK)
     assert last_line(done)["nlvr/majority"] == 50.0
 
