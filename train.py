@@ -62,7 +62,7 @@ RECIPES = {
     "toy-pretrain": TOY_PRETRAIN,
     # Pictures: first what things look like, on regions cut out of them, then where they stand. Without the first, shapes are not learned in time [measured: README]
     "toy-crops": TOY_PRETRAIN | dict(vision="patches", corpora="crops", steps=4000, lr=1e-3),
-    "toy-patches": TOY_PRETRAIN | dict(vision="patches", init="toy-crops", steps=8000),
+    "toy-patches": TOY_PRETRAIN | dict(vision="patches", init="toy-crops", steps=11_000),
     "toy": dict(task="retrieval", dataset="coco", size="toy", init="toy-pretrain", dropout=0.0, steps=400, warmup=40, units=1536, lr=3e-4, negatives=3,
                 candidates=24, alternate=True, save_every=100, eval_every=100),
     "toy-nlvr": dict(task="nlvr", size="toy", init="toy-pretrain", dropout=0.1, steps=1500, warmup=150, units=2048, lr=2e-4),
