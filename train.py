@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ class Config:
     vision: str = opt("regions", "what an encoder sees: a detector's regions, or the picture in patches", ("regions", "patches"))
     resolution: int = opt(0, "patches: pictures become squares of so many pixels; 64 for --size toy, else 256 [AMC sec. 4.1]")
     patch: int = opt(16, "patches: of so many pixels [ALBEF]")
-    out: str = opt("", "where the run goes; out/<recipe>-<loss>-seed<seed> unless given")
+    out: str = opt("", "where the run goes; out/<recipe>-<loss>-<what else was typed>-seed<seed> unless given")
     seed: int = opt(0, "redraws weights, batches, masks and negatives")
     size: str = opt("base", "model size", tuple(SIZES))
     init: str = opt("", "start from: a checkpoint file, or a recipe to run first, or none")
@@ -271,7 +272,9 @@ def make_config(recipe, **changes):
         raise UserError(f"--hide {cfg.hide} is not for --task {cfg.task}\n  Wanted: {', '.join(VALIDATION)}")
     if cfg.task_loss not in {"vqa": ("", "bce"), "ve": ("", "bce", "ce"), "re": ("", "ce", "rank")}.get(cfg.task, ("",)):
         raise UserError(f"--task-loss {cfg.task_loss} is not for --task {cfg.task}\n  vqa: bce; ve: bce or ce; re: ce or rank")
-    cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}{'-blind-' * bool(cfg.hide)}{cfg.hide}-seed{cfg.seed}"
+    own = Config(**RECIPES[recipe])                 # the folder's name tells what is not as in the recipe, so that different runs have different folders
+    told = "".join(f"-{name.replace('_', '-')}-{value}" for name, value in sorted(changes.items()) if name not in PLACE | {"loss", "seed"} and value != getattr(own, name))
+    cfg.out = cfg.out or f"out/{recipe}-{cfg.loss}{re.sub(r'[^-.:+0-9A-Za-z]+', '_', told)}-seed{cfg.seed}"
     for name in ("steps", "units", "accumulate", "queue", "negatives", "mine_from", "save_every", "log_every", "eval_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted at least 1")

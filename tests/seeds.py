@@ -21,7 +21,7 @@ VARIANTS = {"none": [], "iais": ["--loss", "iais"], "iais-distributed": ["--loss
             "cacr on probabilities": ["--loss", "cacr", "--cacr-on", "probs"], "cacr on logits": ["--loss", "cacr", "--cacr-on", "logits"]}
 
 
-NLVR = {"from a toy checkpoint": [], "from scratch": ["--init", "none"]}
+NLVR = {"from a toy checkpoint": [], "from scratch": ["--init", "none"], "its pictures, from a toy checkpoint of patches": ["--vision", "patches"]}
 
 
 def run(*command, **env):

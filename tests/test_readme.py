@@ -22,7 +22,7 @@ def commands():
 
 
 def test_commands_parse():
-    seen = set()
+    seen, outs = set(), {}
     for words in commands():
         script = next((w for w in words if w.endswith(".py")), None)
         if script is None or "--help" in words:
@@ -30,13 +30,18 @@ def test_commands_parse():
         args = words[words.index(script) + 1:]
         seen.add(script)
         if script == "train.py":
-            train.parse(args)
+            cfg = train.parse(args)
+            run = train.dataclasses.asdict(cfg) | {"save_every": 0, "resume": False, "out": ""}
+            assert outs.setdefault(cfg.out, run) == run, f"two different runs would go to {cfg.out}"
         elif script == "evaluate.py":
             evaluate.make_parser().parse_args(args)
         elif script == "data.py":
             data.make_parser().parse_args(args)
         else:
             assert (ROOT / script).exists()
+    outs |= {train.parse(shlex.split(row.command)).out: row for row in tasks.ROWS.values()}
+    for checkpoint in re.findall(r"(out/\S+)/last\.pt", README):
+        assert checkpoint in outs, f"no command of the README makes {checkpoint}"
     assert {"train.py", "evaluate.py", "data.py", "tests/bench.py", "tests/seeds.py"} <= seen
 
 
