@@ -349,7 +349,7 @@ def test_twenty_steps(toy_tree, tmp_path, argv, told):
 @pytest.mark.parametrize("loss", ["cacr", "iais", "iais-released", "iais-distributed", "wra"])
 def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     """Pre-trained and ranked; the loss's gradient reaches the attention of the last cross layer."""
-    done = run(tmp_path, "--model", "lxmert", "--loss", loss, "--data", toy_tree, "--init", "none", "--out", "o", *SMALL, *QUICK, "--units", 512)
+    done = run(tmp_path, "--model", "lxmert", "--loss", loss, "--data", toy_tree, "--init", "none", "--candidates", 8, "--out", "o", *SMALL, *QUICK, "--units", 512)
     log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(r[loss]) for r in log if loss in r) and any(loss in r for r in log)
     assert "winoground/group" in last_line(done)
