@@ -1665,12 +1665,15 @@ class PairBatches:
     labels       of the captions, for tasks that have them (NLVR): they take the place of "match"
     joint        mask words and regions of a pair at once; else one of them, the other is whole              UNITER sec. 3.1, A.3
     corpus       number of the data set in the mix, so that each has random numbers of its own
-    [k]          "input" for the model, what the task predicts, and "names" of the samples (none: nothing of it is this process's)
+    [k]          "input" for the model, what the task predicts, and "names" of the samples (none: nothing of it is this process's);
+                 itm, of pictures whose texts have boxes: "boxed" (M,) matched rows, "region" (M, R, R) bool, what the text describes
     """
     def __init__(self, pairs, task, units, seed, part=0, parts=1, mask_rate=0.15, labels=None, joint=False, corpus=0):
         self.pairs, self.task, self.units, self.seed = pairs, task, units, seed
         self.part, self.parts, self.mask_rate, self.labels, self.joint, self.corpus = part, parts, mask_rate, labels, joint, corpus
         self.epoch, self.first, self.batches = -1, 0, []            # the epoch at hand and its first batch's number
+        self.boxes = [t.target for t in pairs.texts] if task in ("itm", "albef") and isinstance(pairs.store, PatchStore) else []
+        self.boxed = any(self.boxes)
 
     def rng(self, *numbers):
         return np.random.default_rng([self.seed, STREAMS[self.task] + 100 * self.corpus, *numbers])
@@ -1715,6 +1718,7 @@ class PairBatches:
         rng, mine, regions = self.rng(k, 1), slice(self.part, None, self.parts), self.task in ("mrfr", "mrc", "mrckl")
         hidden_words = self.hide_words(rng, captions) if self.task == "mlm" or self.joint and regions else None
         hidden_regions = self.hide(rng, real_first(self.pairs.store.n_regions[images])) if regions or self.joint and self.task == "mlm" else None
+        luck = rng.random(len(captions))[mine] if self.boxed else None
         captions, images = captions[mine], images[mine]
         batch = {"task": self.task, "names": self.pairs.names(captions, images), "match": torch.from_numpy(match[mine])}
         if not len(captions):                       # a batch of fewer pairs than processes
@@ -1734,7 +1738,14 @@ class PairBatches:
             batch["masked_regions" if regions else "hidden_regions"] = torch.from_numpy(np.flatnonzero(hidden))
             if self.task in ("mrc", "mrckl"):
                 batch["region_probs"] = torch.from_numpy(self.pairs.store.read(images, "cls_prob")[hidden])
-        return batch
+        return batch if luck is None else batch | self.described(captions, np.flatnonzero(match[mine]), luck)
+
+    def described(self, captions, rows, luck, flip=()):
+        """Of these rows, those whose text has boxes, and one box of each, which luck (B,) chooses; flip (B,): in a mirrored picture."""
+        R, rows = self.pairs.store.patches.resolution, [r for r in rows if self.boxes[captions[r]]]
+        masks = [box_mask(boxes[int(luck[r] * len(boxes))], R, bool(len(flip)) and flip[r]) for r in rows for boxes in [self.boxes[captions[r]]]]
+        return {"boxed": torch.tensor(rows, dtype=torch.int64), "region": torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, R, R, dtype=torch.bool),
+                "counts": dict.fromkeys(("amc", "amc-mean", "amc-max", "amc-cosine"), len(rows))}
 
     # Masks are drawn for all processes at once, so that any number of them sees the same.
 
@@ -2048,7 +2059,7 @@ class PictureBatches(PairBatches):
     """
     def __init__(self, pairs, units, seed, part=0, parts=1, mask_rate=0.15, augment=(), corpus=0):
         super().__init__(pairs, "albef", units, seed, part, parts, mask_rate, corpus=corpus)
-        self.augment, self.boxes = augment, [t.target for t in pairs.texts]
+        self.augment = augment
         left, right = (pairs.tokenizer(side) for side in ("left", "right"))
         self.sides = (left[0], right[0]) if len(left) == len(right) == 1 else None
         if units > len(self.boxes):
@@ -2071,16 +2082,11 @@ class PictureBatches(PairBatches):
         hidden, new = hidden[mine] & real, new[mine]
         images = self.pairs.store.pixels(self.pairs.image[captions[mine]])
         images = np.stack([augmented(x, flip[i], factors[i] if jitter[i] else None, grey[i]) for x, i in zip(images, mine)])
-        masks, boxed = [], []
-        for row, i in enumerate(mine):
-            if boxes := self.boxes[captions[i]]:
-                boxed.append(row), masks.append(box_mask(boxes[int(luck[3, i] * len(boxes))], images.shape[1], flip[i]))
+        described = self.described(captions[mine], range(len(mine)), luck[3, mine], flip[mine])
         t = torch.from_numpy
         return {"task": "albef", "names": self.pairs.names(captions[mine], self.pairs.image[captions[mine]]), "number": k, "own": t(mine), "draw": t(draw).float(),
                 "text": t(text), "masked_text": t(np.where(hidden & (new >= 0), new, text)), "text_mask": t(real), "pixels": t(images),
-                "masked_words": t(np.flatnonzero(hidden)), "word_targets": t(text[hidden]), "boxed": torch.tensor(boxed, dtype=torch.int64),
-                "region": t(np.stack(masks)) if masks else torch.zeros(0, *images.shape[1:3], dtype=torch.bool),
-                "counts": {"mlm": int(hidden.sum()), **dict.fromkeys(("amc", "amc-mean", "amc-max", "amc-cosine"), len(boxed))}}
+                "masked_words": t(np.flatnonzero(hidden)), "word_targets": t(text[hidden]), **described, "counts": {"mlm": int(hidden.sum()), **described["counts"]}}
 
 
 def augmented(pixels, flip, factors, grey):

@@ -590,10 +590,15 @@ def grounding_figures(model, data, words, regions, config, out, split="test", n=
 # ------------------------------------------------------------------------------------- where a text is, without boxes (AMC)
 
 def heat(model, batch):
-    """Grad-CAM of the matching score: (b, patches) >= 0, no gradient; batch: image, text, text_mask."""
+    """Grad-CAM of the matching score: (b, patches) >= 0, no gradient; batch: text, text_mask and image for ALBEF, else Pairs.batch()."""
     with torch.enable_grad():
-        match, P = model(batch["text"], batch["text_mask"], batch["image"], explain=True)
-        return losses.gradcam(P, match[:, 1].float(), batch["text_mask"], create_graph=False).float().detach()
+        if isinstance(model, Albef):
+            match, P = model(**batch, explain=True)
+            how = {}
+        else:
+            out = model(**batch, heads=("match",), explain=True)
+            match, P, how = out.match, out.explained[0], {"cut": out.explained[1]}
+        return losses.gradcam(P, match[:, 1].float(), batch["text_mask"], create_graph=False, **how).float().detach()
 
 
 def at_size(A, size):
@@ -618,7 +623,8 @@ def best_box_by_heat(A, boxes):
 
 def explained(model, texts, store, tokenizer, max_words, batch_size=64, autocast=contextlib.nullcontext, name="pointing"):
     """Yields (text, its picture's index, heat map at the picture's size) of each Text; texts of one size of picture go together."""
-    pairs = Pairs([t._replace(text=clean_caption(t.text)) for t in texts], store, tokenizer, max_words, name, ends=False)
+    albef = isinstance(model, Albef)
+    pairs = Pairs([t._replace(text=clean_caption(t.text)) for t in texts] if albef else texts, store, tokenizer, max_words, name, ends=not albef)
     was, device = model.training, next(model.parameters()).device
     model.eval()
     sizes = {i: store.size(i) for i in pairs.images.tolist()}
@@ -626,11 +632,15 @@ def explained(model, texts, store, tokenizer, max_words, batch_size=64, autocast
     bar = tqdm(total=len(order), desc=name, unit=" texts", disable=None, leave=False)
     while order:
         size = sizes[int(pairs.image[order[0]])]
-        some = [c for c in order[:batch_size] if sizes[int(pairs.image[c])] == size]
+        some = np.array([c for c in order[:batch_size] if sizes[int(pairs.image[c])] == size])
         order = order[len(some):]
-        text, mask = (torch.from_numpy(x) for x in pairs.text(np.array(some)))
+        if albef:
+            text, mask = (torch.from_numpy(x) for x in pairs.text(some))
+            batch = {"image": normalised(torch.from_numpy(store.pixels(pairs.image[some]))), "text": text, "text_mask": mask}
+        else:
+            batch = pairs.batch(some, pairs.image[some])
         with autocast():
-            A = heat(model, to({"image": normalised(torch.from_numpy(store.pixels(pairs.image[some]))), "text": text, "text_mask": mask}, device))
+            A = heat(model, to(batch, device))
         for c, full in zip(some, at_size(A, size)):
             yield texts[c], int(pairs.image[c]), full
         bar.update(len(some))
@@ -1067,7 +1077,7 @@ def run_task(args):
         if not isinstance(model, Maf):
             raise CheckpointError(f"{args.ckpt[0]} does not ground phrases\n  Train that first: python train.py --loss maf")
         return grounding(model, args.data, tokenizer, regions, config | {"skip_missing": args.skip_missing}, args.split or "test")
-    if args.task == "pointing" and isinstance(model, Albef):
+    if args.task == "pointing" and (isinstance(model, Albef) or config.get("triplets")):
         return pointing_games(model, args.data, tokenizer, config | {"data": args.data, "regions": folder}, [args.dataset] if args.dataset else ("flickr30k", "refcoco+", "referit"))
     if args.task == "pointing":
         texts = [t for t in read_gqa(args.data, args.split or "val_balanced")[0] if t.pointers]
@@ -1082,7 +1092,7 @@ def run_task(args):
     models = {name: found[0].to(device) for name, found in loaded.items()}
     if isinstance(model, Maf):
         paths = grounding_figures(model, args.data, tokenizer, regions, config, args.out)
-    elif isinstance(model, Albef):
+    elif isinstance(model, Albef) or config.get("triplets"):
         paths = heat_figures(models, args.data, tokenizer, config | {"data": args.data, "regions": folder}, args.out)
     elif isinstance(model, Lxmert) and config.get("pretrain") == "together":
         paths = map_figures({name: (m, loaded[name][3].get("answer_list")) for name, m in models.items()}, args.data, tokenizer, regions, args.out)

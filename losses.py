@@ -593,10 +593,11 @@ def mlm_distilled(logits, target, teacher_logits, alpha):
     return (1 - alpha) * mlm(logits, target) + alpha * mean_over(soft, len(target))
 
 
-def gradcam(P, score, text_mask, create_graph=True):
+def gradcam(P, score, text_mask, create_graph=True, cut=lambda P: P[..., 1:]):
     """Where the image supports a score: A = mean over heads and words of P * ReLU(d score / d P), patches only.                AMC eq. (4)-(6)
 
     P (B, H, N_L, 1 + patches): cross-attention probabilities in the graph of score, image [CLS] first; score (B,) or a scalar
+    cut: for a P of another form, such as a single stream's: P -> its part (B, H, N_L, patches), words asking patches
     text_mask (B, N_L): padded words give nothing, but count in the mean [authors' code]
     returns  A (B, patches) >= 0; with create_graph a loss on A reaches every weight, through the gradient too
     Source: AMC's code. It differentiates the matched logit of matched pairs; eq. (5) writes the cross-entropy, whose sign is opposite
@@ -604,7 +605,7 @@ def gradcam(P, score, text_mask, create_graph=True):
     """
     gradient, = torch.autograd.grad(score.sum(), P, create_graph=create_graph)
     words = text_mask[:, None, :, None]
-    return (P * gradient.clamp(min=0) * words)[..., 1:].mean(dim=(1, 2))
+    return (cut(P * gradient.clamp(min=0)) * words).mean(dim=(1, 2))
 
 
 def unit_range(A, eps=1e-7):

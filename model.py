@@ -68,6 +68,8 @@ class Output(NamedTuple):
     rank: torch.Tensor = None                       # (B,) how well they match, for ranking
     scores: torch.Tensor = None                     # what the downstream head says; its shape stands at the head
     alignment: torch.Tensor = None                  # (B, N_L, N_V) logits: which region each word stands for; rubbish in padding
+    explained: tuple = ()                           # (P, cut) for Grad-CAM: a layer's attention probabilities, in the graph of all that follows, and
+                                                    # cut(P) (B, H, N_L, N_V), words asking regions, of that or any tensor like it
 
 
 class Attention(nn.Module):
@@ -112,8 +114,8 @@ class Layer(nn.Module):
         self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
         self.mlp_norm, self.dropout = nn.LayerNorm(width, EPS), nn.Dropout(dropout)
 
-    def forward(self, x, mask, need_maps=False):
-        attended, S = self.attention(x, x, mask, need_maps)
+    def forward(self, x, mask, need_maps=False, need_probs=False):
+        attended, S = self.attention(x, x, mask, need_maps, need_probs)
         x = self.attention_norm(x + self.dropout(attended))
         x = self.mlp_norm(x + self.dropout(self.narrow(F.gelu(self.widen(x)))))
         return x, S
@@ -123,7 +125,8 @@ class CrossLayer(nn.Module):
     """Each stream asks the other, then itself:     words, regions = ask(words, regions), ask(regions, words);  then a Layer each
 
     Both directions share one set of weights and read what the other stream was before [LXMERT's code].        Kervadec eq. (5)-(10)
-    returns  words (B, N_L, D), regions (B, N_V, D), Maps or None: here each block has a softmax of its own
+    returns  words (B, N_L, D), regions (B, N_V, D), and Maps if need_maps, where each block has a softmax of its own, or the
+             probabilities of words asking regions (B, H, N_L, N_V) if need_probs, or None
     """
     def __init__(self, width, heads, inner, dropout):
         super().__init__()
@@ -131,12 +134,13 @@ class CrossLayer(nn.Module):
         self.text, self.region = Layer(width, heads, inner, dropout), Layer(width, heads, inner, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, words, regions, text_mask, region_mask, need_maps=False):
-        to_words, S_LV = self.cross(words, regions, region_mask, need_maps)
+    def forward(self, words, regions, text_mask, region_mask, need_maps=False, need_probs=False):
+        need_maps |= need_probs                     # all that follows the probabilities is written out, for its second derivative
+        to_words, S_LV = self.cross(words, regions, region_mask, need_maps, need_probs)
         to_regions, S_VL = self.cross(regions, words, text_mask, need_maps)
         words, S_LL = self.text(self.cross_norm(words + self.dropout(to_words)), text_mask, need_maps)
         regions, S_VV = self.region(self.cross_norm(regions + self.dropout(to_regions)), region_mask, need_maps)
-        return words, regions, Maps(S_LL, S_LV, S_VL, S_VV) if need_maps else None
+        return words, regions, S_LV if need_probs else Maps(S_LL, S_LV, S_VL, S_VV) if need_maps else None
 
 
 class TextEmbedding(nn.Module):
@@ -356,7 +360,7 @@ class Uniter(nn.Module):
         start_weights(self, width)
 
     def forward(self, text, text_mask, regions, boxes, region_mask, *, text_type=None, region_type=None, masked_words=None,
-                masked_regions=None, hidden_regions=None, heads=(), maps=(), length=None):
+                masked_regions=None, hidden_regions=None, heads=(), maps=(), explain=False, length=None):
         """
         text (B, N_L) int64, text_mask (B, N_L); regions (B, N_V, D_V), boxes (B, N_V, 4) in [0, 1], region_mask (B, N_V)
         text_type, region_type  (B, N_L), (B, N_V) int64, rows of the type table; 0 and 1 unless given
@@ -365,6 +369,7 @@ class Uniter(nn.Module):
         hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions unless given)
         heads           of "features", "classes" (both for masked_regions), "pooled", "match", "rank", "task"
         maps            layers whose attention logits to return, e.g. (-1,); the others run fused
+        explain         return what Grad-CAM needs of the layer before the middle, none of maps; from there on nothing runs fused
         length          L, if known: without it a GPU has to be waited for
         """
         B, N_L = text.shape
@@ -384,12 +389,16 @@ class Uniter(nn.Module):
         x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))                                    # (B, L, D)
 
         wanted, logits = {i % len(self.layers) for i in maps}, {}
+        cam = cam_layer(self.layers, explain, wanted)
         for i, layer in enumerate(self.layers):
-            x, logits[i] = layer(x, mask, need_maps=i in wanted)
+            x, S = layer(x, mask, i in wanted or i > cam, i == cam)
+            if i in wanted or i == cam:
+                logits[i] = S
 
         place = (n_words + torch.arange(N_V, device=text.device)).clamp(max=length - 1)                   # (B, N_V)
         out = Output(words=x[:, :N_L], regions=x.gather(1, place[..., None].expand(-1, -1, x.shape[-1])),
-                     maps=tuple(blocks(logits[i % len(self.layers)], N_L, place) for i in maps))
+                     maps=tuple(blocks(logits[i % len(self.layers)], N_L, place) for i in maps),
+                     explained=(logits[cam], lambda P: blocks(P, N_L, place).S_LV) if explain else ())
         if masked_regions is not None:
             h = out.regions.flatten(0, 1)[masked_regions]                                                 # (K, D)
             if "features" in heads:                                                                       # (K, D_V), tied
@@ -422,7 +431,7 @@ class Lxmert(nn.Module):
         start_weights(self, width)
 
     def forward(self, text, text_mask, regions, boxes, region_mask, *, text_type=None, region_type=None, masked_words=None,
-                masked_regions=None, hidden_regions=None, heads=(), maps=(), length=None):
+                masked_regions=None, hidden_regions=None, heads=(), maps=(), explain=False, length=None):
         """As Uniter.forward; heads also "attributes". maps count the cross layers: -2 is the fourth of five. Of region_type and length
         a two-stream model has no use: images are told apart by their rows, and nothing is put into one sequence."""
         hidden = masked_regions if hidden_regions is None else hidden_regions
@@ -432,9 +441,13 @@ class Lxmert(nn.Module):
         for layer in self.region_layers:
             regions, _ = layer(regions, region_mask)
         wanted, found = {i % len(self.cross_layers) for i in maps}, {}
+        cam = cam_layer(self.cross_layers, explain, wanted)
         for i, layer in enumerate(self.cross_layers):
-            words, regions, found[i] = layer(words, regions, text_mask, region_mask, need_maps=i in wanted)
-        out = Output(words=words, regions=regions, maps=tuple(found[i % len(self.cross_layers)] for i in maps))
+            words, regions, S = layer(words, regions, text_mask, region_mask, i in wanted or i > cam, i == cam)
+            if i in wanted or i == cam:
+                found[i] = S
+        out = Output(words=words, regions=regions, maps=tuple(found[i % len(self.cross_layers)] for i in maps),
+                     explained=(found[cam], lambda P: P) if explain else ())
         if masked_regions is not None and {"features", "classes", "attributes"} & set(heads):
             h = self.object_head(regions.flatten(0, 1)[masked_regions])                                   # (K, D)
             out = out._replace(region_features=self.feature_out(h), region_logits=self.classifier(h), attribute_logits=self.attribute_classifier(h))
@@ -459,6 +472,14 @@ def add_heads(model, out, x, mask, masked_words, heads):
         if "task" in heads:
             made["scores"] = model.task_head(x, mask, pooled, out.regions)
     return out._replace(**made)
+
+
+def cam_layer(layers, explain=True, wanted=()):
+    """The layer whose map Grad-CAM explains, the last of the lower half: ALBEF's third of six [AMC's code]; beyond the last if none is asked for."""
+    cam = (len(layers) - 1) // 2 if explain else len(layers)
+    if cam in wanted:
+        raise ValueError(f"of layer {cam} both the logits (maps) and the probabilities (explain) are wanted; {len(layers)} layers are too few for that")
+    return cam
 
 
 def blocks(S, N_L, place):
@@ -568,15 +589,15 @@ class AlbefTowers(nn.Module):
             x, _ = layer(x, text_mask)
         return x
 
-    def fuse(self, words, text_mask, image, probs_of=None):
-        """words (B, N_L, D) of read(), image (B, 1 + P, D_V) of vision() -> (B, N_L, D), P of fusion layer number probs_of (B, H, N_L, 1 + P).
+    def fuse(self, words, text_mask, image, explain=False):
+        """words (B, N_L, D) of read(), image (B, 1 + P, D_V) of vision() -> (B, N_L, D); to explain it, P of the cam_layer() (B, H, N_L, 1 + P).
 
         From that layer on attention is written out, so that the map has a gradient, and that gradient another one (Grad-CAM in training).
         """
-        image_mask, P = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device), None
+        image_mask, P, cam = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device), None, cam_layer(self.fusion_layers, explain)
         for i, layer in enumerate(self.fusion_layers):
-            words, found = layer(words, text_mask, image, image_mask, probs_of is not None and i >= probs_of, i == probs_of)
-            P = found if i == probs_of else P
+            words, found = layer(words, text_mask, image, image_mask, i >= cam, i == cam)
+            P = found if i == cam else P
         return words, P
 
     def name_words(self, states, places):
@@ -606,11 +627,6 @@ class Albef(nn.Module):
             self.register_buffer(name, F.normalize(torch.randn(embed, queue), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
-    @property
-    def cam_layer(self):
-        """The fusion layer whose map Grad-CAM explains: the third of six [AMC's code]."""
-        return (len(self.student.fusion_layers) - 1) // 2
-
     @torch.no_grad()
     def follow(self, momentum=0.995):
         """teacher = momentum * teacher + (1 - momentum) * student; ALBEF does it before each step."""
@@ -624,8 +640,8 @@ class Albef(nn.Module):
         self.queue_ptr.copy_((self.queue_ptr + len(image)) % self.image_queue.shape[1])
 
     def forward(self, text, text_mask, image, explain=False):
-        """match (B, 2) logits, column 1 = they match; and P (B, H, N_L, 1 + patches) of cam_layer, if the score is to be explained, else None."""
-        states, P = self.student.fuse(self.student.read(text, text_mask), text_mask, self.student.vision(image), self.cam_layer if explain else None)
+        """match (B, 2) logits, column 1 = they match; and P (B, H, N_L, 1 + patches) of cam_layer(), if the score is to be explained, else None."""
+        states, P = self.student.fuse(self.student.read(text, text_mask), text_mask, self.student.vision(image), explain)
         return self.match(states[:, 0]), P
 
 

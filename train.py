@@ -78,6 +78,8 @@ RECIPES = {
     "toy-gqa": TWO_STREAM | dict(task="gqa", init="toy-align", size="toy", dropout=0.0, optimizer="adamw", steps=800, warmup=50, units=2048, lr=3e-4, beta2=0.98),
     "toy-grounding": MAF | dict(steps=1000, lr=1e-3),
     "toy-albef": TOY_PICTURES | dict(corpora="crops+coco", steps=1000, lr=5e-4),
+    "toy-amc-patches": TOY_PRETRAIN | dict(loss="amc", vision="patches", triplets="box+region", smallest=0.01, init="toy-patches", pretrain="mlm:1+itm:2", steps=900,
+                                           warmup=60, lr=2e-4, align_schedule="constant"),
     "toy-amc": TOY_PICTURES | dict(loss="amc", init="toy-albef", triplets="box+region", steps=400, lr=2e-4, warmup=40),
     # UNITER [authors' code: config/*.json]; 8 x (1 text + 1 image) anchors a GPU in retrieval. Units are a GPU's; how many GPUs: README
     "uniter-pretrain": PRETRAIN | dict(corpora="coco+vg", accumulate=2),
@@ -131,7 +133,7 @@ class Config:
     corpora: str = opt("coco", "pre-training data, joined by +: coco, vg, cc3m, sbu, vcr (second stage, alone); vg:3 triples a share [UNITER table 1]")
     dataset: str = opt("flickr30k", "retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog")
     split: str = opt("", "what a downstream task learns from; its training split unless given; vqa and gqa join some by +. together: of GQA's questions")
-    triplets: str = opt("", "albef: learn from Visual Genome's texts with a box instead: box (objects, attributes, places), region (descriptions), box+region [AMC sec. 4.1]")
+    triplets: str = opt("", "pictures: learn from Visual Genome's texts with a box instead: box (objects, attributes, places), region (descriptions), box+region [AMC sec. 4.1]")
     smallest: float = opt(0.08, "triplets: boxes below this share of the image are left out [AMC sec. 4.1]")
     augment: str = opt("flip+jitter+grey", "albef: what happens to pictures, joined by +, or none: flip (texts and boxes too), jitter, grey [AMC sec. 4.1]")
     distill: float = opt(0.4, "albef: how much the momentum model's guesses count, after the warm-up [ALBEF's code]")
@@ -228,7 +230,8 @@ def parse(argv):
     if "task" in typed:
         typed.setdefault("recipe", f"toy-{typed['task']}")
     if found := set(OWN_RECIPES) & set(typed.get("loss", "").split("+")):
-        typed.setdefault("recipe", OWN_RECIPES[found.pop()])
+        recipe = OWN_RECIPES[found.pop()]
+        typed.setdefault("recipe", "toy-amc-patches" if recipe == "toy-amc" and typed.get("model", "albef") != "albef" else recipe)
     recipe = typed.pop("recipe", Config.recipe)
     return make_config(recipe, **typed)
 
@@ -250,12 +253,15 @@ def make_config(recipe, **changes):
     if cfg.model == "albef":
         if cfg.vision != "patches" or cfg.task != "pretrain" or set(alignment_names(cfg)) - set(AMC):
             raise UserError(f"--model albef with --vision {cfg.vision}, --task {cfg.task}, --loss {cfg.loss}\n  Wanted: --recipe toy-albef, toy-amc, albef or amc; --loss none, {', '.join(AMC)}")
-        for part in (cfg.triplets + "+" + cfg.augment).split("+"):
-            known(part, ["", "box", "region", "none", "flip", "jitter", "grey"], "--triplets, --augment")
+        for part in cfg.augment.split("+"):
+            known(part, ["", "none", "flip", "jitter", "grey"], "--augment")
         if cfg.units < 2:
             raise UserError("--units 1: with a single pair there is no negative\n  Wanted: at least 2")
-    if set(alignment_names(cfg)) & set(AMC) and (cfg.model != "albef" or not cfg.triplets):
-        raise UserError(f"--loss {cfg.loss} needs texts with boxes\n  Wanted: --recipe toy-amc or amc, or --model albef with --triplets")
+    for part in cfg.triplets.split("+"):
+        known(part, ["", "box", "region"], "--triplets")
+    if cfg.triplets and (cfg.task, cfg.vision) != ("pretrain", "patches") or set(alignment_names(cfg)) & set(AMC) and not (cfg.triplets and "itm" in cfg.pretrain):
+        raise UserError(f"--loss {cfg.loss} with --triplets {cfg.triplets or 'empty'}, --task {cfg.task}, --vision {cfg.vision}: heat maps are of pictures, and judged by texts with boxes\n"
+                        "  Wanted: --recipe toy-amc or amc (ALBEF), toy-amc-patches (--model uniter or lxmert), or --triplets with --task pretrain --vision patches, itm in --pretrain")
     for part in cfg.use.split("+"):
         known(part, ["label", "attribute", "feature"], "--use")
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
@@ -313,7 +319,9 @@ def pretrain_shares(cfg):
 
 
 def corpus_shares(cfg):
-    """{corpus: share of the steps} from --corpora. VCR has a vocabulary of its own, so it comes alone."""
+    """{corpus: share of the steps} from --corpora, or --triplets alone. VCR has a vocabulary of its own, so it comes alone."""
+    if cfg.triplets:
+        return {"triplets": 1.0}
     shares = read_shares(cfg.corpora, {name: 1 for name in [*CORPORA, "vcr"]}, "--corpora")
     if "vcr" in shares and len(shares) > 1:
         raise UserError("--corpora vcr is a second stage with a vocabulary of its own\n  Wanted: vcr alone, with --init from the first stage")
@@ -449,9 +457,7 @@ def pretraining_streams(cfg, place, pairs, share, units):
                 parts = [vcr(cfg.data, split, part, choices=False) for part in ("qa", "qar")]
                 texts, told, store = [t for p in parts for t in p[0]], parts[0][1], vcr_store(cfg.regions)
             else:
-                reader, *stores = CORPORA[corpus]
-                texts, told = reader(cfg.data, split, out)
-                store = open_store(regions_of(vars(cfg)), stores[split == "val"])
+                texts, told, store = corpus_texts(cfg, corpus, split, out)
             found[split] = pairs(texts, store, f"{corpus} {split}", told)
         for task in tasks:
             how = dict(mask_rate=cfg.mask_rate, joint=cfg.joint_masking, corpus=number)
@@ -459,6 +465,16 @@ def pretraining_streams(cfg, place, pairs, share, units):
             weights.append(weight * shares[task])
             val[task if number == 0 else f"{corpus}/{task}"] = PairBatches(found["val"], task, cfg.units, cfg.seed, corpus=number)
     return Streams(streams, weights, val, streams[0].pairs.store)
+
+
+def corpus_texts(cfg, corpus, split, out):
+    """Texts of a corpus, what was counted, and its region store; "triplets": Visual Genome's texts with boxes, its descriptions to validate."""
+    reader, *stores = CORPORA["vg" if corpus == "triplets" else corpus]
+    if corpus == "triplets" and split == "train":
+        texts, told = vg_triplets(cfg.data, cfg.triplets.split("+"), cfg.smallest, {str(i) for i, v in vg_images(cfg.data).items() if v.get("coco_id") in out.coco})
+    else:
+        texts, told = reader(cfg.data, split, out)
+    return texts, told, open_store(regions_of(vars(cfg)), stores[split == "val"])
 
 
 def together_streams(cfg, place, pairs, share, units):
@@ -496,16 +512,12 @@ def together_streams(cfg, place, pairs, share, units):
 def picture_streams(cfg, place, tokenizer, share, units):
     """ALBEF's corpora, or Visual Genome's texts with boxes (AMC), as pixels. Images that a task is judged on are left out, as UNITER sec. A.1."""
     out, streams, weights, val = held_out(cfg.data), [], [], {}
-    where, augment = regions_of(vars(cfg)), tuple(cfg.augment.split("+"))
-    for number, (corpus, weight) in enumerate({"triplets": 1.0}.items() if cfg.triplets else corpus_shares(cfg).items()):
+    augment = tuple(cfg.augment.split("+"))
+    for number, (corpus, weight) in enumerate(corpus_shares(cfg).items()):
         for split in ("train", "val"):
-            reader, *stores = CORPORA["vg" if cfg.triplets else corpus]
-            if cfg.triplets and split == "train":
-                texts, told = vg_triplets(cfg.data, cfg.triplets.split("+"), cfg.smallest, {str(i) for i, v in vg_images(cfg.data).items() if v.get("coco_id") in out.coco})
-            else:
-                texts, told = reader(cfg.data, split, out)
+            texts, told, store = corpus_texts(cfg, corpus, split, out)
             texts = [t._replace(text=clean_caption(t.text)) for t in texts]
-            pairs = Pairs(texts, open_store(where, stores[split == "val"]), tokenizer, cfg.max_words, f"{corpus} {split}", True, ends=False)
+            pairs = Pairs(texts, store, tokenizer, cfg.max_words, f"{corpus} {split}", True, ends=False)
             place.say(f"  {pairs.store}\n  {pairs}")
             tell(place, told)
             if split == "train":
@@ -649,12 +661,16 @@ def objective_regions(cfg, model, batch):
 
 
 def objective_itm(cfg, model, batch):
-    """Matching; with wra in --pretrain UNITER's alignment term, with --loss the others, on the matched pairs of the batch."""
-    out = model(**batch["input"], heads=("match",), maps=maps_wanted(cfg))
+    """Matching; with wra in --pretrain UNITER's alignment term, with --loss the others, on the matched pairs of the batch; AMC's on those with a box."""
+    heat = bool(set(AMC) & set(alignment_names(cfg)) and len(batch.get("boxed", ())))
+    out = model(**batch["input"], heads=("match",), maps=maps_wanted(cfg), explain=heat)
     masks = batch["input"]["text_mask"], batch["input"]["region_mask"]
     found = {batch["task"]: losses.itm(out.match, batch["match"])}
     if cfg.task == "pretrain" and "wra" in pretrain_shares(cfg):
         found["wra/pretrain"] = losses.wra(out.words, out.regions, *masks, match=batch["match"])
+    if heat:
+        P, cut = out.explained
+        found |= heat_losses(cfg, losses.gradcam(P, out.match[batch["boxed"], 1], masks[0], cut=cut)[batch["boxed"]], batch["region"])
     return found | matched_alignment(cfg, out, batch)
 
 
@@ -730,7 +746,7 @@ def objective_albef(cfg, model, batch):
     found = {"itc": sum(losses.itc(s, t) for s, t in zip(similarity, target)) / 2}
 
     maps = set(AMC) & set(alignment_names(cfg)) and len(batch["boxed"])
-    states, P = student.fuse(words, text_mask, image, probs_of=model.cam_layer if maps else None)
+    states, P = student.fuse(words, text_mask, image, explain=bool(maps))
     every_image, every_text, every_mask = everyone(image), everyone(words), everyone(text_mask)
     wrong, _ = student.fuse(torch.cat([words, every_text[other_text]]), torch.cat([text_mask, every_mask[other_text]]), torch.cat([every_image[other_image], image]))
     match = model.match(torch.cat([states[:, 0], wrong[:, 0]]))                                     # (3b, 2)
@@ -742,12 +758,17 @@ def objective_albef(cfg, model, batch):
         guess_m = teacher.name_words(seen_m, batch["masked_words"])
     found["mlm"] = losses.mlm_distilled(student.name_words(seen, batch["masked_words"]), batch["word_targets"], guess_m, alpha)
     if maps:
-        heat = heat_maps(losses.gradcam(P, match[:len(own), 1], text_mask)[batch["boxed"]], batch["region"].shape[-1])
-        found |= {name: AMC[name](heat, batch["region"].float()) for name in alignment_names(cfg) if name in AMC}
+        found |= heat_losses(cfg, losses.gradcam(P, match[:len(own), 1], text_mask)[batch["boxed"]], batch["region"])
     return found
 
 
 AMC = {"amc": losses.amc, "amc-mean": losses.amc_mean, "amc-max": losses.amc_max, "amc-cosine": losses.amc_cosine}
+
+
+def heat_losses(cfg, A, region):
+    """{name: loss} of AMC's losses: heat maps (M, patches) and what their texts describe (M, R, R)"""
+    heat = heat_maps(A, region.shape[-1])
+    return {name: AMC[name](heat, region.float()) for name in alignment_names(cfg) if name in AMC}
 
 
 def heat_maps(A, size):
@@ -1158,7 +1179,7 @@ def last_words(cfg, place, model, tokenizer, log, sizes):
         if cfg.task == "grounding":
             numbers |= evaluate.grounding(model, cfg.data, tokenizer, seen, dataclasses.asdict(cfg))
             evaluate.grounding_figures(model, cfg.data, tokenizer, seen, dataclasses.asdict(cfg), Path(cfg.out) / "figures")
-        if cfg.model == "albef":
+        if cfg.model == "albef" or cfg.triplets:
             numbers |= evaluate.pointing_games(model, cfg.data, tokenizer, dataclasses.asdict(cfg), autocast=place.autocast)
             evaluate.heat_figures({f"{cfg.recipe} {cfg.loss}": model}, cfg.data, tokenizer, dataclasses.asdict(cfg), Path(cfg.out) / "figures")
         elif cfg.pretrain == "together" and cfg.task == "pretrain":

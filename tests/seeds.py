@@ -4,6 +4,7 @@ python tests/seeds.py --seeds 0 1 2 3 4 --jobs 2       40 minutes on two cores; 
 python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy checkpoint and from scratch
 python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour and a half
 python tests/seeds.py --seeds 0 1 2 --pixels         AMC's tables instead
+python tests/seeds.py --seeds 0 1 2 --patches        CACR and AMC on patches instead, an hour and a half
 """
 import argparse
 import json
@@ -87,8 +88,11 @@ AMC = {                                             # what is typed: paper's Fli
 }
 
 
-def pixel_seed(seed, threads, results, only):
-    """AMC's tables on one seed's world: ALBEF first, then each loss from it. only: how many of the rows."""
+PATCHES = ("--loss cacr --vision patches", "--recipe toy-amc-patches --loss none", "--loss amc --model uniter", "--loss amc+cacr --model uniter")
+
+
+def pixel_seed(seed, threads, results, only, patches):
+    """AMC's tables on one seed's world: ALBEF first, then each loss from it; or the rows of PATCHES. only: how many of the rows."""
     data = f"data/toy-seed{seed}"
     if not (ROOT / data).exists():
         run("data.py", "toy", "--out", data, "--seed", str(seed))
@@ -100,6 +104,10 @@ def pixel_seed(seed, threads, results, only):
             RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
             print(name, results[name], flush=True)
         return f"{out}/last.pt"
+    if patches:
+        for typed in PATCHES:
+            keep(f"patches/{typed}/{seed}", *typed.split())
+        return
     start = keep(f"amc/--recipe toy-albef/{seed}", "--recipe", "toy-albef")
     for typed in list(AMC)[:only]:
         keep(f"amc/{typed}/{seed}", *typed.split(), "--init", start)
@@ -111,6 +119,17 @@ def amc_table(results):
     for typed, paper in ({"--recipe toy-albef": "79.14, 69.37, 53.77"} | AMC).items():
         if rows := several(results, f"amc/{typed}/{{}}"):
             lines.append(f"| `{typed}` | {paper} | " + " | ".join(mean([r[f"pointing/{k}"] for r in rows]) for k in keys) + " | " + " ".join(f"{r['pointing/flickr30k']:.1f}" for r in rows) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def patches_table(results):
+    keys = ("winoground/text", "winoground/image", "winoground/group", "pointing/flickr30k", "pointing/refcoco+/testA", "pointing/refcoco+/testB")
+    lines = ["| `train.py`, single stream on 4 x 4 patches | Winoground text | image | group | pointing, Flickr30k | RefCOCO+ testA | testB | seed by seed |", "|" + "---|" * 8]
+    for typed in PATCHES:
+        if rows := several(results, f"patches/{typed}/{{}}"):
+            have = [k if k in rows[0] else None for k in keys]
+            lines.append(f"| `{typed}` | " + " | ".join(mean([r[k] for r in rows]) if k else "" for k in have) + " | "
+                         + " ".join(f"{r[next(k for k in (keys[2], keys[3]) if k in r)]:.1f}" for r in rows) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -194,12 +213,21 @@ def main():
     parser.add_argument("--nlvr", help="folder of NLVR v1 (dev/, test/): run that instead")
     parser.add_argument("--align", action="store_true", help="Kervadec's and MAF's tables instead")
     parser.add_argument("--pixels", type=int, nargs="?", const=len(AMC), default=0, help="AMC's tables instead; a number: only its first so many rows")
+    parser.add_argument("--patches", action="store_true", help="CACR and AMC on patches instead")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    threads = max(1, os.cpu_count() // args.jobs)
+
+    def one(seed):
+        if args.pixels or args.patches:
+            pixel_seed(seed, threads, results, args.pixels, args.patches)
+        elif args.align:
+            align_seed(seed, threads, results)
+        else:
+            one_seed(seed, threads, results, args.nlvr)
     with ThreadPoolExecutor(args.jobs) as pool:
-        threads = max(1, os.cpu_count() // args.jobs)
-        list(pool.map(lambda s: pixel_seed(s, threads, results, args.pixels) if args.pixels else align_seed(s, threads, results) if args.align else one_seed(s, threads, results, args.nlvr), args.seeds))
-    fill(seeds=table(results), nlvr=nlvr_table(results), align=align_table(results), maf=maf_table(results), maf_ablation=maf_ablation(results), amc=amc_table(results))
+        list(pool.map(one, args.seeds))
+    fill(seeds=table(results), nlvr=nlvr_table(results), align=align_table(results), maf=maf_table(results), maf_ablation=maf_ablation(results), amc=amc_table(results), patches=patches_table(results))
 
 
 if __name__ == "__main__":

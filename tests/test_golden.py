@@ -474,7 +474,7 @@ def test_albef_states_features_and_similarities():
         close(words, out["text_embeds"], 5e-5)
         states, P = student.fuse(words, mask, image)
         close(states, out["fusion_embeds"], 5e-5)
-        written_out, P = student.fuse(words, mask, image, probs_of=0)
+        written_out, P = student.fuse(words, mask, image, explain=True)
         close(written_out, out["fusion_embeds"], 5e-5)
         close(P.sum(-1), torch.ones(P.shape[:-1]), 1e-5)
         model.follow(0.995)
@@ -570,7 +570,7 @@ def test_amc_differentiates_the_matched_score(monkeypatch):
     weights, z = golden("albef_small"), golden("amc")
     x, model = tensors(z, "in/"), albef(weights)
     mask, student = x["attention_mask"].bool(), model.student
-    states, P = student.fuse(student.read(x["input_ids"], mask), mask, student.vision(x["image"]), probs_of=0)
+    states, P = student.fuse(student.read(x["input_ids"], mask), mask, student.vision(x["image"]), explain=True)
     match = model.match(states[:, 0])
     close(match.detach(), z["out/itm_logits_pos"], 2e-5)
     close(P.detach(), z["out/attn_map"], 2e-5)

@@ -500,3 +500,92 @@ def test_downstream_tasks_on_patches(toy_tree, patched, tmp_path, task):
     from evaluate import main                                               # noqa: F401
     numbers = evaluate.run_task(evaluate.make_parser().parse_args(["--task", task, "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree)]))
     assert numbers[f"{task}/accuracy"] == pytest.approx(last_line(done)[f"{task}/accuracy"], abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------- AMC on one and two streams
+
+@pytest.mark.parametrize("kind", ["uniter", "lxmert"])
+def test_gradcam_of_one_and_two_streams(kind, monkeypatch):
+    """Against its definition, with loops; the derivative by one probability against a difference."""
+    torch.manual_seed(0)
+    model = build(kind, "toy", vocab=40, features=48, classes=9, dropout=0.0, patch=4).double().eval()
+    B, N_L, N_V = 2, 5, 4
+    text_mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    batch = {"text": torch.randint(1, 40, (B, N_L)), "text_mask": text_mask, "regions": torch.randn(B, N_V, 48).double(), "boxes": torch.rand(B, N_V, 4).double(),
+             "region_mask": torch.ones(B, N_V, dtype=torch.bool)}
+    out = model(**batch, heads=("match",), explain=True)
+    assert torch.allclose(out.match, model(**batch, heads=("match",)).match, atol=1e-9)
+    P, cut = out.explained
+    A, G = losses.gradcam(P, out.match[:, 1], text_mask, cut=cut), torch.autograd.grad(out.match[:, 1].sum(), P, retain_graph=True)[0]
+    expected, first = torch.zeros(B, N_V).double(), [0, 0] if kind == "lxmert" else [5, 3]               # column of the first patch
+    for b in range(B):
+        for h in range(4):
+            for i in range(int(text_mask[b].sum())):
+                for j in range(N_V):
+                    expected[b, j] += P[b, h, i, first[b] + j] * max(G[b, h, i, first[b] + j], 0)
+    assert torch.allclose(A, expected / (4 * N_L), atol=1e-12) and A.sum() > 0
+
+    softmax, at, scores = torch.Tensor.softmax, (1, 2, 0, first[1] + 2), []
+    for nudge in (1e-4, -1e-4):
+        calls = iter([True])                        # the first layer that is written out
+
+        def nudged(S, dim):
+            P = softmax(S, dim=dim)
+            if next(calls, False):
+                P[at] += nudge
+            return P
+        monkeypatch.setattr(torch.Tensor, "softmax", nudged)
+        with torch.no_grad():
+            scores.append(model(**batch, heads=("match",), explain=True).match[:, 1].sum().item())
+    monkeypatch.undo()
+    assert (scores[0] - scores[1]) / 2e-4 == pytest.approx(G[at].item(), rel=1e-4)
+
+    losses.amc(A.view(B, 2, 2) / A.max(), torch.tensor([[[1.0, 0], [0, 0]]] * B).double()).backward()    # through the gradient too
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if ("to_v" in name or "to_q" in name) and f"layers.{0 if kind == 'lxmert' else 1}" in name
+               and not (kind == "lxmert" and (not name.startswith("cross_layers") or ".text." in name or ".region." in name)))
+    if kind == "uniter":
+        with pytest.raises(ValueError, match="too few"):
+            model(**batch, maps=(1,), explain=True)
+
+
+def test_boxes_of_matched_texts(toy_tree):
+    """Which rows of a matching batch have a region, and what it covers; the same for any number of processes."""
+    texts, _ = data.vg_triplets(toy_tree, ("box", "region"), 0.01)
+    pairs = Pairs(texts, PatchStore(Patches(str(toy_tree), 32, 16), "vg"), WordPiece(toy_tree / "bert-base-cased/vocab.txt", lower=False))
+    whole, halves = data.PairBatches(pairs, "itm", 700, 5), [data.PairBatches(pairs, "itm", 700, 5, part, 2) for part in (0, 1)]
+    batch, parts = whole[3], [h[3] for h in halves]
+    assert batch["boxed"].tolist() == batch["match"].nonzero()[:, 0].tolist() and 5 < len(batch["boxed"]) < len(batch["match"]) and batch["counts"]["amc"] == len(batch["boxed"])
+    by_name = {t.id: t for t in texts}
+    for row, region in zip(batch["boxed"].tolist(), batch["region"].numpy()):
+        text = by_name[batch["names"][row].removeprefix("caption ").rsplit(" with image ", 1)[0]]
+        x1, y1, x2, y2 = (np.array(text.target[0]) * 32).round().astype(int)
+        assert region[y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)].all() and region.sum() == max(y2 - y1, 1) * max(x2 - x1, 1)
+    for k, part in enumerate(parts):
+        mine = [i for i, row in enumerate(batch["boxed"].tolist()) if row % 2 == k]
+        assert torch.equal(part["region"], batch["region"][mine])
+    assert "boxed" not in data.PairBatches(pairs, "mlm", 700, 5)[0]
+
+
+@pytest.mark.parametrize("loss", ["amc", "amc-mean", "amc-max", "amc-cosine", "amc+cacr"])
+@pytest.mark.parametrize("model", ["uniter", "lxmert"])
+def test_amc_on_patches(toy_tree, patched, tmp_path, model, loss):
+    done = run(tmp_path, "--loss", loss, "--model", model, "--resolution", 32, "--init", patched[model], "--data", toy_tree, "--pretrain", "itm", "--steps", 20, "--warmup", 2, "--units", 256,
+               "--log-every", 1, "--eval-every", 20, "--out", "x", *QUICK)
+    log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
+    for name in loss.split("+"):
+        values = [r[name] for r in log if name in r]
+        assert len(values) == 20 and np.isfinite(values).all() and any(values), name
+    found = last_line(done)
+    assert 0 <= found["pointing/flickr30k"] <= 100 and "pointing/refcoco+/testA" in found and list((tmp_path / "x/figures").glob("heat_*.png"))
+    if loss == "amc":
+        again = evaluate.run_task(evaluate.make_parser().parse_args(["--task", "pointing", "--dataset", "flickr30k", "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree)]))
+        assert again["pointing/flickr30k"] == pytest.approx(found["pointing/flickr30k"], abs=0.01)
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--loss", "amc", "--model", "uniter", "--vision", "regions"], "heat maps are of pictures"), (["--recipe", "toy-patches", "--loss", "amc"], "heat maps are of pictures"),
+    (["--loss", "amc", "--model", "uniter", "--pretrain", "mlm"], "itm in --pretrain"), (["--recipe", "toy", "--vision", "patches", "--loss", "cacr+amc"], "--triplets"),
+    (["--loss", "amc", "--model", "uniter", "--triplets", "boxes"], "--triplets"),
+])
+def test_amc_without_what_it_needs(tmp_path, argv, told):
+    assert told in run(tmp_path, *argv, expect=1).stderr

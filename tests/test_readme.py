@@ -55,7 +55,7 @@ def test_set_up_commands_are_there_and_ci_runs_one():
 def test_seed_table_is_the_results_file():
     results = json.loads((ROOT / "tests/results.json").read_text())
     for mark, table in (("seeds", seeds.table), ("nlvr", seeds.nlvr_table), ("tasks", tasks.table), ("ablation", tasks.ablation), ("bench", bench.table),
-                        ("align", seeds.align_table), ("maf", seeds.maf_table), ("maf_ablation", seeds.maf_ablation), ("amc", seeds.amc_table)):
+                        ("align", seeds.align_table), ("maf", seeds.maf_table), ("maf_ablation", seeds.maf_ablation), ("amc", seeds.amc_table), ("patches", seeds.patches_table)):
         assert re.search(rf"<!-- {mark} -->\n(.*?)\n?<!-- /{mark} -->", README, re.S)[1] == table(results), mark
 
 
