@@ -369,7 +369,7 @@ class Uniter(nn.Module):
         hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions unless given)
         heads           of "features", "classes" (both for masked_regions), "pooled", "match", "rank", "task"
         maps            layers whose attention logits to return, e.g. (-1,); the others run fused
-        explain         return what Grad-CAM needs of the layer before the middle, none of maps; from there on nothing runs fused
+        explain         return what Grad-CAM needs of cam_layer(), which is none of maps; from there on nothing runs fused
         length          L, if known: without it a GPU has to be waited for
         """
         B, N_L = text.shape

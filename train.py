@@ -663,6 +663,8 @@ def objective_regions(cfg, model, batch):
 def objective_itm(cfg, model, batch):
     """Matching; with wra in --pretrain UNITER's alignment term, with --loss the others, on the matched pairs of the batch; AMC's on those with a box."""
     heat = bool(set(AMC) & set(alignment_names(cfg)) and len(batch.get("boxed", ())))
+    if heat:
+        model = getattr(model, "_orig_mod", model)  # torch.compile has no second derivatives
     out = model(**batch["input"], heads=("match",), maps=maps_wanted(cfg), explain=heat)
     masks = batch["input"]["text_mask"], batch["input"]["region_mask"]
     found = {batch["task"]: losses.itm(out.match, batch["match"])}
