@@ -260,7 +260,7 @@ def make_config(recipe, **changes):
     for part in cfg.triplets.split("+"):
         known(part, ["", "box", "region"], "--triplets")
     if cfg.triplets and (cfg.task, cfg.vision) != ("pretrain", "patches") or set(alignment_names(cfg)) & set(AMC) and not (cfg.triplets and "itm" in cfg.pretrain):
-        raise UserError(f"--loss {cfg.loss} with --triplets {cfg.triplets or 'empty'}, --task {cfg.task}, --vision {cfg.vision}: heat maps are of pictures, and judged by texts with boxes\n"
+        raise UserError(f"--loss {cfg.loss} with --triplets {cfg.triplets or 'empty'}, --task {cfg.task}, --vision {cfg.vision}: heat maps are of pictures, and teaching them needs texts with boxes\n"
                         "  Wanted: --recipe toy-amc or amc (ALBEF), toy-amc-patches (--model uniter or lxmert), or --triplets with --task pretrain --vision patches, itm in --pretrain")
     for part in cfg.use.split("+"):
         known(part, ["label", "attribute", "feature"], "--use")
