@@ -126,13 +126,18 @@ def read_pickle(path, what):
                         "official address; a pickle can hold code, so any other is refused.") from None
 
 
-def field(record, name, where):
-    """record[name], or an error that tells the record and the nearest name it does have."""
+NUMBER = int, float
+
+
+def field(record, name, where, kind=object):
+    """record[name], which must be a kind (str, list, NUMBER), or an error that tells the record and the nearest name it does have."""
     if not isinstance(record, dict) or name not in record:
         have = list(record) if isinstance(record, dict) else [type(record).__name__]
         near = difflib.get_close_matches(name, map(str, have), 1)
         raise DataError(f"{where} has no field {name!r}: found {', '.join(map(str, have[:8])) or 'nothing'}"
                         + (f"\n  Nearest: {near[0]!r}." if near else "") + "\n  Compare with the official format in the README.")
+    if not isinstance(record[name], kind):
+        raise DataError(f"{where}: {name} is {record[name]!r:.60}\n  Wanted: { {str: 'a text', list: 'a list'}.get(kind, 'a number')}. Fetch the file again.")
     return record[name]
 
 
@@ -844,7 +849,7 @@ def coco(data, split):
         image = field(a, "image_id", where)
         if image not in images:
             raise DataError(f"{where} is about image {image}, which is not in the file's images list\n  Fetch the file again.")
-        out.append(Text(images[image]["stem"], field(a, "caption", where), str(a.get("id"))))
+        out.append(Text(images[image]["stem"], field(a, "caption", where, str), str(a.get("id"))))
     return out
 
 
@@ -857,14 +862,14 @@ def coco_karpathy(data, split):
     """COCO captions in Karpathy's split: train (with restval, as every paper), val, test; the first five captions of an image."""
     images, path = karpathy_images(data, "coco")
     wanted = ("train", "restval") if split == "train" else (split,)
-    return [Text(Path(field(i, "filename", path)).stem, field(s, "raw", path), str(s.get("sentid")))
+    return [Text(Path(field(i, "filename", path)).stem, field(s, "raw", path, str), str(s.get("sentid")))
             for i in images if field(i, "split", path) in wanted for s in field(i, "sentences", path)[:5]]
 
 
 def flickr30k(data, split):
     """Flickr30k in Karpathy's split: train, val, test. Image id = file stem."""
     images, path = karpathy_images(data, "flickr30k")
-    return [Text(Path(field(i, "filename", path)).stem, field(s, "raw", path), str(s.get("sentid")))
+    return [Text(Path(field(i, "filename", path)).stem, field(s, "raw", path, str), str(s.get("sentid")))
             for i in images if field(i, "split", path) == split for s in field(i, "sentences", path)]
 
 
@@ -910,7 +915,7 @@ def nlvr(data, split):
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: an item of structured_rep lacks or has an unknown {error}") from None
         field(e, "label", where)
-        out.append(NlvrExample(f"{split}-{field(e, 'identifier', where)}", field(e, "sentence", where), truth(e, where), boxes))
+        out.append(NlvrExample(f"{split}-{field(e, 'identifier', where)}", field(e, "sentence", where, str), truth(e, where), boxes))
     return out
 
 
@@ -966,20 +971,32 @@ def corpus_coco(data, split, out):
 def vg_images(data):
     """Visual Genome's {image id: record}."""
     path = Path(data) / "vg" / "image_data.json"
-    return {field(i, "image_id", path): i for i in read_json(path, "Visual Genome's image_data.json")}
+    images = {field(i, "image_id", path): i for i in read_json(path, "Visual Genome's image_data.json")}
+    for number, record in images.items():
+        field(record, "width", f"{path}, image {number}", NUMBER), field(record, "height", f"{path}, image {number}", NUMBER)
+    return images
+
+
+def vg_items(data, name, key):
+    """Yields (image, its records, where that is) of one of Visual Genome's files."""
+    path = Path(data) / "vg" / f"{name}.json"
+    for item in tqdm(read_json(path, f"Visual Genome's {name}"), desc=f"Visual Genome's {name}", disable=None, leave=False):
+        image = field(item, "id" if "id" in (item or ()) else "image_id", path)
+        yield image, field(item, key, f"{path}, image {image}", list), f"{path}, image {image}"
+
+
+def vg_box(record, where, names=("x", "y", "width", "height")):
+    return [field(record, name, where, NUMBER) for name in names]
 
 
 def corpus_vg(data, split, out):
     """Visual Genome's region descriptions; validation: the images that are in Karpathy's COCO val."""
-    path, images = Path(data) / "vg" / "region_descriptions.json", vg_images(data)
+    images = vg_images(data)
     judged = {i["cocoid"] for i in karpathy_images(data, "coco")[0] if i["split"] == "val"}
     also = {n for n, i in images.items() if i.get("coco_id") in out.coco or str(i.get("flickr_id")) in out.photos}
     wanted = {n for n, i in images.items() if i.get("coco_id") in judged} if split == "val" else set(images) - also
-    texts = []
-    for item in read_json(path, "Visual Genome's region descriptions"):
-        image = item["id"] if "id" in item else field(item, "image_id", path)
-        if image in wanted:
-            texts += [Text(str(image), " ".join(field(r, "phrase", path).split()), str(r.get("region_id"))) for r in field(item, "regions", path)]
+    texts = [Text(str(image), " ".join(field(r, "phrase", where, str).split()), str(r.get("region_id")))
+             for image, regions, where in vg_items(data, "region_descriptions", "regions") if image in wanted for r in regions]
     return texts, {} if split == "val" else {"images held out": len(also)}
 
 
@@ -998,11 +1015,9 @@ def corpus_cc12m(data, split, out):
 
 def vg_regions(data):
     """Yields (image, number, box x y w h) of Visual Genome's region descriptions, numbered within their image."""
-    path = Path(data) / "vg" / "region_descriptions.json"
-    for item in read_json(path, "Visual Genome's region descriptions"):
-        image = item["id"] if "id" in item else field(item, "image_id", path)
-        for k, r in enumerate(field(item, "regions", path)):
-            yield str(image), k, tuple(field(r, key, path) for key in ("x", "y", "width", "height"))
+    for image, regions, where in vg_items(data, "region_descriptions", "regions"):
+        for k, r in enumerate(regions):
+            yield str(image), k, tuple(vg_box(r, where))
 
 
 def corpus_crops(data, split, out):
@@ -1086,7 +1101,7 @@ def vqa(data, split):
         notes = folder / f"v2_mscoco_{split}_annotations.json"
         for a in field(read_json(notes, "VQA v2's answers"), "annotations", notes):
             known[field(a, "question_id", notes)] = Answers([field(x, "answer", notes) for x in field(a, "answers", notes)], a.get("question_type", ""), a.get("answer_type", ""))
-    texts = [Text(f"COCO_{images}_{field(q, 'image_id', path):012d}", field(q, "question", path), str(field(q, "question_id", path)), known.get(q["question_id"]))
+    texts = [Text(f"COCO_{images}_{field(q, 'image_id', path, int):012d}", field(q, "question", path, str), str(field(q, "question_id", path)), known.get(q["question_id"]))
              for q in field(read_json(path, "VQA v2's questions"), "questions", path)]
     return texts, {"questions without annotations": sum(t.target is None for t in texts)} if known else {}
 
@@ -1115,17 +1130,16 @@ def vg_questions(data, index, own=False, out=()):
 
     VQA's augmentation: about COCO images, by COCO's names. own: about all images but those in `out`, by Visual Genome's ids
     """
-    path, images = Path(data) / "vg" / "question_answers.json", vg_images(data)
+    images = vg_images(data)
     stem = {} if own else {i["cocoid"]: Path(i["filename"]).stem for i in karpathy_images(data, "coco")[0]}
     texts, every = [], 0
-    for item in read_json(path, "Visual Genome's questions"):
-        number = item["id"] if "id" in item else field(item, "image_id", path)
+    for number, questions, where in vg_items(data, "question_answers", "qas"):
         image = str(number) * (str(number) not in out) if own else stem.get(images[number].get("coco_id"))
-        for q in field(item, "qas", path):
+        for q in questions:
             every += 1
-            field(q, "answer", path)
+            field(q, "answer", where, str)
             if image and (answer := vg_answer(q)) in index:
-                texts.append(Text(image, q["question"], f"vg{q.get('qa_id')}", {index[answer]: 1.0}))
+                texts.append(Text(image, field(q, "question", where, str), f"vg{q.get('qa_id')}", {index[answer]: 1.0}))
     return texts, {"Visual Genome questions left out: image not in COCO, or held out, or answer not in the list": every - len(texts)}
 
 
@@ -1187,7 +1201,7 @@ def nlvr2(data, split):
         if name.count("-") != 3:
             raise DataError(f"{path}: identifier {name!r}, wanted split-set-pair-sentence\n  Fetch the file again.")
         images = name.rpartition("-")[0]
-        out.append(Nlvr2Example(name, field(e, "sentence", path), f"{images}-img0", f"{images}-img1", truth(e, f"{path}, {name}")))
+        out.append(Nlvr2Example(name, field(e, "sentence", path, str), f"{images}-img0", f"{images}-img1", truth(e, f"{path}, {name}")))
     return out
 
 
@@ -1204,7 +1218,7 @@ def snli_ve(data, split):
             raise DataError(f"{path}, {e.get('pairID')}: label {label!r}, wanted one of {', '.join(ENTAILMENT)} or -")
         odd += label == "-"
         if label != "-":
-            texts.append(Text(image, field(e, "sentence2", path), str(e.get("pairID")), ENTAILMENT.index(label)))
+            texts.append(Text(image, field(e, "sentence2", path, str), str(e.get("pairID")), ENTAILMENT.index(label)))
     return texts, {"pairs left out: label '-', the annotators disagree": odd}
 
 
@@ -1259,16 +1273,14 @@ def joined_descriptions(data, out=()):
 
     Which are joined is a function of the image's id. out: ids of images left out
     """
-    path, images, told = Path(data) / "vg" / "region_descriptions.json", vg_images(data), Counter()
-    texts = []
-    for item in read_json(path, "Visual Genome's region descriptions"):
-        image = item["id"] if "id" in item else field(item, "image_id", path)
+    images, texts, told = vg_images(data), [], Counter()
+    for image, regions, where in vg_items(data, "region_descriptions", "regions"):
         if image not in images or str(image) in out:
-            told["descriptions left out: image held out"] += len(item["regions"])
+            told["descriptions left out: image held out"] += len(regions)
             continue
         rng, said = np.random.default_rng(int(image)), []
-        for r in field(item, "regions", path):
-            box, words = clipped(field(r, "x", path), r["y"], r["width"], r["height"], images[image]), field(r, "phrase", path).strip(" .\n").split()
+        for r in regions:
+            box, words = clipped(*vg_box(r, where), images[image]), field(r, "phrase", where, str).strip(" .\n").split()
             told["pointers left out: a box of no area"] += box is None
             if words:
                 said.append((words, box))
@@ -1311,7 +1323,7 @@ def gqa(data, split):
     scenes = read_json(graphs, "GQA's scene graphs") if graphs.exists() or Path(f"{graphs}.gz").exists() else None
     for name, q in gqa_records(data, split).items():
         where, pointers = f"{path}, question {name}", []
-        image, text = field(q, "imageId", where), field(q, "question", where)
+        image, text = field(q, "imageId", where), field(q, "question", where, str)
         for span, thing in q.get("annotations", {}).get("question", {}).items() if scenes is not None else ():
             graph = scenes.get(image, {"objects": {}})
             o = graph["objects"].get(thing)
@@ -1483,20 +1495,16 @@ def vg_triplets(data, kinds=("box", "region"), smallest=0.08, out=()):
         texts.append(Text(str(image), text, f"vg{image}/{kind}/{len(texts)}", (tuple(v / record[side] for v, side in zip(box, ("width", "height") * 2)),)))
 
     def items(name, key):
-        path = Path(data) / "vg" / f"{name}.json"
-        for item in tqdm(read_json(path, f"Visual Genome's {name}"), desc=f"Visual Genome's {name}", disable=None, leave=False):
-            image = item["id"] if "id" in item else field(item, "image_id", path)
-            if image in images and str(image) not in out:
-                yield image, field(item, key, path), path
+        return (item for item in vg_items(data, name, key) if item[0] in images and str(item[0]) not in out)
     if "region" in kinds:
-        for image, regions, path in items("region_descriptions", "regions"):
+        for image, regions, where in items("region_descriptions", "regions"):
             for r in regions:
-                add(image, " ".join(field(r, "phrase", path).split()), [field(r, k, path) for k in ("x", "y", "width", "height")], "region descriptions")
+                add(image, " ".join(field(r, "phrase", where, str).split()), vg_box(r, where), "region descriptions")
     if "box" in kinds:
-        for image, objects, path in items("attributes", "attributes"):
+        for image, objects, where in items("attributes", "attributes"):
             named = {}
             for o in objects:
-                name, corners = field(o, "names", path)[0], [field(o, k, path) for k in "xywh"]
+                name, corners = field(o, "names", where, list)[0], vg_box(o, where, "xywh")
                 named.setdefault(name, []).append(corners)
                 for attribute in o.get("attributes") or [""]:
                     add(image, f"{attribute} {name}".strip(), corners, "objects with attributes" if attribute else "objects")
@@ -1744,8 +1752,7 @@ class PairBatches:
         """Of these rows, those whose text has boxes, and one box of each, which luck (B,) chooses; flip (B,): in a mirrored picture."""
         R, rows = self.pairs.store.patches.resolution, [r for r in rows if self.boxes[captions[r]]]
         masks = [box_mask(boxes[int(luck[r] * len(boxes))], R, bool(len(flip)) and flip[r]) for r in rows for boxes in [self.boxes[captions[r]]]]
-        return {"boxed": torch.tensor(rows, dtype=torch.int64), "region": torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, R, R, dtype=torch.bool),
-                "counts": dict.fromkeys(("amc", "amc-mean", "amc-max", "amc-cosine"), len(rows))}
+        return {"boxed": torch.tensor(rows, dtype=torch.int64), "region": torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, R, R, dtype=torch.bool)}
 
     # Masks are drawn for all processes at once, so that any number of them sees the same.
 
@@ -2086,7 +2093,7 @@ class PictureBatches(PairBatches):
         t = torch.from_numpy
         return {"task": "albef", "names": self.pairs.names(captions[mine], self.pairs.image[captions[mine]]), "number": k, "own": t(mine), "draw": t(draw).float(),
                 "text": t(text), "masked_text": t(np.where(hidden & (new >= 0), new, text)), "text_mask": t(real), "pixels": t(images),
-                "masked_words": t(np.flatnonzero(hidden)), "word_targets": t(text[hidden]), **described, "counts": {"mlm": int(hidden.sum()), **described["counts"]}}
+                "masked_words": t(np.flatnonzero(hidden)), "word_targets": t(text[hidden]), **described, "counts": {"mlm": int(hidden.sum())}}
 
 
 def augmented(pixels, flip, factors, grey):

@@ -842,14 +842,15 @@ def wrong_region(scores, region_mask, target, hard=0.3):
 
 OBJECTIVES = {**{task: objective_task for task in VALIDATION}, "mlm": objective_mlm, "itm": objective_itm, "nlvr": objective_itm, "rank": objective_rank,
               "mrfr": objective_regions, "mrc": objective_regions, "mrckl": objective_regions, "together": objective_together, "maf": objective_maf, "albef": objective_albef}
-COUNTED = "mlm", "class", "attribute", "feature", "answers", "align", "amc", "amc-mean", "amc-max", "amc-cosine"        # losses of one batch that are means over different things
+COUNTED = "mlm", "class", "attribute", "feature", "answers", "align", *AMC        # losses of one batch that are means over different things
 
 
 def counts(batch):
-    """How many things each loss of a batch is a mean over; "": those not named here. Masked words, masked regions, pairs or groups."""
+    """How many things each loss of a batch is a mean over; "": those not named here. Masked words, masked regions, pairs, groups, texts with boxes."""
     alone = [len(batch[name]) for name in ("masked_words", "masked_regions") if name in batch and "counts" not in batch]
     usual = (alone or [len(batch["names"])])[0]
-    return {"": usual, **{name: batch["counts"].get(name, 0) if "counts" in batch else usual for name in COUNTED}}
+    named = dict.fromkeys(COUNTED, usual) if "counts" not in batch else dict.fromkeys(COUNTED, 0) | batch["counts"]
+    return {"": usual, **named, **dict.fromkeys(AMC, len(batch.get("boxed", ())))}
 
 
 @torch.no_grad()

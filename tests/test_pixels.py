@@ -554,7 +554,7 @@ def test_boxes_of_matched_texts(toy_tree):
     pairs = Pairs(texts, PatchStore(Patches(str(toy_tree), 32, 16), "vg"), WordPiece(toy_tree / "bert-base-cased/vocab.txt", lower=False))
     whole, halves = data.PairBatches(pairs, "itm", 700, 5), [data.PairBatches(pairs, "itm", 700, 5, part, 2) for part in (0, 1)]
     batch, parts = whole[3], [h[3] for h in halves]
-    assert batch["boxed"].tolist() == batch["match"].nonzero()[:, 0].tolist() and 5 < len(batch["boxed"]) < len(batch["match"]) and batch["counts"]["amc"] == len(batch["boxed"])
+    assert batch["boxed"].tolist() == batch["match"].nonzero()[:, 0].tolist() and 5 < len(batch["boxed"]) < len(batch["match"]) and train.counts(batch)["amc"] == len(batch["boxed"])
     by_name = {t.id: t for t in texts}
     for row, region in zip(batch["boxed"].tolist(), batch["region"].numpy()):
         text = by_name[batch["names"][row].removeprefix("caption ").rsplit(" with image ", 1)[0]]
@@ -590,3 +590,21 @@ def test_amc_on_patches(toy_tree, patched, tmp_path, model, loss):
 ])
 def test_amc_without_what_it_needs(tmp_path, argv, told):
     assert told in run(tmp_path, *argv, expect=1).stderr
+
+
+@pytest.mark.parametrize("file, spoil, told", [
+    ("region_descriptions", lambda d: d[0]["regions"][0].update(phrase=None), "image 2000000: phrase is None"),
+    ("region_descriptions", lambda d: d[3]["regions"][0].update(x="left"), "image 2000003: x is 'left'"),
+    ("region_descriptions", lambda d: d[2].update(regions=None), "image 2000002: regions is None"),
+    ("image_data", lambda d: d[5].update(width=None), "image 2000005: width is None"),
+    ("attributes", lambda d: d[4]["attributes"][0].update(names="dog"), "image 2000004: names is 'dog'"),
+])
+def test_visual_genome_with_something_else_in_a_field(toy_tree, tmp_path, file, spoil, told):
+    import shutil
+    shutil.copytree(toy_tree / "vg", tmp_path / "vg", ignore=shutil.ignore_patterns("VG_100K"))
+    records = json.loads((tmp_path / f"vg/{file}.json").read_text())
+    spoil(records)
+    (tmp_path / f"vg/{file}.json").write_text(json.dumps(records))
+    with pytest.raises(DataError, match="Wanted: a ") as error:
+        data.vg_triplets(tmp_path, ("box", "region"), 0.01)
+    assert f"{file}.json, {told}" in str(error.value)
