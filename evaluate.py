@@ -1,34 +1,37 @@
-"""Benchmarks and figures. Every benchmark is one function that returns a flat dict of numbers in the papers' units.
+"""Benchmarks and figures. Every benchmark returns a flat dict of numbers in the papers' units.
 
-    score_pairs        a checkpoint's score for any list of (caption, image) pairs
-    winoground         text, image, group score                              Thrush et al. 2022; CACR table 2, 3
-    retrieval          R@1, 5, 10 in both directions                         UNITER table 3; CACR table 4
-    vqa, vcr, nlvr2, ve, re      the other tasks of UNITER's table 3, each with the best guess that sees nothing, and submission files
-    gqa                accuracy and GQA's seven other scores                 Kervadec table 1, 2; Hudson and Manning 2019
-    pointing           does a word's strongest region lie where it points    Kervadec sec. 7
-    pointing_games     does a text's heat map peak inside its box            AMC table 1-5
-    grounding          phrases to boxes at IoU 0.5, and all that guess       MAF table 1, 2, 5
-    nlvr               accuracy on NLVR v1                                   Suhr et al. 2017
-    attention_figure   a word's attention drawn on the boxes                 CACR fig. 4, 5
-    heat_figures       phrases' heat maps over the picture                   AMC fig. 2-5
-    map_figure         a cross layer's map, words by regions                 Kervadec fig. 4
-    grounding_figure   truth, trained and untrained guess of each phrase     MAF fig. 4, 5
-    training_curve     the losses of a run
+    1. Scoring            score_pairs  score_all  predict: what a checkpoint says of pairs, examples
+    2. Winoground, retrieval     winoground_scores  recall        CACR tables 2-4; UNITER table 3
+    3. Downstream tasks   vqa_scores  vcr_scores  nlvr2_scores  gqa_scores ...   UNITER table 3;
+                          Kervadec tables 1, 2; TASKS: the table of all tasks
+    4. Word to region     word_to_region  pointing: words that point at regions   Kervadec sec. 7
+    5. Phrase grounding   grounding                                         MAF tables 1, 2, 5
+    6. Heat maps          pointing_games: is a text's heat map inside its box   AMC tables 1-5
+    7. Figures            attention_figure  heat_figures  map_figures  grounding_figures
+    8. Pictures in        score_photo: one photo and a sentence; extract: pictures to a region store
+    9. Command line       python evaluate.py --task winoground --ckpt out/toy-cacr-seed0/last.pt
 
-python evaluate.py --task winoground --ckpt out/toy-cacr-seed0/last.pt
-python evaluate.py --image photo.jpg --text "a dog left of a person" --ckpt out/.../last.pt --detector pytorch_model.bin
+python evaluate.py --image photo.jpg --text "a dog left of a person" --ckpt out/.../last.pt \\
+    --detector pytorch_model.bin
+python evaluate.py extract --images photos --detector pytorch_model.bin --out DATA/regions/photos
 """
+
 import argparse
 import contextlib
 import csv
+import datetime
+import functools
 import hashlib
 import io
 import json
+import os
+import re
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -36,198 +39,396 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import (ENTAILMENT, VCR_WORDS, DataError, Pairs, PatchStore, Phrases, RegionStore, Text, WordPiece, Words, answer_list, bare, blind, clean_caption, coco_karpathy, entities,
-                  extract, flickr30k, gqa as read_gqa, gqa_answers, gqa_records, gqa_task, iou, names_of, nlvr2_task, nlvr_pairs, normalise_answer, normalised, open_store, re_task,
-                  read_json, read_picture, referit, referring as read_referring, regions_of, unit_batches, vcr_store, vcr_task, ve_task, vg_images, vqa_task,
-                  winoground as read_winoground, write_atomic)
-from model import SIZES, Albef, CheckpointError, Lxmert, Maf, build, load_pretrained, read_checkpoint
+from data import (
+    COLUMNS,
+    ENTAILMENT,
+    VCR_WORDS,
+    DataError,
+    PatchStore,
+    PhraseInput,
+    Record,
+    RegionStore,
+    StoreWriter,
+    Vision,
+    WordPiece,
+    WordVectors,
+    ablate_modality,
+    answer_list,
+    box_overlap,
+    detector_names,
+    entailment_pairs,
+    entity_captions,
+    find_picture,
+    gqa_answers,
+    gqa_questions,
+    gqa_records,
+    karpathy_captions,
+    make_index,
+    matching_region,
+    need,
+    nlvr2_pairs,
+    nlvr_presentations,
+    NlvrStore,
+    normalise_answer,
+    normalize_pixels,
+    open_index,
+    read_json,
+    read_picture,
+    referit_expressions,
+    referring_expressions,
+    strip_punctuation,
+    token_batches,
+    vcr_choices,
+    vg_images,
+    vqa_questions,
+    winoground_examples,
+    write_atomic,
+)
+from model import (
+    SIZES,
+    Albef,
+    CheckpointError,
+    Lxmert,
+    Maf,
+    build,
+    detector_size,
+    load_detector,
+    load_pretrained,
+    read_checkpoint,
+    resize_for_detector,
+)
+
+# 1. Scoring -------------------------------------------------------------------------------------
 
 
-def to(batch, device):
+class Run(NamedTuple):
+    """A trained model and what it was trained with: what every benchmark is given."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    settings: dict  # train.py's settings
+    sizes: dict  # of the model; answer_list: what its answers are called
+    vision: Vision  # where it finds what it sees
+    autocast: Callable = contextlib.nullcontext
+
+    @property
+    def data(self):
+        """The data tree"""
+        return self.vision.data
+
+    @property
+    def device(self):
+        """Where the model is"""
+        return next(self.model.parameters()).device
+
+    def index(self, reader, split, store, **options):
+        """The Index of a reader's records with this run's tokenizer"""
+        if isinstance(store, str):
+            store = self.vision.open(store)
+        how = {"max_words": self.settings.get("max_words", 60)}
+        how["skip_missing"] = bool(self.settings.get("skip_missing"))
+        return open_index(self.data, reader, split, store, self.tokenizer, **how | options)
+
+
+def to_device(batch, device):
     """Move every tensor of a nested batch."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
-        return {k: to(v, device) for k, v in batch.items()}
-    return [to(v, device) for v in batch] if isinstance(batch, list) else batch
+        return {k: to_device(v, device) for k, v in batch.items()}
+    return [to_device(v, device) for v in batch] if isinstance(batch, list) else batch
 
 
-@torch.inference_mode()
-def score_pairs(model, pairs, captions, images, head="rank", units=8192, autocast=contextlib.nullcontext, progress=None):
+@contextlib.contextmanager
+def evaluating(model):
+    """The model in eval mode, without gradients; as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def pair_scores(out, head):
+    """How well pairs match, float32: the ranking score, or the log-odds of matching."""
+    return out.rank.float() if head == "rank" else (out.match[:, 1] - out.match[:, 0]).float()
+
+
+def score_pairs(
+    model,
+    index,
+    captions,
+    images,
+    head="rank",
+    batch_tokens=8192,
+    autocast=contextlib.nullcontext,
+    progress=None,
+):
     """How well caption captions[k] fits image images[k]: (K,) float32 numpy; higher is better.
 
-    head  "rank": the ranking score; "match": the log-odds of matching (for models that were not fine-tuned by ranking)
+    head  "rank": the ranking score; "match": the log-odds of matching (for models that were not
+          fine-tuned by ranking)
     """
-    was, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
+    captions, images = np.asarray(captions), np.asarray(images)
     scores = np.empty(len(captions), np.float32)
-    bar = tqdm(total=len(captions), desc=progress, unit=" pairs", disable=None if progress else True, leave=False)
-    for places, batch in pairs.in_chunks(np.asarray(captions), np.asarray(images), units):
-        with autocast():
-            out = model(**to(batch, device), heads=(head,))
-        s = out.rank.float() if head == "rank" else (out.match[:, 1] - out.match[:, 0]).float()
-        scores[places] = s.cpu().numpy()
-        bar.update(len(places))
-    bar.close()
-    model.train(was)
+    hidden = None if progress else True
+    bar = tqdm(total=len(captions), desc=progress, unit=" pairs", disable=hidden, leave=False)
+    with evaluating(model), bar:
+        for places, batch in index.in_chunks(captions, images, batch_tokens):
+            with autocast():
+                out = model(**to_device(batch, device), heads=(head,))
+            scores[places] = pair_scores(out, head).cpu().numpy()
+            bar.update(len(places))
     return scores
 
 
-def winoground_scores(s):
-    """s (E, 2, 2): score of caption c with image i; returns text, image, group in percent and each example's group hit.
+def score_matrix(path, shape):
+    """(T, I) float32 of nan, or what a killed run left in this file, memory-mapped."""
+    if path is None:
+        return np.full(shape, np.nan, np.float32)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        # a whole file before the first column
+        fresh = np.lib.format.open_memmap(f"{path}.tmp", "w+", np.float32, shape)
+        fresh[:] = np.nan
+        fresh.flush()
+        os.replace(f"{path}.tmp", path)
+    scores = np.load(path, mmap_mode="r+")
+    if scores.shape != shape:
+        raise DataError(
+            f"{path} holds scores of {scores.shape[0]:,} x {scores.shape[1]:,}, this is "
+            f"{shape[0]:,} x {shape[1]:,}\n"
+            "  Another split's. Delete it, or choose another file."
+        )
+    return scores
 
-    text: each image prefers its caption; image: each caption prefers its image; group: both. A tie is wrong.
-    Chance 25, 25, 16.67.   Thrush et al. 2022
+
+def score_all(
+    model,
+    index,
+    head="rank",
+    batch_tokens=8192,
+    autocast=contextlib.nullcontext,
+    keep=None,
+    progress="all pairs",
+):
+    """Every caption with every image: (T, I) float32, images in the order of index.images. Higher
+    is better.
+
+    Memory for this one matrix and one batch: an image's features are read once, and go to the
+    device once for all captions.
+    keep   a file for the matrix: columns that a killed run had finished are not made again; it is
+           left there, whole, at the end
     """
-    text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
-    image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
-    return {"text": 100 * text.mean(), "image": 100 * image.mean(), "group": 100 * (text & image).mean()}, text & image
-
-
-def winoground_pairs(data, tokenizer, regions):
-    """The examples, and their captions and images as Pairs: caption 2e + c belongs to image c of example e."""
-    examples = read_winoground(data)
-    captions = [Text(e.images[i], e.captions[i], f"{e.id}/{i}") for e in examples for i in (0, 1)]
-    return examples, Pairs(captions, open_store(regions, "winoground"), tokenizer, name="Winoground")
-
-
-def winoground(model, data, tokenizer, regions, **scoring):
-    """{"winoground/text": percent, ".../image", ".../group", "winoground/group/<tag>"} over all examples."""
-    examples, pairs = winoground_pairs(data, tokenizer, regions)
-    c = 2 * np.arange(len(examples))[:, None, None] + np.array([[0, 0], [1, 1]])
-    i = pairs.image[2 * np.arange(len(examples))[:, None, None] + np.array([[0, 1], [0, 1]])]
-    score, hits = winoground_scores(score_pairs(model, pairs, c.ravel(), i.ravel(), **scoring).reshape(-1, 2, 2))
-    tags = np.array([e.tag for e in examples])
-    by_tag = {f"group/{t}": 100 * hits[tags == t].mean() for t in np.unique(tags) if t}
-    return {f"winoground/{k}": float(v) for k, v in (score | by_tag).items()}
-
-
-# ------------------------------------------------------------------------------------------------------- retrieval
-
-def recall(scores, image_of_text):
-    """R@1, 5, 10 in percent.   scores (T, I): caption t with image i; image_of_text (T,): the column that is right
-
-    text:   an image hits if any of its own captions is among its k best;   image: a caption hits if its image is among its k best
-    Ties go to the wrong one, so a constant score gets 0 and only a perfect ranker 100. (UNITER's and IAIS's code also counts row
-    numbers as ranks in image retrieval and can pass 100.)
-    """
-    T, I = scores.shape
-    own = scores[np.arange(T), image_of_text]                                                       # (T,)
-    rank_image = (scores >= own[:, None]).sum(axis=1) - 1                                           # (T,) wrong images before it
-    best = np.full(I, -np.inf)
-    np.maximum.at(best, image_of_text, own)                                                         # (I,) an image's best own caption
-    wrong = np.where(np.arange(I)[None] == image_of_text[:, None], -np.inf, scores)                 # (T, I) without own captions
-    rank_text = (wrong >= best).sum(axis=0)
-    return ({f"image/r{k}": float(100 * (rank_image < k).mean()) for k in (1, 5, 10)}
-            | {f"text/r{k}": float(100 * (rank_text < k).mean()) for k in (1, 5, 10)})
-
-
-@torch.inference_mode()
-def score_all(model, pairs, head="rank", units=8192, autocast=contextlib.nullcontext, keep=None, progress="all pairs"):
-    """Every caption with every image: (T, I) float32, images in the order of pairs.images. Higher is better.
-
-    Memory for this one matrix and one batch: an image's features are read once, and go to the device once for all captions.
-    keep   a file for the matrix: columns that a killed run had finished are not made again; it is left there, whole, at the end
-    """
-    was, device, T, I = model.training, next(model.parameters()).device, len(pairs.texts), len(pairs.images)
-    model.eval()
-    if keep is None:
-        scores = np.full((T, I), np.nan, np.float32)
-    else:
-        Path(keep).parent.mkdir(parents=True, exist_ok=True)
-        if not Path(keep).exists():                 # a whole header before the first column
-            fresh = np.lib.format.open_memmap(f"{keep}.tmp", "w+", np.float32, (T, I))
-            fresh[:] = np.nan
-            fresh.flush()
-            Path(f"{keep}.tmp").replace(keep)
-        scores = np.load(keep, mmap_mode="r+")
-        if scores.shape != (T, I):
-            raise DataError(f"{keep} holds scores of {scores.shape[0]:,} x {scores.shape[1]:,}, this is {T:,} x {I:,}\n  Another split's. Delete it, or choose another file.")
-    order = np.argsort(pairs.n_words, kind="stable")
-    text, text_mask = (torch.from_numpy(x[order]).to(device) for x in pairs.text(np.arange(T)))
-    n_words = pairs.n_words[order]
+    device, T, I = next(model.parameters()).device, len(index), len(index.images)
+    scores, n_words = score_matrix(keep, (T, I)), index.n_words(np.arange(T))
+    order = np.argsort(n_words, kind="stable")
+    text, text_mask = (torch.from_numpy(x[order]).to(device) for x in index.text(np.arange(T)))
+    n_words = n_words[order]
     todo = [i for i in range(I) if np.isnan(scores[:, i]).any()]
-    for i in tqdm(todo, initial=I - len(todo), total=I, desc=f"{progress}: {T:,} captions x {I:,} images", unit=" images", disable=None, leave=False):
-        one = to({k: v for k, v in pairs.batch(np.array([0]), pairs.images[i:i + 1]).items() if k in ("regions", "boxes", "region_mask")}, device)
-        n, column = int(pairs.store.n_regions[pairs.images[i]]), []
-        for rows in unit_batches(n_words + n, units):
-            longest = int(n_words[rows[-1]])
-            part = slice(rows[0], rows[-1] + 1)
-            with autocast():
-                out = model(text[part, :longest], text_mask[part, :longest], **{k: v.expand(len(rows), *v.shape[1:]) for k, v in one.items()},
-                            heads=(head,), length=longest + n)
-            column.append(out.rank.float() if head == "rank" else (out.match[:, 1] - out.match[:, 0]).float())
-        scores[order, i] = torch.cat(column).cpu().numpy()
-    model.train(was)
+    title = f"{progress}: {T:,} captions x {I:,} images"
+    bar = tqdm(todo, title, I, initial=I - len(todo), unit=" images", disable=None, leave=False)
+    with evaluating(model):
+        for i in bar:
+            batch = index.batch(np.array([0]), index.images[i : i + 1])
+            image = {k: batch[k].to(device) for k in ("regions", "boxes", "region_mask")}
+            n, column = batch["region_mask"].shape[1], []
+            for rows in token_batches(n_words + n, batch_tokens):
+                longest, part = int(n_words[rows[-1]]), slice(rows[0], rows[-1] + 1)
+                copies = {k: v.expand(len(rows), *v.shape[1:]) for k, v in image.items()}
+                words = text[part, :longest], text_mask[part, :longest]
+                with autocast():
+                    out = model(*words, **copies, heads=(head,), length=longest + n)
+                column.append(pair_scores(out, head))
+            scores[order, i] = torch.cat(column).cpu().numpy()
     if keep is not None:
         scores.flush()
     return scores
 
 
-def retrieval(model, data, tokenizer, regions, dataset="flickr30k", split="test", **scoring):
-    """{"retrieval/image/r1": percent, ...} over all images and captions of Karpathy's split; scoring: see score_all.
+def predict(run, task, index, batch_tokens=8192, ablate=""):
+    """What the task head says of each example: (E, answers), (E, choices), (E, 2) or (E, most
+    regions), -inf where there is no region.
 
-    Flickr30k: the 1K protocol. COCO: 5K, and "retrieval/1k/...": the mean over five consecutive folds of 1,000 images.
+    ablate  "text" or "regions": a control that may not see them
     """
-    captions = {"flickr30k": flickr30k, "coco": coco_karpathy}[dataset](data, split)
-    pairs = Pairs(captions, open_store(regions, dataset), tokenizer, name=f"{dataset} {split}")
-    I, column = len(pairs.images), np.searchsorted(pairs.images, pairs.image)
-    scores = score_all(model, pairs, progress=f"retrieval {dataset} {split}", **scoring)
-    found = {f"retrieval/{k}": v for k, v in recall(scores, column).items()} | {"retrieval/images": I, "retrieval/captions": len(captions)}
-    if dataset == "coco" and I >= 5000:
-        folds = [recall(scores[rows][:, i:i + 1000], column[rows] - i) for i in range(0, 5000, 1000) if (rows := (column >= i) & (column < i + 1000)).any()]
-        found |= {f"retrieval/1k/{k}": float(np.mean([f[k] for f in folds])) for k in folds[0]}
-    return found
-
-
-def nlvr(model, data, tokenizer, split="dev", regions=None, **scoring):
-    """Accuracy on NLVR v1 in percent: over all six orders, over presentations as given, and of always answering the majority."""
-    pairs, labels = nlvr_pairs(data, split, tokenizer, regions=regions)
-    right = (score_pairs(model, pairs, np.arange(len(labels)), pairs.image, head="match", **scoring) > 0) == labels
-    return {"nlvr/accuracy": float(100 * right.mean()), "nlvr/accuracy/as_given": float(100 * right[::6].mean()),
-            "nlvr/majority": float(100 * max(labels.mean(), 1 - labels.mean()))}
-
-
-# ------------------------------------------------------------------------------------------------ downstream tasks
-
-@torch.inference_mode()
-def predict(model, task, units=8192, autocast=contextlib.nullcontext, hide=""):
-    """What the task head says of each example: (E, answers), (E, choices), (E, 2) or (E, most regions), -inf where there is no region.
-
-    hide   "text" or "regions": a control that may not see them
-    """
-    was, device, found = model.training, next(model.parameters()).device, {}
-    model.eval()
-    bar = tqdm(total=len(task.target), desc=task.pairs.name, unit=" examples", disable=None, leave=False)
-    for examples, batch in task.in_chunks(units):
-        batch = to(blind(batch, hide) if hide else batch, device)
-        with autocast():
-            scores = model(**batch["input"], heads=("task",)).scores.float()
-        if task.name == "re":
-            scores = scores.masked_fill(~batch["input"]["region_mask"], float("-inf"))
-        elif task.name == "vcr":
-            scores = scores[:, 1].view(-1, task.group)
-        found.update(zip(examples.tolist(), scores.cpu().numpy()))
-        bar.update(len(examples))
-    bar.close()
-    model.train(was)
+    found, total = {}, len(index) // index.group
+    bar = tqdm(total=total, desc=index.name, unit=" examples", disable=None, leave=False)
+    with evaluating(run.model), bar:
+        for examples, batch in index.examples_in_chunks(batch_tokens):
+            batch |= {"keep_regions": task.keep_regions}
+            batch = to_device(ablate_modality(batch, ablate) if ablate else batch, run.device)
+            with run.autocast():
+                out = run.model(**batch["input"], heads=(task.output,))
+            scores = task.scores(out, batch, index.group).float()
+            found.update(zip(examples.tolist(), scores.cpu().numpy()))
+            bar.update(len(examples))
     out = np.full((len(found), max(map(len, found.values()))), -np.inf, np.float32)
     for e, row in found.items():
-        out[e, :len(row)] = row
+        out[e, : len(row)] = row
     return out
 
 
-def right(scores, target):
-    """Which examples are answered right: (E,) bool. An example without an answer is wrong, whatever is said."""
-    return scores.argmax(axis=1) == np.array([-1 if t is None else t for t in target])
+# 2. Winoground and retrieval --------------------------------------------------------------------
+
+
+def winoground_scores(s):
+    """s (E, 2, 2): score of caption c with image i; returns text, image, group in percent and
+    each example's group hit.
+
+    text: each image prefers its caption; image: each caption prefers its image; group: both. A
+    tie is wrong.
+    Chance 25, 25, 16.67.   Thrush et al. 2022
+    """
+    text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
+    image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
+    return {
+        "text": 100 * text.mean(),
+        "image": 100 * image.mean(),
+        "group": 100 * (text & image).mean(),
+    }, text & image
+
+
+def winoground_index(run):
+    """Winoground's captions: 2e + c belongs to image c of example e; and each example's tag."""
+    records = list(winoground_examples(run.data, "", Counter()))
+    store = run.vision.open("winoground")
+    index = make_index(records, store, run.tokenizer, name="Winoground")
+    return index, np.array([record.note for record in records[::2]])
+
+
+def winoground(run, head=""):
+    """{"winoground/text": percent, ".../image", ".../group", "winoground/group/<tag>"} over all
+    examples.
+    """
+    index, tags = winoground_index(run)
+    first = 2 * np.arange(len(tags))[:, None, None]
+    c, i = first + np.array([[0, 0], [1, 1]]), first + np.array([[0, 1], [0, 1]])
+    how = {"head": head or ranking_head(run), "autocast": run.autocast}
+    scores = score_pairs(run.model, index, c.ravel(), index.image[i].ravel(), **how)
+    score, hits = winoground_scores(scores.reshape(-1, 2, 2))
+    by_tag = {f"group/{t}": 100 * hits[tags == t].mean() for t in np.unique(tags) if t}
+    return {f"winoground/{k}": float(v) for k, v in (score | by_tag).items()}
+
+
+def ranking_head(run):
+    """Which score a run learned: "rank", or after pre-training alone "match"."""
+    return "match" if run.settings.get("task") == "pretrain" else "rank"
+
+
+def recall(scores, image_of_text):
+    """R@1, 5, 10 in percent.
+
+        scores (T, I): caption t with image i; image_of_text (T,): the column that is right
+
+    text:   an image hits if any of its own captions is among its k best;   image: a caption hits
+            if its image is among its k best Ties go to the wrong one, so a constant score gets 0
+            and only a perfect ranker 100. (UNITER's and IAIS's code also counts row numbers as
+            ranks in image retrieval and can pass 100.)
+    """
+    T, I = scores.shape
+    # (T,)
+    own = scores[np.arange(T), image_of_text]
+    # (T,) wrong images before it
+    rank_image = (scores >= own[:, None]).sum(axis=1) - 1
+    best = np.full(I, -np.inf)
+    # (I,) an image's best own caption
+    np.maximum.at(best, image_of_text, own)
+    # (T, I) without own captions
+    wrong = np.where(np.arange(I)[None] == image_of_text[:, None], -np.inf, scores)
+    rank_text = (wrong >= best).sum(axis=0)
+    return {f"image/r{k}": float(100 * (rank_image < k).mean()) for k in (1, 5, 10)} | {
+        f"text/r{k}": float(100 * (rank_text < k).mean()) for k in (1, 5, 10)
+    }
+
+
+def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
+    """{"retrieval/image/r1": percent, ...} over all images and captions of Karpathy's split;
+    scoring: see score_all.
+
+    Flickr30k: the 1K protocol. COCO: 5K, and "retrieval/1k/...": the mean over five consecutive
+    folds of 1,000 images.
+    """
+    split, dataset = split or "test", dataset or run.settings.get("dataset") or "flickr30k"
+    reader = functools.partial(karpathy_captions, dataset=dataset)
+    index = run.index(reader, split, dataset, name=f"{dataset} {split}", skip_missing=False)
+    I, column = len(index.images), np.searchsorted(index.images, index.image)
+    scoring |= {"head": head or ranking_head(run), "autocast": run.autocast, "keep": keep}
+    scores = score_all(run.model, index, progress=f"retrieval {dataset} {split}", **scoring)
+    found = {f"retrieval/{k}": v for k, v in recall(scores, column).items()}
+    found |= {"retrieval/images": I, "retrieval/captions": len(index)}
+    if dataset == "coco" and I >= 5000:
+        folds = []
+        for i in range(0, 5000, 1000):
+            rows = (column >= i) & (column < i + 1000)
+            folds.append(recall(scores[rows][:, i : i + 1000], column[rows] - i))
+        mean = {k: float(np.mean([fold[k] for fold in folds])) for k in folds[0]}
+        found |= {f"retrieval/1k/{k}": v for k, v in mean.items()}
+    return found
+
+
+# 3. Downstream tasks ----------------------------------------------------------------------------
+
+
+def is_right(scores, target):
+    """Which examples are answered right: (E,) bool. An example without an answer is wrong, whatever
+    is predicted.
+    """
+    return scores.argmax(axis=1) == target
+
+
+def official_notes(run, task, split):
+    """[(id, what the official evaluation needs to know)] of a split's examples, read again."""
+    reader, stats = task.reader(run.settings), Counter()
+    group = task.group(run.settings)
+    for part in split.split("+"):
+        for number, record in enumerate(reader(run.data, part, stats)):
+            if number % group == 0:
+                yield record
+
+
+def evaluate_classes(run, task, index, split, **scoring):
+    """Accuracy in percent, the majority class's, and each class's: for tasks of one right class."""
+    scores, target = predict(run, task, index, **scoring), index.target_numbers(examples_of(index))
+    name, hit = run.settings["task"], is_right(scores, target)
+    found = {"accuracy": 100 * hit.mean()}
+    found["majority"] = 100 * np.bincount(target[target >= 0]).max() / len(target)
+    for i, label in enumerate(run.sizes["answer_list"]):
+        if (target == i).any():
+            found[label] = 100 * hit[target == i].mean()
+    return {f"{name}/{k}": float(v) for k, v in found.items()}, None
+
+
+def examples_of(index):
+    """All examples of an index"""
+    return np.arange(len(index) // index.group)
+
+
+def evaluate_nlvr(run, task, index, split, **scoring):
+    """Accuracy on NLVR v1 in percent: over all six orders, over presentations as given, and of
+    always answering the majority.
+    """
+    labels = index.target_numbers(examples_of(index))
+    right = predict(run, task, index, **scoring).argmax(axis=1) == labels
+    majority = 100 * max(labels.mean(), 1 - labels.mean())
+    found = {"accuracy": 100 * right.mean(), "accuracy/as_given": 100 * right[::6].mean()}
+    return {f"nlvr/{k}": float(v) for k, v in (found | {"majority": majority}).items()}, None
 
 
 def vqa_accuracy(answer, said):
-    """0 ... 1: over the ten leave-one-out sets of nine people, the mean of min(1, people who said so / 3); official clean-up.
+    """0 ... 1: over the ten leave-one-out sets of nine people, the mean of min(1, people who said
+    so / 3); official clean-up.
 
     The clean-up is left out where all ten said the same string, as the official evaluation does.
     """
-    said, answer = [x.replace("\n", " ").replace("\t", " ").strip() for x in (*said,)], answer.replace("\n", " ").replace("\t", " ").strip()
+    said, answer = (
+        [x.replace("\n", " ").replace("\t", " ").strip() for x in (*said,)],
+        answer.replace("\n", " ").replace("\t", " ").strip(),
+    )
     if len(set(said)) > 1:
         said, answer = [normalise_answer(x) for x in said], normalise_answer(answer)
     same = [x == answer for x in said]
@@ -235,8 +436,10 @@ def vqa_accuracy(answer, said):
 
 
 def vqa_scores(answers, facts):
-    """{"vqa/accuracy", "vqa/<answer type>", "vqa/<question type>"} in percent of strings against data.Answers."""
-    each = np.array([vqa_accuracy(a, f.said) for a, f in zip(answers, facts)])
+    """{"vqa/accuracy", "vqa/<answer type>", "vqa/<question type>"} in percent of strings against
+    data.Answers.
+    """
+    each = np.array([vqa_accuracy(a, f.given) for a, f in zip(answers, facts)])
     found = {"accuracy": each.mean()}
     for kind in ("answer_type", "question_type"):
         names = np.array([getattr(f, kind) for f in facts])
@@ -244,100 +447,165 @@ def vqa_scores(answers, facts):
     return {f"vqa/{k}": float(100 * v) for k, v in found.items()}
 
 
-def vqa(model, task, names, **scoring):
-    """Accuracy of the best answer, and "vqa/majority": of the answer that suits each type of question best. Also returns the answers."""
-    answers = [names[i] for i in predict(model, task, **scoring).argmax(axis=1)]
-    known = [e for e, f in enumerate(task.facts) if f is not None]
-    found = {"vqa/unanswerable": float(len(task.facts) - len(known))}
-    if known:
-        facts, best = [task.facts[e] for e in known], {}
-        for kind in {f.question_type for f in facts}:
-            best[kind] = Counter(normalise_answer(a) for f in facts if f.question_type == kind for a in f.said).most_common(1)[0][0]
-        found = vqa_scores([answers[e] for e in known], facts) | found
-        found["vqa/majority"] = vqa_scores([best[f.question_type] for f in facts], facts)["vqa/accuracy"]
-    return found, [{"question_id": int(q), "answer": a} for q, a in zip(task.ids, answers)]
+def evaluate_vqa(run, task, index, split, **scoring):
+    """Accuracy of the best answer, and "vqa/majority": of the answer that suits each type of
+    question best. Also the rows of the submission file.
+    """
+    best = predict(run, task, index, **scoring).argmax(axis=1)
+    answers = {index.id(e): run.sizes["answer_list"][i] for e, i in enumerate(best)}
+    rows = [{"question_id": int(q), "answer": a} for q, a in answers.items()]
+    notes = [r for r in official_notes(run, task, split) if r.note and r.id in answers]
+    found = {"vqa/unanswerable": float(len(answers) - len(notes))}
+    if notes:
+        facts, frequent = [r.note for r in notes], {}
+        for fact in facts:
+            given = frequent.setdefault(fact.question_type, Counter())
+            given.update(normalise_answer(a) for a in fact.given)
+        majority = {kind: given.most_common(1)[0][0] for kind, given in frequent.items()}
+        found = vqa_scores([answers[r.id] for r in notes], facts) | found
+        by_type = vqa_scores([majority[f.question_type] for f in facts], facts)
+        found["vqa/majority"] = by_type["vqa/accuracy"]
+    return found, rows
 
 
-def vcr(model, tasks, **scoring):
-    """Q->A, QA->R (given the right answer), Q->AR (both right); tasks: the two of data.vcr_task. Chance 25, 25, 6.25."""
-    answer, reason = (right(predict(model, tasks[part], **scoring), tasks[part].target) for part in ("qa", "qar"))
-    return {"vcr/q_a": 100 * answer.mean(), "vcr/qa_r": 100 * reason.mean(), "vcr/q_ar": 100 * (answer & reason).mean(), "vcr/chance": 25.0}
-
-
-def vcr_rows(model, tasks, **scoring):
-    """The leaderboard's file: annot_id, four answers, and four reasons given each answer, as probabilities."""
-    softmax = lambda x: torch.from_numpy(x).softmax(-1).numpy()
-    answers, reasons = softmax(predict(model, tasks["qa"], **scoring)), softmax(predict(model, tasks["all"], **scoring).reshape(-1, 4, 4))
-    head = ["annot_id", *(f"answer_{i}" for i in range(4)), *(f"rationale_conditioned_on_a{i}_{j}" for i in range(4) for j in range(4))]
-    return [head] + [[name.split("/")[0], *map(float, a), *map(float, r.ravel())] for name, a, r in zip(tasks["qa"].ids, answers, reasons)]
+def evaluate_vcr(run, task, index, split, submit=False, **scoring):
+    """Q->A, QA->R (given the right answer), Q->AR (both right); chance 25, 25, 6.25. For the
+    leaderboard: annot_id, four answers, and four reasons given each answer, as probabilities.
+    """
+    parts, scores, hits = ("qa", "all" if submit else "qar"), {}, {}
+    for part in parts:
+        group = 16 if part == "all" else 4
+        reader = functools.partial(vcr_choices, parts=(part,))
+        one = run.index(reader, split, "vcr", group=group, name=f"VCR {split} {part}")
+        scores[part] = predict(run, task, one, **scoring)
+        hits[part] = is_right(scores[part], one.target_numbers(examples_of(one)))
+        names = [one.id(row) for row in range(0, len(one), group)]
+    if submit:
+        head = ["annot_id", *(f"answer_{i}" for i in range(4))]
+        head += [f"rationale_conditioned_on_a{i}_{j}" for i in range(4) for j in range(4)]
+        answers = torch.from_numpy(scores["qa"]).softmax(-1).numpy()
+        reasons = torch.from_numpy(scores["all"].reshape(-1, 4, 4)).softmax(-1).numpy()
+        rows = [head]
+        for name, a, r in zip(names, answers, reasons):
+            rows.append([name.split("/")[0], *map(float, a), *map(float, r.ravel())])
+        return {}, rows
+    answer, reason = hits["qa"], hits["qar"]
+    found = {"q_a": answer, "qa_r": reason, "q_ar": answer & reason}
+    return {f"vcr/{k}": 100 * v.mean() for k, v in found.items()} | {"vcr/chance": 25.0}, None
 
 
 def nlvr2_scores(answers, ids, labels):
-    """Accuracy, and consistency: the share of sentences (set, sentence of the identifier) whose pairs are all right; in percent."""
+    """Accuracy, and consistency: the share of sentences (set, sentence of the identifier) whose
+    pairs are all right; in percent.
+    """
     hit, groups = np.array([a == b for a, b in zip(answers, labels)]), {}
     for name, ok in zip(ids, hit):
         _, number, _, sentence = name.split("-")
         groups.setdefault((number, sentence), []).append(ok)
-    return {"nlvr2/accuracy": float(100 * hit.mean()), "nlvr2/consistency": float(100 * np.mean([all(g) for g in groups.values()]))}
+    return {
+        "nlvr2/accuracy": float(100 * hit.mean()),
+        "nlvr2/consistency": float(100 * np.mean([all(g) for g in groups.values()])),
+    }
 
 
-def nlvr2(model, task, **scoring):
-    """Accuracy, consistency, majority; examples without features count as wrong. Also the rows of the submission file."""
-    answers = predict(model, task, **scoring).argmax(axis=1).astype(bool).tolist()
+def evaluate_nlvr2(run, task, index, split, **scoring):
+    """Accuracy, consistency, majority; examples without features count as wrong. Also the rows of
+    the submission file.
+    """
+    answers = predict(run, task, index, **scoring).argmax(axis=1)
+    ids = [index.id(row) for row in range(0, len(index), index.group)]
+    target, found = index.target_numbers(examples_of(index)), {}
+    if (target >= 0).all():
+        found = nlvr2_scores(answers, ids, target)
+        missing = index.meta["counts"]["missing"] // index.group
+        found["nlvr2/accuracy"] *= len(answers) / (len(answers) + missing)
+        found["nlvr2/majority"] = float(100 * max(target.mean(), 1 - target.mean()))
+    return found, [[name, str(bool(a))] for name, a in zip(ids, answers)]
+
+
+def evaluate_referring(run, task, index, split, **scoring):
+    """Accuracy over sentences: the chosen region's box overlaps the truth by more than half;
+    ".../chance": of any region at all. Of annotated ("gt") and detected ("det") regions.
+    """
     found = {}
-    if None not in task.target:
-        found = nlvr2_scores(answers, task.ids, task.target)
-        found["nlvr2/accuracy"] *= len(answers) / (len(answers) + task.told["examples left out: an image has no features"])
-        found["nlvr2/majority"] = 100 * max(np.mean(task.target), 1 - np.mean(task.target))
-    return found, [[name, str(a)] for name, a in zip(task.ids, answers)]
-
-
-def ve(model, task, **scoring):
-    """Accuracy over contradiction, entailment, neutral; the majority's; each label's."""
-    scores, target = predict(model, task, **scoring), np.array(task.target)
-    hit = right(scores, target)
-    return ({"ve/accuracy": 100 * hit.mean(), "ve/majority": 100 * np.bincount(target).max() / len(target)}
-            | {f"ve/{name}": 100 * hit[target == i].mean() for i, name in enumerate(ENTAILMENT) if (target == i).any()})
-
-
-def referring(model, task, **scoring):
-    """Accuracy over sentences: the chosen region's box overlaps the truth by more than half; "re/chance": of any region at all."""
-    best, store = predict(model, task, **scoring).argmax(axis=1), task.pairs.store
-    boxes, n = store.read(task.pairs.image, "boxes"), store.n_regions[task.pairs.image]
-    boxes[..., 2:] -= boxes[..., :2]
-    overlap = iou(boxes, np.array(task.facts)[:, None]) > 0.5                                       # (E, most regions)
-    overlap &= np.arange(boxes.shape[1])[None] < n[:, None]
-    return {"re/accuracy": 100 * overlap[np.arange(len(best)), best].mean(), "re/chance": float(100 * (overlap.sum(1) / n).mean())}
+    for kind in ("gt", "det"):
+        if not (Path(run.vision.regions) / f"refcoco_{kind}").exists():
+            continue
+        reader = task.reader(run.settings)
+        index = run.index(reader, split, f"refcoco_{kind}", label=matching_region)
+        best, store = predict(run, task, index, **scoring).argmax(axis=1), index.store
+        boxes, n = store.read(index.image, "boxes"), store.n_regions(index.image)
+        boxes[..., 2:] -= boxes[..., :2]
+        truth = np.asarray(index.arrays["boxes"])[:, None]
+        overlap = box_overlap(boxes, truth) > 0.5  # (E, most regions)
+        overlap &= np.arange(boxes.shape[1])[None] < n[:, None]
+        target = index.target_numbers(examples_of(index))
+        found[f"re/{kind}/accuracy"] = 100 * overlap[np.arange(len(best)), best].mean()
+        found[f"re/{kind}/chance"] = float(100 * (overlap.sum(1) / n).mean())
+        found[f"re/{kind}/without_region"] = float((target == -1).sum())
+    return found, None
 
 
 def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=None):
-    """GQA's official scores in percent, over balanced questions; questions: {id: published record}, predictions: {id: answer}.
+    """GQA's official scores in percent, over balanced questions; questions: {id: published
+    record}, predictions: {id: answer}.
 
-        accuracy; open (structural type query), binary (all others)                         exact strings
-        validity, plausibility    the answer is among choices[id]                           if choices are given
-        consistency               of each right question: which of what it entails is right too; the mean of these
-        distribution              chi-square of the answers said against the true ones, by global group; less is better
-        grounding                 attention on the boxes of the objects that question and answer mention     if attentions are given
+        accuracy; open (structural type query), binary (all others)                         exact
+        strings
+        validity, plausibility    the answer is among choices[id]                           if
+                                  choices are given
+        consistency               of each right question: which of what it entails is right too;
+                                  the mean of these
+        distribution              chi-square of the answers said against the true ones, by global
+                                  group; less is better
+        grounding                 attention on the boxes of the objects that question and answer
+                                  mention     if attentions are given
         structural, semantic, length, steps   accuracy of each kind, and its count
 
-    attentions  {id: m x m map}, first index along x; it is summed over the boxes, so it can pass 100 [official]
-    Entailed questions need predictions too, balanced or not.
+    attentions  {id: m x m map}, first index along x; it is summed over the boxes, so it can pass
+                100 [official] Entailed questions need predictions too, balanced or not.
     """
     asked = {k: q for k, q in questions.items() if q["isBalanced"]}
-    lacking = next((k for q in asked.values() for k in (*q["entailed"],) if k in questions and k not in predictions), next((k for k in asked if k not in predictions), None))
+    lacking = next(
+        (
+            k
+            for q in asked.values()
+            for k in (*q["entailed"],)
+            if k in questions and k not in predictions
+        ),
+        next((k for k in asked if k not in predictions), None),
+    )
     if lacking:
-        raise DataError(f"GQA: question {lacking} has no prediction\n  Wanted: all of the split's questions, those that others entail included")
+        raise DataError(
+            f"GQA: question {lacking} has no prediction\n"
+            "  Wanted: all of the split's questions, those that others entail included"
+        )
     hit = {k: predictions[k] == questions[k]["answer"] for k in predictions if k in questions}
     percent = lambda values: 100 * sum(values) / len(values) if len(values) else 0.0
     found = {"accuracy": percent([hit[k] for k in asked])}
     for name, query in (("binary", False), ("open", True)):
-        found[name] = percent([hit[k] for k, q in asked.items() if (q["types"]["structural"] == "query") == query])
+        found[name] = percent(
+            [hit[k] for k, q in asked.items() if (q["types"]["structural"] == "query") == query]
+        )
     if choices is not None:
         for name, key in (("validity", "valid"), ("plausibility", "plausible")):
-            found[name] = percent([predictions[k] in (("color", "material", "shape") if "Common" in (q["types"]["detailed"] or "") else choices[k][key])
-                                   for k, q in asked.items()])
-    entailed = {k: [e for e in q["entailed"] if e != k and e in hit] for k, q in asked.items() if hit[k]}
-    found["consistency"] = percent([sum(hit[e] for e in some) / len(some) for some in entailed.values() if some])
+            found[name] = percent(
+                [
+                    predictions[k]
+                    in (
+                        ("color", "material", "shape")
+                        if "Common" in (q["types"]["detailed"] or "")
+                        else choices[k][key]
+                    )
+                    for k, q in asked.items()
+                ]
+            )
+    entailed = {
+        k: [e for e in q["entailed"] if e != k and e in hit] for k, q in asked.items() if hit[k]
+    }
+    found["consistency"] = percent(
+        [sum(hit[e] for e in some) / len(some) for some in entailed.values() if some]
+    )
     groups = {}
     for k, q in asked.items():
         if group := q["groups"]["global"]:
@@ -348,10 +616,26 @@ def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=Non
     chi = [sum((said[a] - n) ** 2 / n for a, n in gold.items()) for gold, said in groups.values()]
     found["distribution"] = sum(w * c for w, c in zip(weights, chi)) / max(sum(weights), 1) / 100
     if attentions is not None and scenes is not None:
-        found["grounding"] = percent([grounded(q, attentions[k], scenes.get(q["imageId"])) for k, q in asked.items() if k in attentions])
-    steps = lambda q: sum(not any(x in f"{o['operation']}: {o['argument']}" for x in ("exist", "query: name", "choose name")) for o in q["semantic"])
-    for part, of in (("structural", lambda q: q["types"]["structural"]), ("semantic", lambda q: q["types"]["semantic"]), ("length", lambda q: len(q["question"].split())),
-                     ("steps", steps)):
+        found["grounding"] = percent(
+            [
+                grounded(q, attentions[k], scenes.get(q["imageId"]))
+                for k, q in asked.items()
+                if k in attentions
+            ]
+        )
+    steps = lambda q: sum(
+        not any(
+            x in f"{o['operation']}: {o['argument']}"
+            for x in ("exist", "query: name", "choose name")
+        )
+        for o in q["semantic"]
+    )
+    for part, of in (
+        ("structural", lambda q: q["types"]["structural"]),
+        ("semantic", lambda q: q["types"]["semantic"]),
+        ("length", lambda q: len(q["question"].split())),
+        ("steps", steps),
+    ):
         for kind in sorted({of(q) for q in asked.values()}, key=str):
             some = [hit[k] for k, q in asked.items() if of(q) == kind]
             found |= {f"{part}/{kind}": percent(some), f"{part}/{kind}/count": len(some)}
@@ -359,141 +643,401 @@ def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=Non
 
 
 def grounded(question, attention, scene):
-    """Attention (m, m), first index along x, on the boxes of the objects in question and full answer, summed over the boxes."""
-    things = [*question["annotations"].get("question", {}).values(), *question["annotations"].get("fullAnswer", {}).values()]
+    """Attention (m, m), first index along x, on the boxes of the objects in question and full
+    answer, summed over the boxes.
+    """
+    things = [
+        *question["annotations"].get("question", {}).values(),
+        *question["annotations"].get("fullAnswer", {}).values(),
+    ]
     total, m = 0.0, len(attention)
-    for o in things:                                # one that both mention counts twice [official]
+    for o in things:  # one that both mention counts twice [official]
         if scene and (b := scene["objects"].get(o)):
-            x, y = ((b[a] / scene[side], (b[a] + b[length]) / scene[side]) for a, length, side in (("x", "w", "width"), ("y", "h", "height")))
-            share = [np.clip(np.minimum(end, np.arange(1, m + 1) / m) - np.maximum(start, np.arange(m) / m), 0, None) * m for start, end in (x, y)]
+            x, y = (
+                (b[a] / scene[side], (b[a] + b[length]) / scene[side])
+                for a, length, side in (("x", "w", "width"), ("y", "h", "height"))
+            )
+            share = [
+                np.clip(
+                    np.minimum(end, np.arange(1, m + 1) / m) - np.maximum(start, np.arange(m) / m),
+                    0,
+                    None,
+                )
+                * m
+                for start, end in (x, y)
+            ]
             total += float((np.asarray(attention) * np.outer(*share)).sum())
     return total
 
 
-def gqa(model, task, names, data, split, autocast=contextlib.nullcontext, **scoring):
-    """gqa_scores of a model over all questions of a split, and the rows of the submission file. grounding: where the split has scene graphs,
-    of the [CLS] token's attention to the regions, shared out among the cells that each box covers."""
-    answers = [names[i] for i in predict(model, task, autocast=autocast, **scoring).argmax(axis=1)]
-    predictions = dict(zip(task.facts, answers))
+def evaluate_gqa(run, task, index, split, **scoring):
+    """gqa_scores of a model over all questions of a split, and the rows of the submission file.
+
+    grounding: where the split has scene graphs, of the [CLS] token's attention to the regions,
+    shared out among the cells that each box covers.
+    """
+    best, names = predict(run, task, index, **scoring).argmax(axis=1), run.sizes["answer_list"]
+    predictions = {index.id(e): names[i] for e, i in enumerate(best)}
     rows = [{"questionId": k, "prediction": a} for k, a in predictions.items()]
-    if None in task.target:
-        return {"gqa/unanswerable": float(task.target.count(None))}, rows
-    folder, tier = Path(data) / "gqa", split.split("_")[0]
-    questions = {k: q for part in split.split("+") for k, q in gqa_records(data, part).items() if k in predictions}
-    choices, scenes = (read_json(path, "GQA") if path.exists() else None for path in (folder / f"eval/{tier}_choices.json", folder / f"{tier}_sceneGraphs.json"))
+    unanswered = int((index.arrays["answered"] == 0).sum())
+    if unanswered:
+        return {"gqa/unanswerable": float(unanswered)}, rows
+    folder, tier, questions = Path(run.data) / "gqa", split.split("_")[0], {}
+    for part in split.split("+"):
+        records = gqa_records(run.data, part)
+        questions |= {k: q for k, q in records.items() if k in predictions}
+    choices, scenes = (
+        read_json(path, "GQA") if path.exists() else None
+        for path in (folder / f"eval/{tier}_choices.json", folder / f"{tier}_sceneGraphs.json")
+    )
     attentions = None
     if scenes is not None:
+        balanced = [e for e in range(len(index)) if questions[index.id(e)]["isBalanced"]]
         attentions = {}
-        for examples, batch, P in word_to_region(model, task.pairs, [e for e, k in enumerate(task.facts) if questions[k]["isBalanced"]], autocast):
+        for examples, batch, P in word_to_region(run, index, balanced):
             for e, row, boxes in zip(examples, P[:, 0], batch["boxes"]):
-                attentions[task.facts[e]] = cell_map(row, boxes)
+                attentions[index.id(e)] = cell_map(row, boxes)
     found = gqa_scores(questions, predictions, choices, scenes, attentions)
-    return {k: v for k, v in found.items() if k.count("/") == 1 or k.startswith("gqa/structural") and not k.endswith("/count")}, rows
+    kept = {}
+    for k, v in found.items():
+        of_kind = k.startswith("gqa/structural") and not k.endswith("/count")
+        if k.count("/") == 1 or of_kind:
+            kept[k] = v
+    return kept, rows
 
 
 def cell_map(weights, boxes, m=7):
-    """(m, m), first index along x: each region's weight spread evenly over its box, x1 y1 x2 y2 in [0, 1]."""
+    """(m, m), first index along x: each region's weight spread evenly over its box, x1 y1 x2 y2
+    in [0, 1].
+    """
     edges = np.arange(m + 1) / m
-    along = lambda a, b: np.clip(np.minimum(b[:, None], edges[1:]) - np.maximum(a[:, None], edges[:-1]), 0, None)      # (N_V, m)
+    # (N_V, m)
+    along = lambda a, b: np.clip(
+        np.minimum(b[:, None], edges[1:]) - np.maximum(a[:, None], edges[:-1]), 0, None
+    )
     x, y = along(boxes[:, 0], boxes[:, 2]), along(boxes[:, 1], boxes[:, 3])
     area = np.maximum(x.sum(1) * y.sum(1), 1e-9)
     return np.einsum("n, nx, ny -> xy", weights / area, x, y)
 
 
-@torch.inference_mode()
-def word_to_region(model, pairs, captions, autocast=contextlib.nullcontext, units=8192):
-    """What each word looks at among the regions, of many captions with their own images: yields (captions, batch as numpy, P).
+class Task(NamedTuple):
+    """Everything that is said about one task, in one place."""
 
-    P (B, N_L, N_V): the softmax over regions summed over heads; two streams: of the last cross layer but one, the fourth of five
-    (Kervadec sec. 7); single stream: of the last layer
+    # (settings) -> reader of its records
+    reader: Callable = None
+    # region store, or (split) -> its name
+    store: object = "coco"
+    train: str = "train"
+    validation: str = "val"
+    # (settings) -> so many texts that follow each other are one example
+    group: Callable = lambda settings: 1
+    # (record, store, image) -> target, where it depends on the store
+    label: Callable = None
+    # number of its random numbers
+    stream: int = 0
+    # (settings) -> name in model.HEADS; which of the model's heads is asked; rows of the type table
+    head: Callable = lambda settings: ""
+    output: str = "task"
+    type_rows: int = 2
+    # (data) -> what its outputs are called, in order
+    answers: Callable = lambda data: []
+    # several answers may be right, each to a degree
+    soft: bool = False
+    # {name: (output, batch, margin) -> loss}; the first is the default
+    losses: dict = {}
+    # (output, batch, group) -> (E, choices): the highest is the prediction
+    scores: Callable = lambda out, batch, group: out.scores
+    # (run, task, index, split, **scoring) -> (numbers, rows of the submission file or None)
+    evaluate: Callable = evaluate_classes
+    # file name ending of the test server's file
+    submission: str = ""
+    # a control without regions keeps their number: they are what is asked for
+    keep_regions: bool = False
+    # needs a detector's boxes
+    needs_boxes: bool = False
+    # new words behind the vocabulary
+    words: list = []
+
+
+def soft_loss(out, batch, margin):
+    """Each answer right or wrong by itself."""
+    return losses.soft_answers(out.scores, batch["target"])
+
+
+def class_loss(out, batch, margin):
+    """One class is right."""
+    return losses.classify(out.scores, batch["target"])
+
+
+def entailment_loss(out, batch, margin):
+    """BCE against one-hot targets [authors' code]; the paper has the cross-entropy."""
+    target = torch.nn.functional.one_hot(batch["target"], out.scores.shape[1]).float()
+    return losses.soft_answers(out.scores, target)
+
+
+def choice_loss(out, batch, margin):
+    """VCR: four choices an example, each right or wrong by itself."""
+    target = batch["target"]
+    right = torch.arange(4, device=target.device) == target[:, None]
+    return losses.classify(out.scores, right.flatten().long())
+
+
+def choice_scores(out, batch, group):
+    """VCR: (E, choices)"""
+    return out.scores[:, 1].view(-1, group)
+
+
+def match_loss(out, batch, margin):
+    """The matching head as a classifier."""
+    return losses.itm(out.match, batch["target"])
+
+
+def region_scores(out, batch, group):
+    """Referring expressions: (E, N_V), -inf at padded regions"""
+    return out.scores.masked_fill(~batch["input"]["region_mask"], float("-inf"))
+
+
+def region_loss(out, batch, margin):
+    """Cross-entropy over the regions."""
+    mask = batch["input"]["region_mask"]
+    return losses.pick_region(out.scores, mask, batch["target"])
+
+
+def region_rank_loss(out, batch, margin):
+    """The meant region above another one."""
+    target = batch["target"]
+    other = wrong_region(out.scores, batch["input"]["region_mask"], target)
+    scores = [out.scores.gather(1, i[:, None])[:, 0] for i in (target, other)]
+    return losses.ranking(torch.stack(scores, dim=1), margin)
+
+
+def wrong_region(scores, region_mask, target, hard=0.3):
+    """Another region of each row: the highest scored, or with probability 1 - hard any [authors'
+    code].
     """
-    was, device, layer = model.training, next(model.parameters()).device, -2 if isinstance(model, Lxmert) and len(model.cross_layers) > 1 else -1
-    model.eval()
+    scores = scores.detach().float()
+    others = region_mask.scatter(1, target[:, None], False)
+    # one region alone is its own rival
+    others |= ~others.any(dim=1, keepdim=True) & region_mask
+    is_hard = torch.rand(len(scores), 1, device=scores.device) < hard
+    u = torch.where(is_hard, scores, torch.rand_like(scores))
+    return u.masked_fill(~others, float("-inf")).argmax(dim=1)
+
+
+def nlvr2_rows(settings):
+    """How NLVR2's two images meet: in one sequence, or as two rows."""
+    return "triplet" if settings["nlvr2_head"] == "triplet" else "pair"
+
+
+TASKS = {
+    # what the loss, the batches and the benchmarks of these three are: train.py
+    "retrieval": Task(),
+    "pretrain": Task(type_rows=2),
+    "grounding": Task(needs_boxes=True),
+    "vqa": Task(
+        reader=lambda s: functools.partial(vqa_questions, answers=s["answer_list"]),
+        train="train2014",
+        validation="val2014",
+        stream=8,
+        head=lambda s: "answers",
+        answers=answer_list,
+        soft=True,
+        losses={"bce": soft_loss},
+        evaluate=evaluate_vqa,
+        submission="json",
+    ),
+    "gqa": Task(
+        reader=lambda s: functools.partial(gqa_questions, answers=s["answer_list"], pointers=False),
+        # GQA's train and val images are Visual Genome's
+        store=lambda split: "vg" if split.startswith(("train", "val")) else "gqa",
+        train="train_balanced",
+        validation="testdev_all",
+        stream=14,
+        head=lambda s: "answers",
+        answers=gqa_answers,
+        soft=True,
+        losses={"bce": soft_loss},
+        evaluate=evaluate_gqa,
+        submission="json",
+    ),
+    "vcr": Task(
+        reader=lambda s: functools.partial(vcr_choices, parts=("qa", "qar")),
+        store="vcr",
+        group=lambda s: 4,
+        stream=9,
+        head=lambda s: "choice",
+        type_rows=4,
+        losses={"bce": choice_loss},
+        scores=choice_scores,
+        evaluate=evaluate_vcr,
+        submission="csv",
+        needs_boxes=True,
+        words=VCR_WORDS,
+    ),
+    "nlvr2": Task(
+        reader=lambda s: functools.partial(nlvr2_pairs, rows=nlvr2_rows(s)),
+        store="nlvr2",
+        validation="dev",
+        group=lambda s: 1 if nlvr2_rows(s) == "triplet" else 2,
+        stream=10,
+        head=lambda s: s["nlvr2_head"],
+        type_rows=3,
+        losses={"ce": class_loss},
+        evaluate=evaluate_nlvr2,
+        submission="csv",
+    ),
+    "ve": Task(
+        reader=lambda s: entailment_pairs,
+        store="flickr30k",
+        validation="dev",
+        stream=11,
+        head=lambda s: "answers",
+        answers=lambda data: list(ENTAILMENT),
+        losses={"bce": entailment_loss, "ce": class_loss},
+    ),
+    "re": Task(
+        reader=lambda s: functools.partial(referring_expressions, dataset=s["dataset"]),
+        store="refcoco_gt",
+        label=matching_region,
+        stream=12,
+        head=lambda s: s.get("head") or "region",
+        losses={"ce": region_loss, "rank": region_rank_loss},
+        scores=region_scores,
+        evaluate=evaluate_referring,
+        keep_regions=True,
+        needs_boxes=True,
+    ),
+    "nlvr": Task(
+        reader=lambda s: nlvr_presentations,
+        store="nlvr",
+        train="test",
+        validation="dev",
+        stream=7,
+        output="match",
+        losses={"ce": match_loss},
+        scores=lambda out, batch, group: out.match,
+        evaluate=evaluate_nlvr,
+    ),
+}
+
+
+def open_task(run, name, split, **options):
+    """The Index of a task's split."""
+    task = TASKS[name]
+    store = task.store(split) if callable(task.store) else task.store
+    if store == "nlvr" and run.vision.regions:
+        store = NlvrStore(run.data, split)
+    how = {"group": task.group(run.settings), "label": task.label, "name": f"{name} {split}"}
+    return run.index(task.reader(run.settings), split, store, **how | options)
+
+
+def downstream(run, split="", submit="", ablate=""):
+    """The numbers of a fine-tuned model on a split of its own task (its validation split unless
+    given); submit: file to write.
+    """
+    name = run.settings["task"]
+    task = TASKS[name]
+    split = split or task.validation
+    options = {"ablate": ablate} | ({"submit": True} if submit and name == "vcr" else {})
+    index = None if name in ("vcr", "re") else open_task(run, name, split)
+    numbers, rows = task.evaluate(run, task, index, split, **options)
+    if submit and not task.submission:
+        raise DataError(f"--submit: {name} has no test server's file")
+    if submit:
+        write_rows(submit, rows, task.submission)
+        numbers["submission"] = submit
+    return numbers
+
+
+def write_rows(path, rows, ending):
+    """A submission file: json, or csv"""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows) if ending == "csv" else None
+    write_atomic(path, text.getvalue() if ending == "csv" else json.dumps(rows))
+
+
+# 4. Word to region ------------------------------------------------------------------------------
+
+
+def word_to_region(run, index, captions, batch_tokens=8192):
+    """What each word attends to among the regions, of many captions with their own images: yields
+    (captions, batch as numpy, P).
+
+    P (B, N_L, N_V): the softmax over regions summed over heads; two streams: of the last cross
+    layer but one, the fourth of five (Kervadec sec. 7); single stream: of the last layer
+    """
+    two_stream = isinstance(run.model, Lxmert) and len(run.model.cross_layers) > 1
     captions = np.asarray(captions)
-    for places, batch in pairs.in_chunks(captions, pairs.image[captions], units):
-        with autocast():
-            maps = model(**to(batch, device), maps=(layer,)).maps[0]
-        P = losses.masked_softmax(maps.S_LV, batch["region_mask"].to(device)).sum(dim=1)
-        yield captions[places], {k: v.numpy() for k, v in batch.items() if isinstance(v, torch.Tensor)}, P.cpu().numpy()
-    model.train(was)
+    for places, batch in index.in_chunks(captions, index.image[captions], batch_tokens):
+        x = to_device(batch, run.device)
+        with evaluating(run.model), run.autocast():
+            maps = run.model(**x, maps=(-2 if two_stream else -1,)).maps[0]
+            P = losses.masked_softmax(maps.S_LV, x["region_mask"]).sum(dim=1)
+        arrays = {k: v.numpy() for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        yield captions[places], arrays, P.cpu().numpy()
 
 
-def pointing(model, pairs, autocast=contextlib.nullcontext):
-    """Does the region that a pointed word looks at most lie where the word points (IoU 0.5; a patch: its middle inside the box)? In percent of
-    the words for which some region does; "pointing/chance": of any region at all."""
-    hits, chance = [], []
-    for captions, batch, P in word_to_region(model, pairs, np.arange(len(pairs.texts)), autocast):
-        place, _, box, row = pairs.pointers(captions)
-        wh = np.tile(pairs.store.wh[pairs.image[captions]], 2)[row].astype(np.float32)
-        box, regions = (box / wh)[:, None], batch["boxes"][row]                                     # (K, 1, 4), (K, N_V, 4)
-        middle = (regions[..., :2] + regions[..., 2:]) / 2
-        right = (losses.box_iou(torch.from_numpy(box), torch.from_numpy(regions)).numpy() >= 0.5 if pairs.store.named
-                 else ((middle > box[..., :2]) & (middle < box[..., 2:])).all(-1))                  # (K, N_V)
+def pointing(run, split=""):
+    """Does the region that a pointed word attends to most lie where the word points (IoU 0.5; a
+    patch: its middle inside the box)? In percent of the words for which some region does;
+    "pointing/chance": of any region at all.
+    """
+    index, hits, chance = pointed_questions(run, split or "val_balanced"), [], []
+    pointed = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
+    for captions, batch, P in word_to_region(run, index, np.unique(pointed)):
+        place, _, box, row = index.pointers(captions)
+        wh = np.tile(index.store.wh[index.image[captions]], 2)[row].astype(np.float32)
+        box, regions = (box / wh)[:, None], batch["boxes"][row]  # (K, 1, 4), (K, N_V, 4)
+        if index.store.has_names:
+            iou = losses.box_iou(torch.from_numpy(box), torch.from_numpy(regions)).numpy()
+            right = iou >= 0.5  # (K, N_V)
+        else:
+            middle = (regions[..., :2] + regions[..., 2:]) / 2
+            right = ((middle > box[..., :2]) & (middle < box[..., 2:])).all(-1)
         right &= batch["region_mask"][row]
         strongest = P.reshape(-1, P.shape[-1])[place].argmax(axis=1)
-        some = right.any(axis=1)
-        hits.append(right[np.arange(len(row)), strongest][some])
-        chance.append((right.sum(1) / batch["region_mask"][row].sum(1))[some])
-    return {"pointing/accuracy": float(100 * np.concatenate(hits).mean()), "pointing/chance": float(100 * np.concatenate(chance).mean())}
+        possible = right.any(axis=1)
+        hits.append(right[np.arange(len(row)), strongest][possible])
+        chance.append((right.sum(1) / batch["region_mask"][row].sum(1))[possible])
+    hits, chance = np.concatenate(hits), np.concatenate(chance)
+    return {
+        "pointing/accuracy": float(100 * hits.mean()),
+        "pointing/chance": float(100 * chance.mean()),
+    }
 
 
-def after_together(model, config, sizes, tokenizer, **scoring):
-    """GQA without fine-tuning, as Kervadec sec. 6.2, and pointing on GQA's validation questions, which have scene graphs."""
-    config = config | {"task": "gqa"}
-    found = downstream(model, config, sizes, tokenizer, **scoring)
-    if (Path(config["data"]) / "gqa" / "val_sceneGraphs.json").exists():
-        texts = [t for t in read_gqa(config["data"], "val_balanced")[0] if t.pointers]
-        found |= pointing(model, Pairs(texts, open_store(regions_of(config), "vg"), tokenizer, config["max_words"], "GQA val", config["skip_missing"]), **scoring)
+def pointed_questions(run, split):
+    """GQA's questions of a split with scene graphs"""
+    return run.index(gqa_questions, split, "vg", name=f"GQA {split}")
+
+
+def multitask_benchmarks(run):
+    """GQA without fine-tuning, as Kervadec sec. 6.2, and pointing on GQA's validation questions,
+    which have scene graphs.
+    """
+    settings = run.settings | {"task": "gqa", "answer_list": run.sizes["answer_list"]}
+    found = downstream(run._replace(settings=settings))
+    if (Path(run.data) / "gqa" / "val_sceneGraphs.json").exists():
+        found |= pointing(run)
     return found
 
 
-def downstream(model, config, sizes, tokenizer, split="", submit="", **scoring):
-    """The numbers of a fine-tuned model on a split of its own task (its validation split unless given); submit: file to write."""
-    name, load = config["task"], lambda split, **more: load_task(config, tokenizer, split, sizes["answer_list"], **more)
-    split = split or VALIDATION[name]
-    if name == "vcr":
-        tasks = {part: load(split, part=part) for part in (("qa", "all") if submit else ("qa", "qar"))}
-        if submit:
-            write_csv(submit, vcr_rows(model, tasks, **scoring))
-            return {"submission": submit}
-        return vcr(model, tasks, **scoring)
-    if name == "re":
-        found = {}
-        for kind in ("gt", "det"):
-            if (Path(config["regions"]) / f"refcoco_{kind}").exists():
-                task = load(split, boxes=kind)
-                found |= {k.replace("re/", f"re/{kind}/"): v for k, v in referring(model, task, **scoring).items()}
-                found[f"re/{kind}/without_region"] = float(task.target.count(-1))
-        return found
-    task = load(split)
-    if name == "ve":
-        return ve(model, task, **scoring)
-    if name == "gqa":
-        found, rows = gqa(model, task, sizes["answer_list"], config["data"], split, **scoring)
-    else:
-        found, rows = vqa(model, task, sizes["answer_list"], **scoring) if name == "vqa" else nlvr2(model, task, **scoring)
-    if submit:
-        write_csv(submit, rows) if name == "nlvr2" else write_atomic(submit, json.dumps(rows))
-        found["submission"] = submit
-    return found
+# 5. Phrase grounding ----------------------------------------------------------------------------
 
-
-def write_csv(path, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomic(path, text.getvalue())
-
-
-# ------------------------------------------------------------------------------------------------- phrase grounding
 
 def best_box(scores, boxes):
-    """The region of each phrase: the highest score; of equal ones the largest, then the first.     scores (..., Q, K), boxes (..., K, 4) -> (..., Q)"""
+    """The region of each phrase: the highest score; of equal ones the largest, then the first.
+
+    scores (..., Q, K), boxes (..., K, 4) -> (..., Q)
+    """
     area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)[..., None, :].expand(scores.shape)
     return torch.where(scores == scores.amax(dim=-1, keepdim=True), area, -1.0).argmax(dim=-1)
 
 
 def phrase_accuracy(overlap, kinds, threshold=0.5):
-    """Percent of phrases whose box overlaps the truth by the threshold or more, overall and by kind; a phrase of two kinds counts in both."""
+    """Percent of phrases whose box overlaps the truth by the threshold or more, overall and by
+    kind; a phrase of two kinds counts in both.
+    """
     hit = np.asarray(overlap) >= threshold
     found = {"accuracy": float(100 * hit.mean())}
     for kind in sorted({k for some in kinds for k in some}):
@@ -501,110 +1045,160 @@ def phrase_accuracy(overlap, kinds, threshold=0.5):
     return found
 
 
-def guesses(phrase, labels, boxes, wh, vectors, rng):
+def table_5(phrase, labels, boxes, wh, vectors, rng):
     """What MAF's table 5 compares with, for one phrase: {method: box}.
 
-    phrase list of words, labels: the regions' names, boxes (K, 4) pixels, wh of the image; vectors {word or name: (d,)}. Of equally good
-    regions the largest is taken.
+    phrase list of words, labels: the regions' names, boxes (K, 4) pixels, wh of the image; vectors
+    {word or name: (d,)}. Of equally good regions the largest is taken.
     """
-    boxes, area = np.asarray(boxes, np.float32), (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    best = lambda score: boxes[np.lexsort([-area, -np.asarray(score, float)])[0]]
+    boxes = np.asarray(boxes, np.float32)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     off = np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - np.asarray(wh) / 2).sum(axis=1)
     zero = np.zeros(len(next(iter(vectors.values()))))
-    h, l = np.stack([vectors.get(w, zero) for w in phrase]), np.stack([vectors.get(n, zero) for n in labels])
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
-    cosine = lambda a, b: unit(a) @ unit(b).T
-    return {"random": boxes[rng.integers(len(boxes))], "center-obj": best(-off), "max-obj": best(area), "whole image": np.array([0, 0, *wh], np.float32),
-            "direct match": best([n in phrase for n in labels]), "glove-max": best(cosine(h, l).max(axis=0)), "glove-avg": best(cosine(h.mean(axis=0), l))}
+    h = np.stack([vectors.get(w, zero) for w in phrase])
+    l = np.stack([vectors.get(n, zero) for n in labels])
+
+    def best(score):
+        return boxes[np.lexsort([-area, -np.asarray(score, float)])[0]]
+
+    def unit(x):
+        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+
+    return {
+        "random": boxes[rng.integers(len(boxes))],
+        "center-obj": best(-off),
+        "max-obj": best(area),
+        "whole image": np.array([0, 0, *wh], np.float32),
+        "direct match": best([n in phrase for n in labels]),
+        "glove-max": best((unit(h) @ unit(l).T).max(axis=0)),
+        "glove-avg": best(unit(h.mean(axis=0)) @ unit(l).T),
+    }
 
 
-def grounded_phrases(model, phrases, words, data, config, guess=True, seed=0):
-    """Every phrase that has a box: yields (Grounding, Phrase, truth (4,), {method: box (4,)}), pixels.
+def grounding_scores(run, batch, frozen):
+    """{method: (b, Q, K)}: how well each phrase fits each region of its own image.
 
-    maf: the trained model, MAF eq. (7); glove-att: its unsupervised rule, eq. (8), labels alone and GloVe as it was (of a checkpoint: as
-    it is now); upper bound: the region nearest to the truth, the union of the phrase's boxes; guess: also all others of table 5
+    maf: the trained model, MAF eq. (7); glove-att: its unsupervised rule, eq. (8), labels alone and
+    GloVe as it was (frozen)
     """
-    store, device, rng = phrases.store, next(model.parameters()).device, np.random.default_rng(seed)
-    names, fixed = [*names_of(data, "objects"), ""], getattr(words, "vectors", model.word.weight.detach().cpu().numpy())
-    vectors, frozen = {name: fixed[i] for name, i in words.index.items()}, torch.as_tensor(fixed, device=device)
-    for start in tqdm(range(0, len(phrases.groundings), 64), desc=phrases.name, disable=None, leave=False):
-        captions = np.arange(start, min(start + 64, len(phrases.groundings)))
-        batch = to(phrases.batch(captions, phrases.image[captions]), device)
-        boxes = torch.from_numpy(store.read(phrases.image[captions], "boxes")[:, :batch["region_mask"].shape[1]])
-        word_mask, region_mask, picked = batch["word_mask"], batch["region_mask"], {}
+    word_mask, region_mask = batch["word_mask"], batch["region_mask"]
+    h, v = run.model(**batch["input"])
+    p = losses.phrase_embedding(h, v, word_mask, region_mask)
+    if run.settings["phrase_pooling"] == "average":
+        p = (h * word_mask[..., None]).sum(-2) / word_mask.sum(-1, keepdim=True).clamp(min=1)
+    h, l = frozen[batch["input"]["phrases"]], frozen[batch["input"]["labels"]]
+    embedded = {
+        "maf": (run.model.project(p), v),
+        "glove-att": (losses.phrase_embedding(h, l, word_mask, region_mask), l),
+    }
+    padding = ~region_mask[:, None]
+    return {
+        method: torch.einsum("bQd, bKd -> bQK", e, r).masked_fill(padding, float("-inf"))
+        for method, (e, r) in embedded.items()
+    }
+
+
+def grounded_phrases(run, split, most=None, baselines=True, seed=0):
+    """Every phrase that has a box: yields (caption's id and text, Phrase, truth (4,), {method: box
+    (4,)}), pixels; most: of the first so many captions.
+
+    methods of grounding_scores; upper bound: the region nearest to the truth, the union of the
+    phrase's boxes; baselines: also all others of table 5
+    """
+    reader, words = entity_captions, run.tokenizer
+    index = run.index(reader, split, "flickr30k", layout="phrases", name=f"Entities {split}")
+    # images without features are left out of the index
+    notes = {r.id: r.note for r in reader(run.data, split, Counter())}
+    phrase_input, store, rng = (
+        PhraseInput(run.data, index),
+        index.store,
+        np.random.default_rng(seed),
+    )
+    names = [*detector_names(run.data, "objects"), ""]
+    # of a checkpoint GloVe as it is now
+    fixed = words.vectors
+    fixed = run.model.word.weight.detach().cpu().numpy() if fixed is None else fixed
+    vectors = {name: fixed[i] for name, i in words.ids.items()}
+    frozen = torch.as_tensor(fixed, device=run.device)
+    total = min(len(index), most or len(index))
+    for start in tqdm(range(0, total, 64), desc=index.name, disable=None, leave=False):
+        captions = np.arange(start, min(start + 64, total))
+        images = index.image[captions]
+        batch = to_device(phrase_input(captions, images), run.device)
+        boxes = torch.from_numpy(store.read(images, "boxes")[:, : batch["region_mask"].shape[1]])
         with torch.inference_mode():
-            h, v = model(**batch["input"])
-            p = losses.phrase_embedding(h, v, word_mask, region_mask)
-            if config["phrases"] == "average":
-                p = (h * word_mask[..., None]).sum(-2) / word_mask.sum(-1, keepdim=True).clamp(min=1)
-            h, l = frozen[batch["input"]["phrases"]], frozen[batch["input"]["labels"]]
-            for method, e, r in (("maf", model.project(p), v), ("glove-att", losses.phrase_embedding(h, l, word_mask, region_mask), l)):
-                A = torch.einsum("bQd, bKd -> bQK", e, r).masked_fill(~region_mask[:, None], float("-inf"))
-                picked[method] = best_box(A.cpu(), boxes)
+            scores = grounding_scores(run, batch, frozen)
+        chosen = {method: best_box(A.cpu(), boxes) for method, A in scores.items()}
         for b, c in enumerate(captions):
-            g, n = phrases.groundings[c], int(region_mask[b].sum())
-            labels = [names[i] for i in store.read(phrases.image[c:c + 1], "cls_id")[0, :n]]
-            for q, phrase in enumerate(g.phrases[:phrases.n_phrases[c]]):
-                if phrase.chain not in g.boxes:
+            n = int(batch["region_mask"][b].sum())
+            labels = [names[i] for i in store.read(images[b : b + 1], "cls_id")[0, :n]]
+            text, phrases = notes[index.id(c)]
+            for q in range(min(len(phrases), int(batch["phrase_mask"][b].sum()))):
+                if not phrases[q].boxes:
                     continue
-                truth, own = torch.tensor(g.boxes[phrase.chain], dtype=torch.float32), boxes[b, :n]
+                truth, own = torch.tensor(phrases[q].boxes, dtype=torch.float32), boxes[b, :n]
                 truth = torch.cat([truth[:, :2].amin(0), truth[:, 2:].amax(0)])
-                found = {m: own[i[b, q]] for m, i in picked.items()} | {"upper bound": own[losses.box_iou(own, truth).argmax()]}
-                if guess:
-                    said = [w for x in phrase.words.split() if (w := bare(x))] or [""]
-                    found |= {m: torch.from_numpy(x) for m, x in guesses(said, labels, own.numpy(), store.wh[phrases.image[c]], vectors, rng).items()}
-                yield g, phrase, truth, found
+                found = {method: own[i[b, q]] for method, i in chosen.items()}
+                found["upper bound"] = own[losses.box_iou(own, truth).argmax()]
+                if baselines:
+                    said = [w for x in phrases[q].words.split() if (w := strip_punctuation(x))]
+                    how = said or [""], labels, own.numpy(), store.wh[images[b]], vectors, rng
+                    found |= {m: torch.from_numpy(x) for m, x in table_5(*how).items()}
+                yield (index.id(c), text), phrases[q], truth, found
 
 
-def grounding(model, data, words, regions, config, split="test"):
-    """Flickr30k Entities: accuracy at IoU 0.5, overall and by kind, of the trained model; overall of its unsupervised rule, of every guess
-    of MAF's table 5, and of the best that the regions allow; in percent of the phrases that have a box."""
-    phrases = Phrases(entities(data, split)[0], open_store(regions, "flickr30k"), words, data, f"Flickr30k Entities {split}", config["skip_missing"])
+def grounding(run, split=""):
+    """Flickr30k Entities: accuracy at IoU 0.5, overall and by kind, of the trained model; overall
+    of its unsupervised rule, of every baseline of MAF's table 5, and of the best that the regions
+    allow; in percent of the phrases that have a box.
+    """
+    if not isinstance(run.model, Maf):
+        raise CheckpointError(
+            "this checkpoint does not ground phrases\n"
+            "  Train that first: python train.py --loss maf"
+        )
     rows, kinds = [], []
-    for _, phrase, truth, found in grounded_phrases(model, phrases, words, data, config):
+    for _, phrase, truth, found in grounded_phrases(run, split or "test"):
         rows.append({m: losses.box_iou(box, truth).item() for m, box in found.items()})
         kinds.append(phrase.kinds)
     if not rows:
-        raise DataError(f"Flickr30k Entities {split}: no phrase has a box\n  Check flickr30k_entities/Annotations.")
-    out = {f"grounding/{k}": v for k, v in phrase_accuracy([r["maf"] for r in rows], kinds).items()} | {"grounding/phrases": len(rows)}
-    return out | {f"grounding/{m}": phrase_accuracy([r[m] for r in rows], kinds)["accuracy"] for m in rows[0] if m != "maf"}
+        raise DataError(
+            f"Flickr30k Entities {split}: no phrase has a box\n"
+            "  Check flickr30k_entities/Annotations."
+        )
+    found = phrase_accuracy([row["maf"] for row in rows], kinds) | {"phrases": len(rows)}
+    for method in rows[0].keys() - {"maf"}:
+        found[method] = phrase_accuracy([row[method] for row in rows], kinds)["accuracy"]
+    return {f"grounding/{k}": v for k, v in found.items()}
 
 
-def grounding_figures(model, data, words, regions, config, out, split="test", n=4):
-    """MAF fig. 4, 5: a panel for each phrase of the first n captions: truth, trained and unsupervised guess; returns the paths."""
-    phrases = Phrases(entities(data, split)[0][:n], open_store(regions, "flickr30k"), words, data, f"Flickr30k Entities {split}", True)
-    panels, paths = {}, []
-    for g, phrase, truth, found in grounded_phrases(model, phrases, words, data, config, guess=False):
-        picture = Image.open(find_picture(data, g.image)).convert("RGB")
-        pen = ImageDraw.Draw(picture)
-        for box, colour, grow in ((truth, OTHERS, 3), (found["glove-att"], (240, 228, 66), 0), (found["maf"], (0, 114, 178), -3)):
-            x1, y1, x2, y2 = box.tolist()
-            pen.rectangle([x1 - grow, y1 - grow, max(x1 - grow, x2 + grow), max(y1 - grow, y2 + grow)], outline=colour, width=3)
-        panels.setdefault((g.id, g.text), []).append(titled(picture.resize((240, max(1, round(picture.height * 240 / picture.width)))), phrase.words))
-    for i, ((_, text), row) in enumerate(panels.items()):
-        paths.append(Path(out) / f"grounding_{i}.png")
-        save_png(grid([row], [f"{text!r}: truth red, trained blue, unsupervised yellow"]), paths[-1])
-    return paths
+# 6. Heat maps: where a text is, without boxes (AMC) ---------------------------------------------
 
 
-# ------------------------------------------------------------------------------------- where a text is, without boxes (AMC)
-
-def heat(model, batch):
-    """Grad-CAM of the matching score: (b, patches) >= 0, no gradient; batch: text, text_mask and image for ALBEF, else Pairs.batch()."""
+def heat_map(model, batch):
+    """Grad-CAM of the matching score: (b, patches) >= 0, no gradient; batch: text, text_mask and
+    image for ALBEF, else Index.batch().
+    """
+    how = {}
     with torch.enable_grad():
         if isinstance(model, Albef):
-            match, P = model(**batch, explain=True)
-            how = {}
+            match, P = model(**batch, need_gradcam=True)
         else:
-            out = model(**batch, heads=("match",), explain=True)
-            match, P, how = out.match, out.explained[0], {"cut": out.explained[1]}
-        return losses.gradcam(P, match[:, 1].float(), batch["text_mask"], create_graph=False, **how).float().detach()
+            out = model(**batch, heads=("match",), need_gradcam=True)
+            match, (P, how["block_of"]) = out.match, out.gradcam
+        score = match[:, 1].float()
+        A = losses.gradcam(P, score, batch["text_mask"], create_graph=False, **how)
+        return A.float().detach()
 
 
 def at_size(A, size):
-    """Heat maps (b, patches) of one size of picture (width, height): (b, height, width), bicubic [AMC's code]"""
+    """Heat maps (b, patches) of one size of picture (width, height): (b, height, width), bicubic
+    [AMC's code]
+    """
     side = int(A.shape[1] ** 0.5)
-    return torch.nn.functional.interpolate(A.view(-1, 1, side, side), size[::-1], mode="bicubic", align_corners=False)[:, 0]
+    return torch.nn.functional.interpolate(
+        A.view(-1, 1, side, side), size[::-1], mode="bicubic", align_corners=False
+    )[:, 0]
 
 
 def hottest(A):
@@ -614,198 +1208,151 @@ def hottest(A):
 
 
 def best_box_by_heat(A, boxes):
-    """The box, x y w h, that holds most heat for the square root of its area; corners are cut to whole pixels [AMC's code]."""
+    """The box, x y w h, that holds most heat for the square root of its area; corners are cut to
+    whole pixels [AMC's code].
+    """
     total = torch.nn.functional.pad(A.double().cumsum(0).cumsum(1), (1, 0, 1, 0)).cpu().numpy()
     h, w = A.shape
-    x1, y1, x2, y2 = (np.clip(c.astype(int), 0, top) for c, top in zip((boxes[:, 0], boxes[:, 1], boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]), (w, h, w, h)))
-    return int(((total[y2, x2] - total[y1, x2] - total[y2, x1] + total[y1, x1]) / np.sqrt(np.maximum(boxes[:, 2] * boxes[:, 3], 1e-9))).argmax())
+    x1, y1, x2, y2 = (
+        np.clip(c.astype(int), 0, top)
+        for c, top in zip(
+            (boxes[:, 0], boxes[:, 1], boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]),
+            (w, h, w, h),
+        )
+    )
+    return int(
+        (
+            (total[y2, x2] - total[y1, x2] - total[y2, x1] + total[y1, x1])
+            / np.sqrt(np.maximum(boxes[:, 2] * boxes[:, 3], 1e-9))
+        ).argmax()
+    )
 
 
-def explained(model, texts, store, tokenizer, max_words, batch_size=64, autocast=contextlib.nullcontext, name="pointing"):
-    """Yields (text, its picture's index, heat map at the picture's size) of each Text; texts of one size of picture go together."""
-    albef = isinstance(model, Albef)
-    pairs = Pairs([t._replace(text=clean_caption(t.text)) for t in texts] if albef else texts, store, tokenizer, max_words, name, ends=not albef)
-    was, device = model.training, next(model.parameters()).device
+def heat_maps_of(run, records, store, batch_size=64, name="pointing"):
+    """Yields (record, its picture's number, heat map at the picture's size) of each Record; texts
+    of one size of picture go together.
+    """
+    albef, model = isinstance(run.model, Albef), run.model
+    how = {"layout": "albef" if albef else "bert", "name": name}
+    index = make_index(records, store, run.tokenizer, run.settings.get("max_words", 60), **how)
+    sizes = {i: store.size(i) for i in index.images.tolist()}
+    n_words = index.n_words(np.arange(len(index)))
+    order = sorted(range(len(records)), key=lambda c: (sizes[int(index.image[c])], n_words[c]))
+    was_training = model.training
     model.eval()
-    sizes = {i: store.size(i) for i in pairs.images.tolist()}
-    order = sorted(range(len(texts)), key=lambda c: (sizes[int(pairs.image[c])], pairs.n_words[c]))
     bar = tqdm(total=len(order), desc=name, unit=" texts", disable=None, leave=False)
     while order:
-        size = sizes[int(pairs.image[order[0]])]
-        some = np.array([c for c in order[:batch_size] if sizes[int(pairs.image[c])] == size])
-        order = order[len(some):]
+        size = sizes[int(index.image[order[0]])]
+        rows = np.array([c for c in order[:batch_size] if sizes[int(index.image[c])] == size])
+        order = order[len(rows) :]
+        images = index.image[rows]
         if albef:
-            text, mask = (torch.from_numpy(x) for x in pairs.text(some))
-            batch = {"image": normalised(torch.from_numpy(store.pixels(pairs.image[some]))), "text": text, "text_mask": mask}
+            text, mask = (torch.from_numpy(x) for x in index.text(rows))
+            pixels = normalize_pixels(torch.from_numpy(store.pixels(images)))
+            batch = {"image": pixels, "text": text, "text_mask": mask}
         else:
-            batch = pairs.batch(some, pairs.image[some])
-        with autocast():
-            A = heat(model, to(batch, device))
-        for c, full in zip(some, at_size(A, size)):
-            yield texts[c], int(pairs.image[c]), full
-        bar.update(len(some))
+            batch = index.batch(rows, images)
+        with run.autocast():
+            A = heat_map(model, to_device(batch, run.device))
+        for c, full in zip(rows, at_size(A, size)):
+            yield records[c], int(index.image[c]), full
+        bar.update(len(rows))
     bar.close()
-    model.train(was)
+    model.train(was_training)
 
 
-def boxes_of_phrases(data, split):
-    """Flickr30k Entities' phrases that have boxes: Texts with target = boxes x y w h, and the kinds of each."""
-    found = [(Text(g.image, p.words, f"{g.id}/{p.chain}", [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in g.boxes[p.chain]]), p.kinds)
-             for g in entities(data, split)[0] for p in g.phrases if p.chain in g.boxes]
-    return [t for t, _ in found], [k for _, k in found]
+def boxed_phrases(data, split):
+    """Flickr30k Entities' phrases that have boxes: Records with boxes x y w h; note = the kinds."""
+    for record in entity_captions(data, split, Counter()):
+        for phrase in record.note[1]:
+            if phrase.boxes:
+                boxes = [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in phrase.boxes]
+                name = f"{record.id}/{phrase.chain}"
+                yield Record(record.image, phrase.words, name, boxes=boxes, note=phrase.kinds)
 
 
-def pointing_games(model, data, tokenizer, config, sets=("flickr30k", "refcoco+", "referit"), **how):
-    """{"pointing/flickr30k": percent, ...}: is the hottest place strictly inside a box of what the text means?               AMC sec. 4.2, 4.3
+POINTING_SETS = "flickr30k", "refcoco+", "referit"
 
-    flickr30k    phrases of Entities' test split; .../people and so on: the eight kinds
-    refcoco+     testA, testB; .../clean: images that Visual Genome does not share (AMC Table 4); .../boxes: Recall@1, the detector's box that
-                 holds most heat, IoU >= 0.5 with the truth (Table 5)
-    referit      RefCLEF's test expressions
-    .../chance   the share of the picture that the boxes cover
-    A data set that is not in the tree is left out.
-    """
-    data, found, where = Path(data), {}, regions_of(config)
-    asked = {}
+
+def pointing_sets(data, sets):
+    """{name: (region store, Records with boxes)} of those data sets that are in the tree."""
+    data, found, stats = Path(data), {}, Counter()
     if "flickr30k" in sets and (data / "flickr30k_entities").exists():
-        asked["flickr30k"] = "flickr30k", *boxes_of_phrases(data, "test")
-    for split in ("testA", "testB") if "refcoco+" in sets and (data / "refer" / "refcoco+").exists() else ():
-        texts = [t._replace(target=[t.target]) for t in read_referring(data, "refcoco+", split)[0]]
-        asked[f"refcoco+/{split}"] = "coco", texts, [()] * len(texts)
+        found["flickr30k"] = "flickr30k", list(boxed_phrases(data, "test"))
+    if "refcoco+" in sets and (data / "refer" / "refcoco+").exists():
+        for split in ("testA", "testB"):
+            records = referring_expressions(data, split, stats, dataset="refcoco+")
+            found[f"refcoco+/{split}"] = "coco", list(records)
     if "referit" in sets and (data / "refclef").exists():
-        texts = [t._replace(target=[t.target]) for t in referit(data)[0]]
-        asked["referit"] = "refclef", texts, [()] * len(texts)
-    if not asked:
-        raise DataError(f"{data} has none of flickr30k_entities, refer/refcoco+, refclef\n  Wanted: at least one, to point at something.")
-    shared = {i.get("coco_id") for i in vg_images(data).values()} if (data / "vg/image_data.json").exists() else set()
-    detected = RegionStore(Path(config["regions"]) / "refcoco_det") if (Path(config["regions"]) / "refcoco_det").exists() else None
-    for name, (store, texts, kinds) in asked.items():
-        kind_of = dict(zip((t.id for t in texts), kinds))
-        store, hits = open_store(where, store), {}
-        for text, image, A in explained(model, texts, store, tokenizer, config["max_words"], name=f"pointing, {name}", **how):
-            x, y = hottest(A)
-            boxes = np.array(text.target, float)
-            hit = bool(((boxes[:, 0] < x) & (x < boxes[:, 0] + boxes[:, 2]) & (boxes[:, 1] < y) & (y < boxes[:, 1] + boxes[:, 3])).any())
-            covered = np.zeros(A.shape, bool)
-            for bx, by, bw, bh in boxes.astype(int):
-                covered[by:by + bh, bx:bx + bw] = True
-            for key, value in (("", hit), *(("/" + k, hit) for k in kind_of[text.id]), ("/chance", covered.mean())):
-                hits.setdefault(key, []).append(value)
-            if name.startswith("refcoco+"):
-                if int(text.image.split("_")[-1]) not in shared:
-                    hits.setdefault("/clean", []).append(hit)
-                if detected is not None and text.image in detected.index:
-                    proposals = detected.read(np.array([detected.index[text.image]]), "boxes")[0].astype(float)
-                    proposals[:, 2:] -= proposals[:, :2]
-                    hits.setdefault("/boxes", []).append(iou(proposals[best_box_by_heat(A, proposals)], boxes[0]) >= 0.5)
-        found |= {f"pointing/{name}{key}": float(100 * np.mean(values)) for key, values in hits.items()}
+        found["referit"] = "refclef", list(referit_expressions(data, "test_10k", stats))
+    if not found:
+        raise DataError(
+            f"{data} has none of flickr30k_entities, refer/refcoco+, refclef\n"
+            "  Wanted: at least one, to point at something."
+        )
     return found
 
 
-CIVIDIS = np.array([(0, 32, 77), (49, 68, 107), (102, 105, 112), (149, 143, 120), (202, 185, 105), (255, 234, 70)], float)       # reads the same to all eyes
+def pointing_games(run, sets=POINTING_SETS):
+    """{"pointing/flickr30k": percent, ...}: is the hottest place strictly inside a box of what the
+    text means?                                                                 AMC sec. 4.2, 4.3
 
-
-def draw_heat(picture, A, boxes, title):
-    """One panel: the picture under its heat map, the true boxes red, the hottest place a white ring."""
-    A = A.clamp(min=0).cpu().numpy()
-    level = (A / max(A.max(), 1e-9)) * (len(CIVIDIS) - 1)
-    low = level.astype(int).clip(max=len(CIVIDIS) - 2)
-    colour = CIVIDIS[low] + (level - low)[..., None] * (CIVIDIS[low + 1] - CIVIDIS[low])
-    panel = Image.blend(picture, Image.fromarray(colour.astype(np.uint8)), 0.55)
-    pen, (x, y) = ImageDraw.Draw(panel), hottest(torch.from_numpy(A))
-    for bx, by, bw, bh in boxes:
-        pen.rectangle([bx, by, bx + bw, by + bh], outline=OTHERS, width=max(2, panel.width // 120))
-    r = max(4, panel.width // 60)
-    pen.ellipse([x - r, y - r, x + r, y + r], outline="white", width=max(2, r // 3))
-    return titled(panel.resize((240, max(1, round(panel.height * 240 / panel.width)))), title)
-
-
-def heat_figures(models, data, tokenizer, config, out, n=6):
-    """AMC fig. 2-5: a picture of phrases with boxes, a row for each model, the first n captions of Flickr30k Entities' test split, and
-    as many expressions of RefCOCO+'s; returns the paths."""
-    texts, where, paths = {}, regions_of(config), []
-    if (Path(data) / "flickr30k_entities").exists():
-        for t in boxes_of_phrases(data, "test")[0]:
-            if t.id.split("#")[1].startswith("0/"):
-                texts.setdefault(("flickr30k", t.image), []).append(t)
-        texts = dict(list(texts.items())[:n])
-    if (Path(data) / "refer" / "refcoco+").exists():
-        some = {}
-        for t in read_referring(data, "refcoco+", "testA")[0]:
-            some.setdefault(("coco", t.image), []).append(t._replace(target=[t.target]))
-        texts |= dict(list(some.items())[:n])
-    for (name, image), said in texts.items():
-        store, rows = open_store(where, name), []
-        for model in models.values():
-            panels = {}
-            for t, at, A in explained(model, said[:5], store, tokenizer, config["max_words"]):
-                panels[t.id] = draw_heat(read_picture(store.paths[at]), A, t.target, t.text)
-            rows.append([panels[t.id] for t in said[:5]])
-        paths.append(Path(out) / f"heat_{name}_{image}.png")
-        save_png(grid(rows, list(models)), paths[-1])
-    return paths
-
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-VALIDATION = {"vqa": "val2014", "gqa": "testdev_all", "vcr": "val", "nlvr2": "dev", "ve": "dev", "re": "val"}
-
-
-def load_task(config, tokenizer, split, names=(), part="both", boxes="gt"):
-    """The data of config["task"] (train.py's settings as a dict) as data.Task; split names may be joined by + (VQA)."""
-    name, data, regions = config["task"], config["data"], regions_of(config)
-    how = dict(max_words=config["max_words"], skip_missing=config["skip_missing"])
-    if name == "vcr":
-        return vcr_task(data, split, tokenizer, vcr_store(regions), part, **how)
-    own = "vg" if split.startswith(("train", "val")) else "gqa"     # GQA's train and val images are Visual Genome's
-    store = open_store(regions, {"vqa": "coco", "gqa": own, "nlvr2": "nlvr2", "ve": "flickr30k", "re": f"refcoco_{boxes}"}[name])
-    if name == "gqa":
-        return gqa_task(data, split.split("+"), tokenizer, store, {a: i for i, a in enumerate(names)}, **how)
-    if name == "vqa":
-        vg = config["vg_questions"] and split != VALIDATION["vqa"] and not split.startswith("test")
-        return vqa_task(data, split.split("+"), tokenizer, store, {a: i for i, a in enumerate(names)}, vg=vg, **how)
-    if name == "nlvr2":
-        return nlvr2_task(data, split, tokenizer, store, config["form"], **how)
-    return ve_task(data, split, tokenizer, store, **how) if name == "ve" else re_task(data, config["dataset"], split, tokenizer, store, **how)
-
-
-# --------------------------------------------------------------------------------------------------------- figures
-
-INK, STRONGEST, OTHERS = (40, 40, 40), (0, 158, 115), (213, 94, 0)          # Okabe and Ito's colours, told apart by all eyes
-
-
-@torch.inference_mode()
-def word_attention(model, pairs, caption, image):
-    """What the last layer's words look at, and what looks at them.
-
-    returns  words (list of str), P_LV (words, N_V): a word's attention shared out among the boxes, P_VL (words, N_V): among which
-             boxes the attention that a word gets is shared; mean over heads, rows sum to 1
+    flickr30k   phrases of Entities' test split; .../people and so on: the eight kinds
+    refcoco+    testA, testB; .../clean: images that Visual Genome does not share (AMC Table 4);
+                .../boxes: Recall@1, the detector's box that holds most heat, IoU >= 0.5 with the
+                truth (Table 5)
+    referit     RefCLEF's test expressions
+    .../chance  the share of the picture that the boxes cover
     """
-    batch = to(pairs.batch(np.array([caption]), np.array([image])), next(model.parameters()).device)
-    was = model.training
-    maps = model.eval()(**batch, maps=(-1,)).maps[0]
-    model.train(was)
-    P_LV = losses.block_softmax(maps.S_LV, batch["region_mask"])[0]
-    if isinstance(model, Lxmert):                   # each block has a softmax of its own
-        P_VL = losses.block_softmax(maps.S_VL, batch["text_mask"])[0].T
-    else:
-        P_VL = losses.joint_softmax(*maps, batch["text_mask"], batch["region_mask"])[2].mean(dim=1)[0].T
-    pieces = [pairs.tokenizer.pieces[i] for i in batch["text"][0].tolist()]
-    return pieces[1:-1], P_LV[1:-1].cpu().numpy(), (P_VL / P_VL.sum(dim=1, keepdim=True))[1:-1].cpu().numpy()
+    found, data = {}, Path(run.data)
+    records = vg_images(data).values() if (data / "vg/image_data.json").exists() else ()
+    shared = {image.get("coco_id") for image in records}
+    folder = Path(run.settings["regions"]) / "refcoco_det"
+    detected = RegionStore(folder) if folder.exists() else None
+    find = detected.finder() if detected else None
+    for name, (store, records) in pointing_sets(data, sets).items():
+        hits = {}
+        maps = heat_maps_of(run, records, run.vision.open(store), name=f"pointing, {name}")
+        for record, image, A in maps:
+            x, y = hottest(A)
+            boxes = np.array(record.boxes, float)
+            in_x = (boxes[:, 0] < x) & (x < boxes[:, 0] + boxes[:, 2])
+            in_y = (boxes[:, 1] < y) & (y < boxes[:, 1] + boxes[:, 3])
+            hit, covered = bool((in_x & in_y).any()), np.zeros(A.shape, bool)
+            for bx, by, bw, bh in boxes.astype(int):
+                covered[by : by + bh, bx : bx + bw] = True
+            scored = {"": hit, "/chance": covered.mean()}
+            scored |= {f"/{kind}": hit for kind in record.note or ()}
+            if name.startswith("refcoco+"):
+                if int(record.image.split("_")[-1]) not in shared:
+                    scored["/clean"] = hit
+                at = find([record.image]) if detected else np.array([-1])
+                if at[0] >= 0:
+                    proposals = detected.read(at, "boxes")[0].astype(float)
+                    proposals[:, 2:] -= proposals[:, :2]
+                    best = proposals[best_box_by_heat(A, proposals)]
+                    scored["/boxes"] = box_overlap(best, boxes[0]) >= 0.5
+            for key, value in scored.items():
+                hits.setdefault(key, []).append(value)
+        for key, values in hits.items():
+            found[f"pointing/{name}{key}"] = float(100 * np.mean(values))
+    return found
 
 
-def draw_attention(picture, boxes, weights, title):
-    """One panel: the picture paled, each box framed with a strength of its weight, the strongest in green (CACR fig. 4, 5)."""
-    panel = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, "white"), 0.35)
-    scale = 240 / panel.width
-    panel = panel.resize((240, max(1, round(panel.height * scale))))
-    pen = ImageDraw.Draw(panel, "RGBA")
-    for i in np.argsort(weights):
-        colour, box = STRONGEST if i == weights.argmax() else OTHERS, [float(x) * scale for x in boxes[i]]
-        alpha = int(40 + 215 * weights[i] / max(weights.max(), 1e-9))
-        pen.rectangle(box, outline=(*colour, alpha), width=3)
-        pen.text((box[0] + 4, box[1] + 2), f"{100 * weights[i]:.0f}", fill=(*colour, alpha), font=ImageFont.load_default(11))
-    return titled(panel, title)
+# 7. Figures -------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, told apart by all eyes
+INK, STRONGEST, OTHERS = (40, 40, 40), (0, 158, 115), (213, 94, 0)
+BLUE, YELLOW = (0, 114, 178), (240, 228, 66)
+# cividis reads the same to all eyes
+HEAT = [(0, 32, 77), (49, 68, 107), (102, 105, 112), (149, 143, 120), (202, 185, 105)]
+HEAT = np.array([*HEAT, (255, 234, 70)], float)
+PANEL = 240  # pixels of a panel's width
+
+
+def panel_of(picture):
+    """A picture at a panel's width"""
+    return picture.resize((PANEL, max(1, round(picture.height * PANEL / picture.width))))
 
 
 def titled(panel, title):
@@ -818,7 +1365,9 @@ def titled(panel, title):
 def grid(rows, titles):
     """Panels in rows, each row under its title."""
     heights = [max(p.height for p in row) + 24 for row in rows]
-    out = Image.new("RGB", (max(sum(p.width + 6 for p in row) for row in rows), sum(heights)), "white")
+    out = Image.new(
+        "RGB", (max(sum(p.width + 6 for p in row) for row in rows), sum(heights)), "white"
+    )
     y = 0
     for row, title, height in zip(rows, titles, heights):
         ImageDraw.Draw(out).text((4, y + 4), title, fill=INK, font=ImageFont.load_default(14))
@@ -828,79 +1377,14 @@ def grid(rows, titles):
     return out
 
 
-def attention_figure(models, data, pairs, caption, words=None, directions=("S_LV", "S_VL"), picture=None):
-    """Rows of panels, one for each model and direction; a panel shows a word's attention over the boxes of the caption's own image.
-
-    models  {name: model};   words: which (all content words unless given);   picture: looked for in the data tree unless given
-    """
-    image = int(pairs.image[caption])
-    stem, boxes = pairs.store.image_ids[image], pairs.store.read(np.array([image]), "boxes")[0]
-    picture = picture or read_picture(find_picture(data, stem))
-    boxes = boxes / np.tile(pairs.store.wh[image], 2) * np.tile(picture.size, 2)            # also where the store has the unit square
-    rows, titles = [], []
-    for name, model in models.items():
-        pieces, P_LV, P_VL = word_attention(model, pairs, caption, image)
-        show = [i for i, w in enumerate(pieces) if (w in words if words else w not in ("a", "the", "of", "to", "is", "and", "."))][:6]
-        for direction in directions:
-            P, what = {"S_LV": (P_LV, "what the word looks at"), "S_VL": (P_VL, "what looks at the word")}[direction]
-            rows.append([draw_attention(picture, boxes, P[i], pieces[i]) for i in show])
-            titles.append(f"{name}: {pairs.texts[caption].text!r}, {what} ({direction}), percent")
-    return grid(rows, titles)
-
-
-def one_photo(model, tokenizer, config, photo, text, out, detector="", regions=(36, 36), sides=(800, 1333)):
-    """How well a sentence fits a photo, where each of its words looks, and the figure: {"match", "rank" or nothing, "words": {word: [x1 y1 x2 y2]}, "figure"}.
-
-    A model of regions needs a detector's weights; one of patches, and ALBEF, only the photo.
-    """
-    photo, figure = Path(photo), Path(out) / f"{Path(photo).stem}.png"
-    picture, max_words = read_picture(photo), config.get("max_words", 60)
-    if isinstance(model, Maf):
-        raise CheckpointError("MAF compares captions and does not score a single one\n  Wanted: a checkpoint of uniter, lxmert or albef")
-    with tempfile.TemporaryDirectory() as folder:
-        if config.get("vision") == "patches":
-            store = PatchStore.__new__(PatchStore)
-            store.hold(regions_of(config), [photo.stem], [photo], str(photo))
-        elif not detector:
-            raise CheckpointError("this model reads a detector's regions\n  Wanted: --detector pytorch_model.bin of unc-nlp/frcnn-vg-finetuned; or a checkpoint trained with --vision patches")
-        else:
-            (Path(folder) / "in").mkdir()
-            shutil.copy(photo, Path(folder) / "in" / photo.name)
-            with contextlib.redirect_stdout(sys.stderr):
-                extract(Path(folder) / "in", detector, Path(folder) / "store", regions, *sides)
-            store = RegionStore(Path(folder) / "store")
-        if isinstance(model, Albef):
-            (_, _, A), = explained(model, [Text(photo.stem, text, "photo")], store, tokenizer, max_words)
-            pairs = Pairs([Text(photo.stem, clean_caption(text), "photo")], store, tokenizer, max_words, ends=False)
-            ids, mask = (torch.from_numpy(x) for x in pairs.text(np.array([0])))
-            with torch.inference_mode():
-                match, _ = model.eval()(*to([ids, mask, normalised(torch.from_numpy(store.pixels(np.array([0]))))], next(model.parameters()).device))
-            save_png(draw_heat(picture, A, [], text), figure)
-            return {"match": float(match.softmax(-1)[0, 1]), "hottest": list(hottest(A)), "figure": str(figure)}
-        pairs = Pairs([Text(photo.stem, text, "photo")], store, tokenizer, max_words)
-        one = np.zeros(1, np.int64)
-        found = {head: float(score_pairs(model, pairs, one, pairs.image, head)[0]) for head in ("match", "rank")}
-        pieces, P, _ = word_attention(model, pairs, 0, 0)
-        boxes = store.relative_boxes(one)[0] * np.tile(picture.size, 2)
-        save_png(attention_figure({"": model}, None, pairs, 0, directions=("S_LV",), picture=picture), figure)
-        return {"match": 1 / (1 + float(np.exp(-found["match"]))), "rank": found["rank"], "figure": str(figure),
-                "words": {f"{i} {w}": boxes[row.argmax()].round().tolist() for i, (w, row) in enumerate(zip(pieces, P))}}
-
-
-def find_picture(data, stem):
-    """The picture of a region store's image id, wherever its data set keeps it."""
-    data = Path(data)
-    folders = [data / "winoground/images", data / "flickr30k/flickr30k-images", data / "coco" / "".join(stem.split("_")[1:2]), data / "gqa/images",
-               data / "vg/VG_100K", data / "vg/VG_100K_2"]
-    for folder in folders:
-        for suffix in (".png", ".jpg", ".jpeg"):
-            if (folder / (stem + suffix)).exists():
-                return folder / (stem + suffix)
-    raise DataError(f"the picture {stem} is in none of {', '.join(map(str, folders))}\n  Wanted: a .png or .jpg. Figures need the pictures.")
+def save_png(picture, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, optimize=True)
 
 
 def training_curve(log, out):
-    """One panel for each number in a run's log.jsonl, over steps; the last value beside its name."""
+    """One panel for each number in a run's log.jsonl, over steps; the last value beside its name.
+    """
     series = {}
     for line in Path(log).read_text().splitlines():
         record = json.loads(line)
@@ -917,45 +1401,166 @@ def training_curve(log, out):
         pen.line([(40, 30), (40, 150), (290, 150)], fill=INK)
         pen.line(list(zip(px, py)), fill=(0, 114, 178), width=2)
         small = ImageFont.load_default(10)
-        pen.text((2, 30), f"{high:.3g}", fill=INK, font=small), pen.text((2, 140), f"{low:.3g}", fill=INK, font=small)
-        pen.text((240, 153), f"step {int(x[-1])}", fill=INK, font=small), pen.text((44, 8), f"{name}   {y[-1]:.4g}", fill=INK, font=ImageFont.load_default(13))
+        (
+            pen.text((2, 30), f"{high:.3g}", fill=INK, font=small),
+            pen.text((2, 140), f"{low:.3g}", fill=INK, font=small),
+        )
+        (
+            pen.text((240, 153), f"step {int(x[-1])}", fill=INK, font=small),
+            pen.text((44, 8), f"{name}   {y[-1]:.4g}", fill=INK, font=ImageFont.load_default(13)),
+        )
         panels.append(panel)
-    save_png(grid([panels[i:i + 3] for i in range(0, len(panels), 3)], [""] * len(panels)), out)
+    save_png(grid([panels[i : i + 3] for i in range(0, len(panels), 3)], [""] * len(panels)), out)
 
 
-def save_png(picture, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, optimize=True)
+def word_attention(run, index, caption, image):
+    """What the last layer's words attend to, and what attends to them.
+
+    returns  words (list of str), P_LV (words, N_V): a word's attention shared out among the boxes,
+             P_VL (words, N_V): among which boxes the attention that a word gets is shared; mean
+             over heads, rows sum to 1
+    """
+    batch = to_device(index.batch(np.array([caption]), np.array([image])), run.device)
+    text_mask, region_mask = batch["text_mask"], batch["region_mask"]
+    with evaluating(run.model):
+        maps = run.model(**batch, maps=(-1,)).maps[0]
+        P_LV = losses.block_softmax(maps.S_LV, region_mask)[0]
+        if isinstance(run.model, Lxmert):
+            # each block has a softmax of its own
+            P_VL = losses.block_softmax(maps.S_VL, text_mask)[0].T
+        else:
+            P_VL = losses.joint_softmax(*maps, text_mask, region_mask)[2].mean(dim=1)[0].T
+    pieces = [run.tokenizer.pieces[i] for i in batch["text"][0].tolist()]
+    P_VL = P_VL / P_VL.sum(dim=1, keepdim=True)
+    return pieces[1:-1], P_LV[1:-1].cpu().numpy(), P_VL[1:-1].cpu().numpy()
 
 
-def figures(models, data, tokenizer, regions, out, n=4):
-    """Attention figures of the first n Winoground examples, both captions each; returns the paths."""
-    examples, pairs = winoground_pairs(data, tokenizer, regions)
-    paths = [Path(out) / f"winoground_{e}_{c}.png" for e in range(min(n, len(examples))) for c in (0, 1)]
-    for k, path in enumerate(paths):
-        save_png(attention_figure(models, data, pairs, k), path)
+def draw_attention(picture, boxes, weights, title):
+    """One panel: the picture paled, each box framed with a strength of its weight, the strongest in
+    green (CACR fig. 4, 5).
+    """
+    pale = Image.new("RGB", picture.size, "white")
+    panel = panel_of(Image.blend(picture.convert("RGB"), pale, 0.35))
+    pen, scale = ImageDraw.Draw(panel, "RGBA"), PANEL / picture.width
+    for i in np.argsort(weights):
+        colour = STRONGEST if i == weights.argmax() else OTHERS
+        box = [float(x) * scale for x in boxes[i]]
+        alpha = int(40 + 215 * weights[i] / max(weights.max(), 1e-9))
+        pen.rectangle(box, outline=(*colour, alpha), width=3)
+        number, corner = f"{100 * weights[i]:.0f}", (box[0] + 4, box[1] + 2)
+        pen.text(corner, number, fill=(*colour, alpha), font=ImageFont.load_default(11))
+    return titled(panel, title)
+
+
+def pixel_boxes(store, image, picture):
+    """(N_V, 4) of an image in pixels of this picture, also where the store has the unit square"""
+    boxes = store.read(np.array([image]), "boxes")[0]
+    return boxes / np.tile(store.wh[image], 2) * np.tile(picture.size, 2)
+
+
+def attention_figure(runs, index, caption, picture, directions=("S_LV", "S_VL")):
+    """Rows of panels, one for each run ({name: Run}) and direction; a panel shows a word's
+    attention over the boxes of the caption's own image.
+    """
+    image, rows, titles = int(index.image[caption]), [], []
+    boxes = pixel_boxes(index.store, image, picture)
+    skip = ("a", "the", "of", "to", "is", "and", ".")
+    what = {"S_LV": "what the word attends to", "S_VL": "what attends to the word"}
+    for name, run in runs.items():
+        pieces, *maps = word_attention(run, index, caption, image)
+        show = [i for i, word in enumerate(pieces) if word not in skip][:6]
+        for direction, P in zip(("S_LV", "S_VL"), maps):
+            if direction in directions:
+                rows.append([draw_attention(picture, boxes, P[i], pieces[i]) for i in show])
+                text = f"{index.decode(caption)!r}, {what[direction]}"
+                titles.append(f"{name}: {text} ({direction}), percent")
+    return grid(rows, titles)
+
+
+def attention_figures(runs, out, n=8):
+    """Attention figures of the first n captions of Winoground; returns the paths."""
+    run = next(iter(runs.values()))
+    index, _ = winoground_index(run)
+    paths = []
+    for c in range(min(n, len(index))):
+        image_id = index.store.image_id(int(index.image[c]))
+        picture = read_picture(find_picture(run.data, "winoground", image_id))
+        paths.append(Path(out) / f"winoground_{c // 2}_{c % 2}.png")
+        save_png(attention_figure(runs, index, c, picture), paths[-1])
     return paths
 
 
-def map_figures(models, data, tokenizer, regions, out, n=4):
-    """Kervadec fig. 4: for GQA validation questions and each model the cross layer's map, words by regions, its answer, and for each pointed
-    word the picture with the boxes, the strongest in green; returns the paths."""
-    pairs = Pairs([t for t in read_gqa(data, "val_balanced")[0] if len(t.pointers) > 1][:n], open_store(regions, "vg"), tokenizer, name="GQA val")
-    paths = []
-    for caption, text in enumerate(pairs.texts):
-        image, rows, titles = pairs.image[caption], [], []
-        picture = Image.open(find_picture(data, pairs.store.image_ids[image])).convert("RGB")
-        boxes = pairs.store.read(np.array([image]), "boxes")[0] / np.tile(pairs.store.wh[image], 2) * np.tile(picture.size, 2)
-        place, _, _, _ = pairs.pointers(np.array([caption]))
-        for name, (model, answers) in models.items():
-            _, batch, P = next(word_to_region(model, pairs, [caption]))
-            pieces = [tokenizer.pieces[i] for i in batch["text"][0]]
-            one = to({k: torch.from_numpy(v) for k, v in batch.items()}, next(model.parameters()).device)
-            with torch.inference_mode():
-                answer = answers[int(model(**one, heads=("task",)).scores.argmax())] if answers else ""
-            rows.append([map_panel(P[0], pieces)] + [draw_attention(picture, boxes, P[0, i] / P[0, i].sum(), pieces[i]) for i in place[:4]])
-            titles.append(f"{name}: {text.text!r} {answer}")
-        paths.append(Path(out) / f"map_{caption}.png")
+def draw_heat(picture, A, boxes, title):
+    """One panel: the picture under its heat map, the true boxes red, the hottest place a white
+    ring.
+    """
+    A = A.clamp(min=0).cpu().numpy()
+    level = (A / max(A.max(), 1e-9)) * (len(HEAT) - 1)
+    low = level.astype(int).clip(max=len(HEAT) - 2)
+    colour = HEAT[low] + (level - low)[..., None] * (HEAT[low + 1] - HEAT[low])
+    panel = Image.blend(picture, Image.fromarray(colour.astype(np.uint8)), 0.55)
+    pen, (x, y) = ImageDraw.Draw(panel), hottest(torch.from_numpy(A))
+    for bx, by, bw, bh in boxes:
+        corners = [bx, by, bx + bw, by + bh]
+        pen.rectangle(corners, outline=OTHERS, width=max(2, panel.width // 120))
+    r = max(4, panel.width // 60)
+    pen.ellipse([x - r, y - r, x + r, y + r], outline="white", width=max(2, r // 3))
+    return titled(panel_of(panel), title)
+
+
+def heat_figures(runs, out, n=6):
+    """AMC fig. 2-5: a picture of phrases with boxes, a row for each run, the first n captions of
+    Flickr30k Entities' test split, and as many expressions of RefCOCO+'s; returns the paths.
+    """
+    data, chosen, paths = next(iter(runs.values())).data, {}, []
+    for name, (store, records) in pointing_sets(data, ("flickr30k", "refcoco+")).items():
+        by_image = {}
+        for record in records if name != "refcoco+/testB" else ():
+            if name != "flickr30k" or record.id.split("#")[1].startswith("0/"):
+                by_image.setdefault((store, record.image), []).append(record)
+        chosen |= dict(list(by_image.items())[:n])
+    for (name, image), records in chosen.items():
+        rows = []
+        for run in runs.values():
+            store, panels = run.vision.open(name), {}
+            for record, at, A in heat_maps_of(run, records[:5], store):
+                picture = read_picture(store.path(at))
+                panels[record.id] = draw_heat(picture, A, record.boxes, record.text)
+            rows.append([panels[record.id] for record in records[:5]])
+        paths.append(Path(out) / f"heat_{name}_{image}.png")
+        save_png(grid(rows, list(runs)), paths[-1])
+    return paths
+
+
+def map_figures(runs, out, n=4):
+    """Kervadec fig. 4: for GQA validation questions and each run the cross layer's map, words by
+    regions, its answer, and for each pointed word the picture with the boxes, the strongest in
+    green; returns the paths.
+    """
+    run = next(iter(runs.values()))
+    index, paths = pointed_questions(run, "val_balanced"), []
+    pointed = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
+    rows_with_two, counts = np.unique(pointed, return_counts=True)
+    for number, caption in enumerate(rows_with_two[counts > 1][:n]):
+        image, rows, titles = int(index.image[caption]), [], []
+        picture = read_picture(find_picture(run.data, "vg", index.store.image_id(image)))
+        boxes = pixel_boxes(index.store, image, picture)
+        words = np.unique(index.pointers(np.array([caption]))[0])[:4]
+        for name, one in runs.items():
+            ((_, batch, P),) = word_to_region(one, index, [caption])
+            pieces = [run.tokenizer.pieces[i] for i in batch["text"][0]]
+            x = {k: torch.from_numpy(v).to(one.device) for k, v in batch.items()}
+            answers, answer = one.sizes.get("answer_list"), ""
+            if answers:
+                with evaluating(one.model):
+                    answer = answers[int(one.model(**x, heads=("task",)).scores.argmax())]
+            panels = [map_panel(P[0], pieces)]
+            for i in words:
+                share = P[0, i] / P[0, i].sum()
+                panels.append(draw_attention(picture, boxes, share, pieces[i]))
+            rows.append(panels)
+            titles.append(f"{name}: {index.decode(caption)!r} {answer}")
+        paths.append(Path(out) / f"map_{number}.png")
         save_png(grid(rows, titles), paths[-1])
     return paths
 
@@ -967,139 +1572,548 @@ def map_panel(P, words, cell=18):
     for i, word in enumerate(words):
         pen.text((2, cell * i + 3), word, fill=INK, font=ImageFont.load_default(11))
         for j, weight in enumerate(P[i] / P.max()):
-            pen.rectangle([90 + cell * j, cell * i, 88 + cell * (j + 1), cell * (i + 1) - 2], fill=tuple(int(255 + weight * (c - 255)) for c in (0, 80, 150)))
+            pen.rectangle(
+                [90 + cell * j, cell * i, 88 + cell * (j + 1), cell * (i + 1) - 2],
+                fill=tuple(int(255 + weight * (c - 255)) for c in (0, 80, 150)),
+            )
     return titled(panel, "regions")
 
 
-# ---------------------------------------------------------------------------------------------------- command line
-
-HEAD_OF = {"vqa": "answers", "gqa": "answers", "ve": "answers", "vcr": "choice", "re": "region"}      # NLVR2's is its form
-TYPES_OF = {"nlvr2": 3, "vcr": 4}                   # rows of the type table; 2 elsewhere
-
-
-def load_model(path, data, size=None, config=None):
-    """(model, tokenizer, config, sizes) of one of our training files, or of an official checkpoint of this size.
-
-    config  for an official one: the task it was fine-tuned for and what else train.py's settings say about it
+def grounding_figures(runs, out, split="test", n=4):
+    """MAF fig. 4, 5: a panel for each phrase of the first n captions: truth, trained and
+    unsupervised prediction; returns the paths.
     """
-    saved, config = None if size else read_checkpoint(path), config or {}
+    panels, paths, run = {}, [], next(iter(runs.values()))
+    for caption, phrase, truth, found in grounded_phrases(run, split, n, baselines=False):
+        picture = read_picture(find_picture(run.data, "flickr30k", caption[0].split("#")[0]))
+        pen = ImageDraw.Draw(picture)
+        drawn = (truth, OTHERS, 3), (found["glove-att"], YELLOW, 0), (found["maf"], BLUE, -3)
+        for box, colour, grow in drawn:
+            x1, y1, x2, y2 = box.tolist()
+            left, top = x1 - grow, y1 - grow
+            corners = [left, top, max(left, x2 + grow), max(top, y2 + grow)]
+            pen.rectangle(corners, outline=colour, width=3)
+        panels.setdefault(caption, []).append(titled(panel_of(picture), phrase.words))
+    for i, ((_, text), row) in enumerate(panels.items()):
+        paths.append(Path(out) / f"grounding_{i}.png")
+        title = f"{text!r}: truth red, trained blue, unsupervised yellow"
+        save_png(grid([row], [title]), paths[-1])
+    return paths
+
+
+def benchmarks_of(settings):
+    """What a finished run is measured on and drawn as: ([benchmark], [figure function])."""
+    if settings["loss"] == "maf":
+        return [grounding], [grounding_figures]
+    if settings["model"] == "albef" or settings["triplets"]:
+        return [pointing_games], [heat_figures]
+    if settings["pretrain"] == "multitask":
+        return [multitask_benchmarks], [map_figures]
+    figures = [attention_figures] if settings["task"] == "retrieval" else []
+    return [winoground], figures
+
+
+# 8. Pictures in ---------------------------------------------------------------------------------
+
+
+def score_photo(run, photo, text, out, detector="", regions=(36, 36), sides=(800, 1333)):
+    """How well a sentence fits a photo, where each of its words attends to, and the figure:
+    {"match", "rank" or nothing, "words": {word: [x1 y1 x2 y2]}, "figure"}.
+
+    A model of regions needs a detector's weights; one of patches, and ALBEF, only the photo.
+    """
+    if isinstance(run.model, Maf):
+        raise CheckpointError(
+            "MAF compares captions and does not score a single one\n"
+            "  Wanted: a checkpoint of uniter, lxmert or albef"
+        )
+    if run.vision.regions and not detector:
+        raise CheckpointError(
+            "this model reads a detector's regions\n"
+            "  Wanted: --detector pytorch_model.bin of unc-nlp/frcnn-vg-finetuned; or a checkpoint "
+            "trained with --vision patches"
+        )
+    photo, record = Path(photo), Record(Path(photo).stem, text, "photo")
+    picture, figure = read_picture(photo), Path(out) / f"{photo.stem}.png"
+    with tempfile.TemporaryDirectory() as folder:
+        # a data tree of one picture
+        place = Path(folder) / "vg" / "VG_100K"
+        place.mkdir(parents=True)
+        shutil.copy(photo, place / photo.name)
+        store = Path(folder) / "store"
+        if run.vision.regions:
+            with contextlib.redirect_stdout(sys.stderr):
+                extract(place, detector, store, regions, *sides)
+            store = RegionStore(store)
+        else:
+            store = PatchStore(folder, "vg", run.vision.resolution, run.vision.patch)
+        if isinstance(run.model, Albef):
+            return score_photo_by_albef(run, record, store, picture, figure)
+        index = make_index([record], store, run.tokenizer, run.settings.get("max_words", 60))
+        one, scores = np.zeros(1, np.int64), {}
+        for head in ("match", "rank"):
+            scores[head] = float(score_pairs(run.model, index, one, index.image, head)[0])
+        pieces, P, _ = word_attention(run, index, 0, 0)
+        boxes = store.relative_boxes(one)[0] * np.tile(picture.size, 2)
+        save_png(attention_figure({"": run}, index, 0, picture, ("S_LV",)), figure)
+    words = {}
+    for i, (word, row) in enumerate(zip(pieces, P)):
+        words[f"{i} {word}"] = boxes[row.argmax()].round().tolist()
+    match = 1 / (1 + float(np.exp(-scores["match"])))
+    return {"match": match, "rank": scores["rank"], "figure": str(figure), "words": words}
+
+
+def score_photo_by_albef(run, record, store, picture, figure):
+    """score_photo of a model with heat maps: {"match", "hottest", "figure"}"""
+    ((_, _, A),) = heat_maps_of(run, [record], store)
+    index = make_index([record], store, run.tokenizer, layout="albef")
+    ids, mask = (torch.from_numpy(x).to(run.device) for x in index.text(np.array([0])))
+    pixels = torch.from_numpy(store.pixels(np.array([0]))).to(run.device)
+    with evaluating(run.model):
+        match, _ = run.model(ids, mask, normalize_pixels(pixels))
+    save_png(draw_heat(picture, A, [], record.text), figure)
+    share = float(match.softmax(-1)[0, 1])
+    return {"match": share, "hottest": list(hottest(A)), "figure": str(figure)}
+
+
+def list_pictures(folder):
+    """The pictures of a folder and the folders inside it, one a name."""
+    folder = need(folder, "a folder of pictures", "Check the path.")
+    suffixes = (".jpg", ".jpeg", ".png")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    twice = [name for name, n in Counter(p.stem for p in paths).items() if n > 1]
+    if twice:
+        raise DataError(
+            f"{folder}: {len(twice):,} names stand for several pictures, the first {twice[0]}\n"
+            "  Wanted: one picture a name. Extract their folders one by one."
+        )
+    if not paths:
+        raise DataError(f"{folder} holds no .jpg or .png\n  Check the path.")
+    return paths
+
+
+def extract(images, detector, out, regions=(36, 36), shorter=800, longer=1333, batch=1, shard=64):
+    """Pictures of a folder to a region store, through the bottom-up-attention detector
+    (model.Detector). May be killed and restarted, with any number of processes (torchrun): what is
+    finished, in shards of `shard` pictures, stays in OUT.parts, and the store is the same to the
+    byte.
+
+    detector: its weights; regions: at least and at most so many; shorter, longer: sides that
+    pictures are resized to; batch: pictures of one size at a time (1: the same numbers on every
+    machine). A picture that cannot be read is left out, counted, and listed in OUT/skipped.txt.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    parts, paths = Path(f"{out}.parts"), list_pictures(images)
+    if Path(out).exists():
+        raise DataError(
+            f"{out} exists already\n"
+            "  Wanted: a new place. Choose another --out, or delete it first."
+        )
+    model = load_detector(detector)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    model.to(device)
+    settings = {
+        "detector": hashlib.sha256(Path(detector).read_bytes()).hexdigest()[:16],
+        "regions": list(regions),
+        "sides": [shorter, longer],
+        "shard": shard,
+        "batch": batch,
+        "pictures": len(paths),
+    }
+    note, what = parts / "settings.json", "what the extraction was begun with"
+    parts.mkdir(parents=True, exist_ok=True)
+    if note.exists() and read_json(note, what) != settings:
+        raise DataError(
+            f"{parts} was begun with other settings or pictures\n"
+            "  Delete it to start again, or repeat the first command."
+        )
+    if rank == 0:  # one writer; the others' settings are of the same command line
+        write_atomic(note, json.dumps(settings))
+    shards = [paths[i : i + shard] for i in range(0, len(paths), shard)]
+    own = range(rank, len(shards), world_size)
+    todo = [k for k in own if not (parts / f"{k:06d}.npz").exists()]
+    total, left = (sum(len(shards[k]) for k in some) for some in (own, todo))
+    hidden = None if rank == 0 else True
+    title = f"extract {Path(images).name}"
+    with tqdm(total=total, initial=total - left, desc=title, unit=" images", disable=hidden) as bar:
+        for k in todo:
+            how = device, regions, shorter, longer, batch, bar
+            save_shard(parts / f"{k:06d}.npz", extract_shard(model, shards[k], *how))
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        source = f"detector {settings['detector']}, {regions[0]} to {regions[1]} regions, "
+        source += f"sides {shorter}, {longer}"
+        merge_shards(parts, len(shards), out, {"source": source})
+
+
+def read_by_size(paths, shorter, longer, bar):
+    """{size for the detector: [(name, pixels)]} of pictures, and why others are left out."""
+    pictures, skipped = {}, []
+    for path in paths:
+        try:
+            pixels = torch.from_numpy(np.array(read_picture(path)))
+            size = detector_size(*pixels.shape[:2], shorter, longer)
+            if min(size) < 32:
+                raise DataError(
+                    f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels become {size[1]} x "
+                    f"{size[0]}, too narrow for the detector"
+                )
+            pictures.setdefault(size, []).append((path.stem, pixels))
+        except DataError as error:
+            skipped.append(str(error).splitlines()[0])
+            bar.update()
+    return pictures, skipped
+
+
+def extract_shard(model, paths, device, regions, shorter, longer, batch, bar):
+    """One shard: {column: rows of all its pictures, "n": regions of each, "wh", "ids", "skipped":
+    why not, "num_below": how many have fewer regions than asked for}
+    """
+    found = {}
+    pictures, skipped = read_by_size(paths, shorter, longer, bar)
+    for (h, w), same_size in pictures.items():
+        for start in range(0, len(same_size), batch):
+            part = same_size[start : start + batch]
+            resized = [resize_for_detector(x.to(device), shorter, longer) for _, x in part]
+            raw = torch.tensor([x.shape[:2] for _, x in part], dtype=torch.float32, device=device)
+            sizes = torch.tensor([[h, w]] * len(part), device=device)
+            detections = model(torch.stack(resized), sizes, raw / sizes, regions)
+            for (name, pixels), seen in zip(part, detections):
+                if not len(seen.boxes):
+                    skipped.append(f"{name}: the detector found nothing")
+                    continue
+                columns = {c: getattr(seen, c).cpu().numpy() for c in COLUMNS}
+                found[name] = (pixels.shape[1], pixels.shape[0]), columns, seen.threshold
+            bar.update(len(part))
+    ids, rows = [p.stem for p in paths if p.stem in found], {}
+    for c in COLUMNS if ids else ():
+        rows[c] = np.concatenate([found[i][1][c].astype(COLUMNS[c][0]) for i in ids])
+    return rows | {
+        "n": np.array([len(found[i][1]["boxes"]) for i in ids], np.int64),
+        "wh": np.array([found[i][0] for i in ids], np.int64).reshape(-1, 2),
+        "ids": np.array(ids, str),
+        "skipped": np.array(skipped, str),
+        "num_below": np.array(sum(found[i][2] < 0 for i in ids)),
+    }
+
+
+def save_shard(path, arrays):
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise DataError(
+            f"{path} could not be written: {error}\n"
+            "  Free some space and start the same command again: finished shards are kept."
+        ) from None
+
+
+def merge_shards(parts, count, out, meta):
+    """All shards, in order, into one store; then they are deleted."""
+    writer, number, skipped, num_below = None, 0, [], 0
+    for k in tqdm(range(count), desc=f"write {out}", disable=None):
+        with np.load(parts / f"{k:06d}.npz", allow_pickle=False) as z:
+            shard = {name: z[name] for name in z.files}
+        skipped, num_below = (
+            skipped + shard["skipped"].tolist(),
+            num_below + int(shard["num_below"]),
+        )
+        ends = np.cumsum(shard["n"])
+        for i, name in enumerate(shard["ids"].tolist()):
+            if writer is None:
+                sizes = {"features": shard["features"].shape[1]}
+                sizes["classes"] = shard["cls_prob"].shape[1]
+                writer = StoreWriter(out, list(COLUMNS), meta | sizes)
+            if number >= writer.done:
+                part, (w, h) = slice(ends[i] - shard["n"][i], ends[i]), shard["wh"][i]
+                columns = {c: shard[c][part] for c in COLUMNS}
+                columns["boxes"] = columns["boxes"].clip(0, [w, h, w, h])
+                writer.add(name, (w, h), **columns)
+            number += 1
+    if writer is None:
+        raise DataError(
+            f"none of the pictures could be read, for example {skipped[0]}\n"
+            f"  {parts} holds the list."
+        )
+    write_atomic(writer.tmp / "skipped.txt", "".join(f"{line}\n" for line in skipped))
+    writer.commit()
+    shutil.rmtree(parts)
+    print(
+        f"{out}: {writer.done:,} images, {writer.rows:,} regions; {len(skipped):,} pictures left "
+        f"out (skipped.txt); {num_below:,} with fewer regions than asked for"
+    )
+
+
+# 9. Command line --------------------------------------------------------------------------------
+
+
+def load_run(path, data, regions="", size=None, official=None):
+    """A Run of one of our training files, or of an official checkpoint of this size.
+
+    official  the task it was fine-tuned for and what else train.py's settings say about it
+    """
+    saved = None if size else read_checkpoint(path)
+    settings = dict(saved.config) if saved else {"cased": True, **official}
+    settings |= {"data": str(data), "regions": str(regions or Path(data) / "regions")}
+    vision = vision_of(settings)
     if saved and saved.sizes.get("model") == "maf":
-        words = Words(saved.sizes["words"])
-        model = Maf(len(words), saved.sizes["width"], saved.sizes["features"], saved.sizes["use"])
+        words, sizes = WordVectors(saved.sizes["words"]), saved.sizes
+        model = Maf(len(words), sizes["width"], sizes["features"], sizes["inputs"])
         model.load_state_dict(saved.model)
-        return model, words, saved.config, saved.sizes
-    config = saved.config if saved else {"cased": True, "task": "retrieval", **config}
-    task = config["task"]
-    new_words = VCR_WORDS if task == "vcr" and not saved else VCR_WORDS[:saved.sizes["new_words"]] if saved else ()
-    tokenizer = WordPiece(Path(data) / ("bert-base-cased" if config["cased"] else "bert-base-uncased") / "vocab.txt", not config["cased"], new_words)
-    if not saved:
-        names = answer_list_of(task, data)
-        sizes = dict(vocab=len(tokenizer), types=TYPES_OF.get(task, 2), head=config.get("form", "") if task == "nlvr2" else config.get("head") or HEAD_OF.get(task, ""),
-                     answers=len(names))
-        sizes |= {"classes": 1600} if config.get("model") == "lxmert" else {}
-        model = build(config.get("model", "uniter"), size, **sizes)
+        return Run(model, words, settings, sizes, vision)
+    task = TASKS[settings["task"]]
+    new_words = VCR_WORDS[: saved.sizes["new_words"]] if saved else task.words
+    tokenizer = load_wordpiece(data, settings["cased"], new_words)
+    if saved is None:
+        answers = task.answers(data)
+        sizes = {"vocab": len(tokenizer), "types": task.type_rows, "head": task.head(settings)}
+        sizes |= {"answers": len(answers), **official.get("sizes", {})}
+        model = build(settings["model"], size, **sizes)
         print(f"{path}: {load_pretrained(model, path, len(new_words))}", file=sys.stderr)
-        return model, tokenizer, config, sizes | {"answer_list": names}
+        settings["answer_list"] = answers
+        return Run(model, tokenizer, settings, sizes | {"answer_list": answers}, vision)
     if saved.sizes["vocab"] != len(tokenizer):
-        raise CheckpointError(f"{path} was trained with {saved.sizes['vocab']:,} word pieces, the vocabulary in {data} has {len(tokenizer):,}\n"
-                              "  Choose the --data tree it was trained on.")
-    made = ("vocab", "features", "classes", "attributes", "types", "head", "answers", "align", "queue", "resolution", "patch")
-    model = build(saved.sizes.get("model", "uniter"), saved.sizes["size"], **{k: saved.sizes[k] for k in made if k in saved.sizes})
+        raise CheckpointError(
+            f"{path} was trained with {saved.sizes['vocab']:,} word pieces, the vocabulary in "
+            f"{data} has {len(tokenizer):,}\n  Choose the --data tree it was trained on."
+        )
+    sizes = {k: v for k, v in saved.sizes.items() if k not in ("model", "size", "new_words")}
+    answers = sizes.pop("answer_list", [])
+    model = build(saved.sizes["model"], saved.sizes["size"], **sizes)
     model.load_state_dict(saved.model)
-    return model, tokenizer, config, saved.sizes
+    settings["answer_list"] = answers
+    return Run(model, tokenizer, settings, saved.sizes, vision)
 
 
-def answer_list_of(task, data):
-    """What the answers of a VQA or entailment head are called, in the order of its outputs."""
-    return answer_list(data) if task == "vqa" else gqa_answers(data) if task == "gqa" else list(ENTAILMENT) if task == "ve" else []
+def load_wordpiece(data, cased, new_words=()):
+    """BERT's tokenizer with the tree's vocabulary"""
+    folder = "bert-base-cased" if cased else "bert-base-uncased"
+    return WordPiece(Path(data) / folder / "vocab.txt", not cased, new_words)
+
+
+def vision_of(settings):
+    """Where a run of these settings finds what it sees."""
+    if settings.get("vision") == "patches":
+        return Vision(str(settings["data"]), "", settings["resolution"], settings["patch"])
+    return Vision(str(settings["data"]), str(settings["regions"]))
+
+
+BENCHMARKS = ("winoground", "retrieval", "pointing", "grounding", "figures")
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", help="one photo: how well --text fits it, and where its words look; no --task")
-    parser.add_argument("--text", default="", help="the sentence for --image")
-    parser.add_argument("--detector", default="", help="weights for --image with a model of regions: unc-nlp/frcnn-vg-finetuned's pytorch_model.bin")
-    parser.add_argument("--sides", type=int, nargs=2, default=(800, 1333), help="what --detector resizes the shorter and at most the longer side to (default: 800 1333)")
-    parser.add_argument("--task", choices=("winoground", "retrieval", *VALIDATION, "nlvr", "pointing", "grounding", "figures"),
-                        help="pointing: do words look where GQA's annotation points; grounding: MAF; figures: attention over boxes, grounded phrases, and the training curve")
-    parser.add_argument("--ckpt", required=True, nargs="+", help="a last.pt of train.py, or an official checkpoint with --size; figures compares several")
-    parser.add_argument("--data", default="data/toy", help="the data tree (default: data/toy)")
-    parser.add_argument("--regions", help="folder of the region stores (default: DATA/regions)")
-    parser.add_argument("--dataset", help="retrieval: flickr30k or coco (default: flickr30k); re: refcoco, refcoco+ or refcocog (default: the run's)")
-    parser.add_argument("--split", default="", help="default: test for retrieval, else the one with public answers: " + ", ".join(f"{k} {v}" for k, v in VALIDATION.items()))
-    parser.add_argument("--size", choices=tuple(SIZES), help="size of an official checkpoint")
-    parser.add_argument("--model", default="uniter", choices=("uniter", "lxmert"), help="what an official checkpoint is of (default: uniter)")
-    parser.add_argument("--form", default="pair-biattn", choices=("triplet", "pair", "pair-mlp", "pair-biattn"), help="NLVR2 model of an official checkpoint (default: pair-biattn)")
-    parser.add_argument("--mlp", action="store_true", help="an official RefCOCO+ checkpoint, whose head has two layers")
-    parser.add_argument("--head", choices=("rank", "match"), help="which score retrieval uses: match is zero-shot (default: rank if the run trained it)")
-    parser.add_argument("--hide", default="", choices=("", "text", "regions"), help="a control: the model may not see them")
-    parser.add_argument("--submit", default="", help="write the test server's file here: vqa and gqa .json, vcr and nlvr2 .csv")
-    parser.add_argument("--skip-missing", action="store_true", help="go on without examples whose image has no features; they are counted")
-    parser.add_argument("--scores", help="retrieval's score matrix, to go on after a kill (default: beside the checkpoint)")
-    parser.add_argument("--out", default="out/figures", help="where figures go (default: out/figures)")
+    """The command line"""
+    tasks = [name for name, task in TASKS.items() if task.reader]
+    splits = ", ".join(f"{name} {TASKS[name].validation}" for name in tasks)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--task",
+        choices=(*BENCHMARKS[:2], *tasks, *BENCHMARKS[2:]),
+        help="pointing: do words attend where GQA's annotation points, or heat maps lie inside "
+        "boxes; grounding: MAF; figures: attention, heat maps or grounded phrases, training curve",
+    )
+    add(
+        "--ckpt",
+        required=True,
+        nargs="+",
+        help=("a last.pt of train.py, or an official checkpoint with --size; figures compares "
+        "several"),
+    )
+    add("--data", default="data/toy", help="the data tree (default: data/toy)")
+    add("--regions", default="", help="folder of the region stores (default: DATA/regions)")
+    add(
+        "--dataset",
+        default="",
+        help="retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog; pointing: "
+        "flickr30k, refcoco+ or referit (default: the run's, or all)",
+    )
+    add(
+        "--split",
+        default="",
+        help=f"default: test for retrieval, else the one with public answers: {splits}",
+    )
+    add("--head", choices=("rank", "match"), help="which score: match is zero-shot retrieval")
+    add(
+        "--ablate",
+        default="",
+        choices=("", "text", "regions"),
+        help="a control: the model may not see them",
+    )
+    add("--submit", default="", help="write the test server's file here: .json or .csv")
+    add(
+        "--skip-missing",
+        action="store_true",
+        help="go on without examples whose image has no features; they are counted",
+    )
+    add(
+        "--scores",
+        help="retrieval's score matrix, to go on after a kill (default: by the checkpoint)",
+    )
+    add("--out", default="out/figures", help="where figures go (default: out/figures)")
+    photo = parser.add_argument_group("one photo")
+    photo.add_argument("--image", help="how well --text fits it, and where its words attend to")
+    photo.add_argument("--text", default="", help="the sentence")
+    photo.add_argument(
+        "--detector",
+        default="",
+        help="weights, with a model of regions: unc-nlp/frcnn-vg-finetuned's pytorch_model.bin",
+    )
+    photo.add_argument(
+        "--sides",
+        type=int,
+        nargs=2,
+        default=(800, 1333),
+        help="what the shorter and at most the longer side is resized to (default: 800 1333)",
+    )
+    official = parser.add_argument_group("official checkpoints")
+    official.add_argument("--size", choices=tuple(SIZES), help="its size")
+    official.add_argument("--model", default="uniter", choices=("uniter", "lxmert"))
+    official.add_argument(
+        "--nlvr2-head",
+        default="pair-biattn",
+        choices=("triplet", "pair", "pair-mlp", "pair-biattn"),
+    )
+    official.add_argument("--mlp", action="store_true", help="RefCOCO+, whose head has two layers")
     return parser
 
 
-def main():
-    args = make_parser().parse_args()
+def make_extract_parser():
+    """The command line of evaluate.py extract"""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py extract",
+        description=extract.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--images", required=True, help="folder of .jpg and .png files, those inside it included")
+    add("--detector", required=True, help="weights: unc-nlp/frcnn-vg-finetuned's pytorch_model.bin")
+    add("--out", required=True, help="a new folder, e.g. DATA/regions/coco")
+    add("--regions", default="36", help="so many of each picture, or from-to as in 10-100")
+    add("--shorter", type=int, default=800, help="pixels of the shorter side")
+    add("--longer", type=int, default=1333, help="pixels of the longer side at most")
+    add("--batch", type=int, default=1, help="pictures of one size at a time")
+    add("--shard", type=int, default=64, help="pictures between two savings: a kill loses so many")
+    return parser
+
+
+def main(argv=None):
+    """A benchmark, a photo, figures; or extract"""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        numbers = run_task(args)
-    except (DataError, CheckpointError) as error:
+        if argv[:1] == ["extract"]:
+            run_extract(make_extract_parser().parse_args(argv[1:]))
+            return
+        args = make_parser().parse_args(argv)
+        numbers = run_benchmark(args)
+    except (DataError, CheckpointError, OSError) as error:
         sys.exit(f"evaluate.py: error: {error}")
-    print(json.dumps({k: round(v, 4 if args.image else 2) if isinstance(v, float) else v for k, v in numbers.items()}))
+    digits = 4 if args.image else 2
+    rounded = {k: round(v, digits) if isinstance(v, float) else v for k, v in numbers.items()}
+    print(json.dumps(rounded))
 
 
-def run_task(args):
-    official = dict(model=args.model, cased=args.model == "uniter", task=args.task, form=args.form, head="region-mlp" if args.mlp else "", max_words=220 if args.task == "vcr" else 60, vg_questions=False,
-                    dataset=args.dataset or "refcoco")
-    loaded = {Path(p).parent.name or p: load_model(p, args.data, args.size, official) for p in args.ckpt}
+def run_extract(args):
+    """evaluate.py extract"""
+    if not re.fullmatch(r"\d+(-\d+)?", args.regions):
+        raise DataError(f"--regions {args.regions}\n  Wanted: 36, or 10-100")
+    least, _, most = args.regions.partition("-")
+    how = (int(least), int(most or least)), args.shorter, args.longer, args.batch, args.shard
+    extract(args.images, args.detector, args.out, *how)
+
+
+def run_benchmark(args):
+    """What --task or --image asks for: numbers"""
+    official = {
+        "model": args.model,
+        "cased": args.model == "uniter",
+        "task": args.task if args.task in TASKS else "retrieval",
+        "nlvr2_head": args.nlvr2_head,
+        "head": "region-mlp" if args.mlp else "",
+        "max_words": 220 if args.task == "vcr" else 60,
+        "dataset": args.dataset or ("refcoco" if args.task == "re" else "flickr30k"),
+        "sizes": {"classes": 1600} if args.model == "lxmert" else {},
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, config, sizes = next(iter(loaded.values()))
-    model.to(device)
+    runs = {}
+    for path in args.ckpt:
+        run = load_run(path, args.data, args.regions, args.size, official)
+        run.settings["skip_missing"] = args.skip_missing
+        runs[Path(path).parent.name or path] = run._replace(model=run.model.to(device))
+    run = next(iter(runs.values()))
     if args.image:
         if not args.text.strip():
-            raise DataError("--image without --text\n  Wanted: a sentence, as in --text \"a dog left of a person\"")
-        return one_photo(model, tokenizer, config, args.image, args.text, args.out, args.detector, sides=args.sides)
+            raise DataError(
+                "--image without --text\n"
+                '  Wanted: a sentence, as in --text "a dog left of a person"'
+            )
+        how = args.image, args.text, args.out, args.detector
+        return score_photo(run, *how, sides=args.sides)
     if not args.task:
-        raise DataError("neither --task nor --image\n  Wanted: a benchmark, or a photo and a sentence")
-    folder = args.regions or f"{args.data}/regions"
-    regions, head = regions_of(config | {"data": args.data, "regions": folder}), args.head or ("match" if config.get("task") == "pretrain" else "rank")
+        raise DataError(
+            "neither --task nor --image\n  Wanted: a benchmark, or a photo and a sentence"
+        )
+    if args.task == "figures":
+        return draw_figures(runs, args)
     if args.task == "winoground":
-        return winoground(model, args.data, tokenizer, regions, head=head)
+        return winoground(run, args.head)
     if args.task == "retrieval":
-        dataset, split = args.dataset or "flickr30k", args.split or "test"
-        mark = hashlib.sha256(f"{Path(args.ckpt[0]).resolve()} {Path(args.ckpt[0]).stat().st_mtime_ns} {args.data} {head}".encode()).hexdigest()[:8]
-        keep = args.scores or Path(args.ckpt[0]).parent / f"scores-{dataset}-{split}-{mark}.npy"
-        return retrieval(model, args.data, tokenizer, regions, dataset, split, head=head, keep=keep)
-    if args.task == "nlvr":
-        return nlvr(model, args.data, tokenizer, args.split or "dev", regions)
+        return run_retrieval(run, args)
     if args.task == "grounding":
-        if not isinstance(model, Maf):
-            raise CheckpointError(f"{args.ckpt[0]} does not ground phrases\n  Train that first: python train.py --loss maf")
-        return grounding(model, args.data, tokenizer, regions, config | {"skip_missing": args.skip_missing}, args.split or "test")
-    if args.task == "pointing" and (isinstance(model, Albef) or config.get("triplets")):
-        return pointing_games(model, args.data, tokenizer, config | {"data": args.data, "regions": folder}, [args.dataset] if args.dataset else ("flickr30k", "refcoco+", "referit"))
+        return grounding(run, args.split)
     if args.task == "pointing":
-        texts = [t for t in read_gqa(args.data, args.split or "val_balanced")[0] if t.pointers]
-        return pointing(model, Pairs(texts, open_store(regions, "vg"), tokenizer, config["max_words"], "GQA", args.skip_missing))
-    if args.task in VALIDATION:
-        together = config["task"] == "pretrain" and config.get("pretrain") == "together" and args.task == "gqa"     # GQA without fine-tuning
-        config = config | {"task": "gqa"} if together else config
-        if config["task"] != args.task:
-            raise CheckpointError(f"{args.ckpt[0]} was trained for {config['task']}, not for {args.task}\n  Train that first: python train.py --task {args.task}")
-        config = config | {"data": args.data, "regions": folder, "skip_missing": args.skip_missing} | ({"dataset": args.dataset} if args.dataset else {})
-        return downstream(model, config, sizes, tokenizer, args.split, args.submit, hide=args.hide)
-    models = {name: found[0].to(device) for name, found in loaded.items()}
-    if isinstance(model, Maf):
-        paths = grounding_figures(model, args.data, tokenizer, regions, config, args.out)
-    elif isinstance(model, Albef) or config.get("triplets"):
-        paths = heat_figures(models, args.data, tokenizer, config | {"data": args.data, "regions": folder}, args.out)
-    elif isinstance(model, Lxmert) and config.get("pretrain") == "together":
-        paths = map_figures({name: (m, loaded[name][3].get("answer_list")) for name, m in models.items()}, args.data, tokenizer, regions, args.out)
-    else:
-        paths = figures(models, args.data, tokenizer, regions, args.out)
+        if isinstance(run.model, Albef) or run.settings.get("triplets"):
+            return pointing_games(run, [args.dataset] if args.dataset else POINTING_SETS)
+        return pointing(run, args.split)
+    return run_task(run, args)
+
+
+def run_retrieval(run, args):
+    """Retrieval, with its matrix beside the checkpoint"""
+    dataset, split = args.dataset or "flickr30k", args.split or "test"
+    path, head = Path(args.ckpt[0]), args.head or ranking_head(run)
+    mark = f"{path.resolve()} {path.stat().st_mtime_ns} {args.data} {head}"
+    mark = hashlib.sha256(mark.encode()).hexdigest()[:8]
+    keep = args.scores or path.parent / f"scores-{dataset}-{split}-{mark}.npy"
+    return retrieval(run, split, dataset, head, keep)
+
+
+def run_task(run, args):
+    """A downstream task of a checkpoint that was trained for it, or GQA right after pre-training"""
+    trained = run.settings["task"]
+    if trained == "pretrain" and run.settings.get("pretrain") == "multitask":
+        trained = "gqa"
+    if trained != args.task:
+        raise CheckpointError(
+            f"{args.ckpt[0]} was trained for {run.settings['task']}, not for {args.task}\n"
+            f"  Train that first: python train.py --task {args.task}"
+        )
+    settings = run.settings | {"task": args.task}
+    settings |= {"dataset": args.dataset} if args.dataset else {}
+    return downstream(run._replace(settings=settings), args.split, args.submit, args.ablate)
+
+
+def draw_figures(runs, args):
+    """The figures of a run, and its training curve"""
+    settings = {"loss": "", "model": "", "triplets": "", "pretrain": "", "task": "retrieval"}
+    settings |= next(iter(runs.values())).settings
+    _, draw = benchmarks_of(settings)
+    paths = [p for figure in draw or [attention_figures] for p in figure(runs, args.out)]
     for path in args.ckpt:
-        if (log := Path(path).parent / "log.jsonl").exists():
+        log = Path(path).parent / "log.jsonl"
+        if log.exists():
             training_curve(log, Path(args.out) / f"curve_{Path(path).parent.name}.png")
     return {"figures": args.out, "count": len(paths)}
 

@@ -1,8 +1,12 @@
-"""Losses for word-region alignment: pure functions, tensors in, tensor out. Copy any one of them with the helpers it names.
+"""Losses for word-region alignment: pure functions, tensors in, tensor out. Copy any one of them
+with the helpers it names.
 
-Letters: B pairs, N_L words, N_V regions, N and M either of them, H heads, D width, C classes, K masked words or regions.
-S_LV = logits of one attention layer, words ask and regions answer; P_LV = the same after the softmax over its columns.
-A mask is bool and True means real; each row of a mask has at least one True. Finite rubbish in padding changes nothing.
+Letters: B pairs, N_L words, N_V regions, N and M either of them, H heads, D width, C classes, K
+masked words or regions.
+S_LV = logits of one attention layer, words ask and regions answer; P_LV = the same after the
+softmax over its columns.
+A mask is bool and True means real; each row of a mask has at least one True. Finite rubbish in
+padding changes nothing.
 Everything is computed in float32 (float64 stays), also under autocast.
 
     masked modelling       mlm  mrfr  mrc  mrc_kl                               UNITER eq. 1, 4
@@ -11,25 +15,31 @@ Everything is computed in float32 (float64 stays), also under autocast.
     downstream tasks       soft_answers  classify  pick_region                  UNITER sec. A.2
     word-object alignment  box_iou  soft_alignment_target                       Kervadec eq. 15-18
                            topk_softmax  word_object_alignment                  Kervadec eq. 11-14
-                           detected                                             Kervadec sec. 4 (LXMERT's masked objects)
+                           detected                      Kervadec sec. 4 (LXMERT's masked objects)
     phrase grounding       word_weights  phrase_embedding                       MAF eq. 2, 3
                            phrase_scores  maf_similarity  maf                   MAF eq. 4, 5, 6
-    optimal transport      cosine_cost  ipot  ot_distance  wra                  UNITER eq. 3, Algorithm 1
+    optimal transport      cosine_cost  ipot  ot_distance  wra           UNITER eq. 3, Algorithm 1
     relation alignment     matrix_kl                                            CACR eq. 4
                            cacr  cacr_side                                      CACR eq. 3, 5, 6
-                           soft_relation_alignment                              CACR Algorithm 1, with loops
-                           iais_singular  iais_singular_side                    IAIS sec. 3.1 (Ren et al. 2021)
-                           iais_singular_released                               the same, as in the authors' code
+                           soft_relation_alignment                    CACR Algorithm 1, with loops
+                           iais_singular  iais_singular_side       IAIS sec. 3.1 (Ren et al. 2021)
+                           iais_singular_released                               the same, as in
+                           the authors' code
                            iais_distributed  iais_distributed_side              IAIS sec. 3.2
-    pixels                 itc  itc_targets  negative_weights  mlm_distilled     AMC eq. 1, 3 (ALBEF)
-                           gradcam  unit_range  amc  amc_mean  amc_max  amc_cosine        AMC eq. 4-9, Table 3
-    helpers                wide  mean_over  masked_softmax  block_softmax  joint_softmax  strongest_partner  row_mean_kl
+    pixels                 itc  itc_targets  negative_weights  mlm_distilled
+                                                                              AMC eq. 1, 3 (ALBEF)
+                           gradcam  unit_range  amc  amc_mean  amc_max  amc_cosine
+                                                                              AMC eq. 4-9, Table 3
+    helpers                wide  mean_over  masked_softmax  block_softmax  joint_softmax
+                           strongest_partner  row_mean_kl
 """
+
 import torch
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------------------------- helpers
+
 
 def wide(x):
     """At least float32: bf16 and half are widened, float64 stays."""
@@ -44,7 +54,8 @@ def mean_over(x, count):
 def masked_softmax(S, column_mask):
     """softmax over the real columns; padded columns get probability 0.
 
-    S (B, ..., N, M) logits; column_mask (B, M), at least one True in each row; returns (B, ..., N, M), float32
+    S (B, ..., N, M) logits; column_mask (B, M), at least one True in each row; returns (B, ...,
+        N, M), float32
     Helpers: wide.
     """
     pad = ~column_mask.view(len(column_mask), *[1] * (S.dim() - 2), -1)
@@ -52,19 +63,24 @@ def masked_softmax(S, column_mask):
 
 
 def block_softmax(S, column_mask):
-    """The probabilities that IAIS aligns: each head's softmax over the columns of this block alone, then the head mean.
+    """The probabilities that IAIS aligns: each head's softmax over the columns of this block
+    alone, then the head mean.
 
-    S (B, H, N, M) logits of one block; column_mask (B, M); returns P (B, N, M): rows sum to 1 inside the block
-    Source: IAIS code. It is no slice of the layer's own attention, whose rows sum to 1 over both modalities.
+    S (B, H, N, M) logits of one block; column_mask (B, M); returns P (B, N, M): rows sum to 1
+        inside the block
+    Source: IAIS code. It is no slice of the layer's own attention, whose rows sum to 1 over both
+        modalities.
     Helpers: wide, masked_softmax.
     """
     return masked_softmax(S, column_mask).mean(dim=1)
 
 
 def joint_softmax(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
-    """The layer's own attention probabilities, cut into blocks: each row's softmax runs over words and regions together.
+    """The layer's own attention probabilities, block_of into blocks: each row's softmax runs over
+    words and regions together.
 
-    S_LL (B, H, N_L, N_L) ... S_VV (B, H, N_V, N_V) logits; returns P_LL, P_LV, P_VL, P_VV; rows of [P_LL P_LV] sum to 1
+    S_LL (B, H, N_L, N_L) ... S_VV (B, H, N_V, N_V) logits; returns P_LL, P_LV, P_VL, P_VV; rows
+        of [P_LL P_LV] sum to 1
     Helpers: wide, masked_softmax.
     """
     N_L, column = len(text_mask[0]), torch.cat([text_mask, region_mask], dim=1)
@@ -73,36 +89,48 @@ def joint_softmax(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
     return P_L[..., :N_L], P_L[..., N_L:], P_V[..., :N_L], P_V[..., N_L:]
 
 
-# ------------------------------------------------------------------------------------- masked modelling (UNITER 3.2)
+# ------------------------------------------------------------------ masked modelling (UNITER 3.2)
+
 
 def mlm(logits, target):
-    """Masked language modelling: name the hidden words.    loss = -mean_k log softmax(logits_k)[target_k]     UNITER eq. (1)
+    """Masked language modelling: name the hidden words.
 
-    logits (K, V), target (K,) int64: the K masked words of all pairs; K may be 0, then the loss is 0
+        loss = -mean_k log softmax(logits_k)[target_k]                              UNITER eq. (1)
+
+    logits (K, V), target (K,) int64: the K masked words of all pairs; K may be 0, then the loss
+        is 0
     returns  scalar >= 0, nats per masked word
-    Source: UNITER eq. (1). Here: the mean over words, as the authors' code; the equation sums over the words of a pair.
+    Source: UNITER eq. (1). Here: the mean over words, as the authors' code; the equation sums
+        over the words of a pair.
     Helpers: wide, mean_over.
     """
     return mean_over(F.cross_entropy(wide(logits), target, reduction="none"), len(target))
 
 
 def mrfr(prediction, features):
-    """Masked region feature regression.    loss = mean_k || prediction_k - features_k ||^2                       UNITER eq. (4)
+    """Masked region feature regression.
 
-    prediction, features (K, D_V): the K masked regions and what the detector had given for them; K may be 0
+        loss = mean_k || prediction_k - features_k ||^2                             UNITER eq. (4)
+
+    prediction, features (K, D_V): the K masked regions and what the detector had given for them;
+        K may be 0
     returns  scalar >= 0, squared feature units per masked region
-    Source: UNITER sec. 3.2, MRM 1). The authors' code also averages over dimensions: divide the result by D_V.
+    Source: UNITER sec. 3.2, MRM 1). The authors' code also averages over dimensions: divide the
+        result by D_V.
     Helpers: wide, mean_over.
     """
     return mean_over((wide(prediction) - wide(features)).square(), len(features))
 
 
 def mrc(logits, region_probs):
-    """Masked region classification.    loss = -mean_k log softmax(logits_k)[argmax_{c >= 1} probs_kc]              UNITER eq. (4)
+    """Masked region classification.
+
+        loss = -mean_k log softmax(logits_k)[argmax_{c >= 1} probs_kc]              UNITER eq. (4)
 
     logits, region_probs (K, C): class 0 is the background, which is never a target; K may be 0
     returns  scalar >= 0, nats per masked region
-    Source: UNITER sec. 3.2, MRM 2); leaving out the background is the authors' code, the paper is silent.
+    Source: UNITER sec. 3.2, MRM 2); leaving out the background is the authors' code, the paper is
+        silent.
     Helpers: wide, mean_over.
     """
     target = region_probs[:, 1:].argmax(dim=-1) + 1
@@ -110,21 +138,27 @@ def mrc(logits, region_probs):
 
 
 def mrc_kl(logits, region_probs):
-    """Masked region classification, soft.    loss = mean_k KL( region_probs_k || softmax(logits_k) )              UNITER eq. (4)
+    """Masked region classification, soft.
+
+        loss = mean_k KL( region_probs_k || softmax(logits_k) )                     UNITER eq. (4)
 
     logits, region_probs (K, C): the detector's distribution, background included; K may be 0
     returns  scalar >= 0, nats per masked region
-    Source: UNITER sec. 3.2, MRM 3). The authors' code averages over the classes too: divide the result by C.
+    Source: UNITER sec. 3.2, MRM 3). The authors' code averages over the classes too: divide the
+        result by C.
     Helpers: wide, mean_over.
     """
     log_q = wide(logits).log_softmax(dim=-1)
     return mean_over(F.kl_div(log_q, wide(region_probs), reduction="none"), len(logits))
 
 
-# --------------------------------------------------------------------------------------------------------- matching
+# --------------------------------------------------------------------------------------- matching
+
 
 def itm(logits, match):
-    """Image-text matching.    loss = -mean_b log softmax(logits_b)[match_b]                                       UNITER eq. (2)
+    """Image-text matching.
+
+        loss = -mean_b log softmax(logits_b)[match_b]                               UNITER eq. (2)
 
     logits (B, 2): column 1 = "they match"; match (B,) bool or int
     returns  scalar >= 0, nats per pair
@@ -135,34 +169,49 @@ def itm(logits, match):
 
 
 def ranking(scores, margin=0.2):
-    """Triplet loss on sigmoids.    loss = mean_{g,k} max(0, margin + sigmoid(scores_gk) - sigmoid(scores_g0))
+    """Triplet loss on sigmoids.
+
+        loss = mean_{g,k} max(0, margin + sigmoid(scores_gk) - sigmoid(scores_g0))
 
     scores (G, 1 + K): a group is one matched pair, first, and its K mismatched ones
     returns  scalar in [0, 1 + margin]
-    Source: UNITER sec. 4.1 ("maximise the margin ... through triplet loss"); sigmoid and margin are the authors' code.
+    Source: UNITER sec. 4.1 ("maximise the margin ... through triplet loss"); sigmoid and margin
+        are the authors' code.
     Helpers: wide.
     """
     s = wide(scores).sigmoid()
     return (margin + s[:, 1:] - s[:, :1]).clamp(min=0).mean()
 
 
-# -------------------------------------------------------------------------------------------------- downstream tasks
+# ------------------------------------------------------------------------------- downstream tasks
+
 
 def soft_answers(scores, target):
-    """Visual question answering with soft targets.    loss = mean_b sum_a BCE( sigmoid(scores_ba), target_ba )      UNITER sec. A.2
+    """Visual question answering with soft targets.
 
-    scores, target (B, A): target in [0, 1] is how right an answer is; several may be right, or none
+        loss = mean_b sum_a BCE( sigmoid(scores_ba), target_ba )                   UNITER sec. A.2
+
+    scores, target (B, A): target in [0, 1] is how right an answer is; several may be right, or
+        none
     returns  scalar >= 0, nats per question
-    Source: authors' code; it trains visual entailment so too, on one-hot targets, where the paper has the cross-entropy (classify).
+    Source: authors' code; it trains visual entailment so too, on one-hot targets, where the paper
+        has the cross-entropy (classify).
     Helpers: wide.
     """
-    return F.binary_cross_entropy_with_logits(wide(scores), wide(target), reduction="none").sum(dim=-1).mean()
+    return (
+        F.binary_cross_entropy_with_logits(wide(scores), wide(target), reduction="none")
+        .sum(dim=-1)
+        .mean()
+    )
 
 
 def classify(logits, target):
-    """One of several classes.    loss = -mean_b log softmax(logits_b)[target_b]                                   UNITER sec. A.2
+    """One of several classes.
 
-    logits (B, C), target (B,) int64.  NLVR2: false, true. VCR: wrong, right, for each choice by itself. Visual entailment: its three.
+        loss = -mean_b log softmax(logits_b)[target_b]                             UNITER sec. A.2
+
+    logits (B, C), target (B,) int64.  NLVR2: false, true. VCR: wrong, right, for each choice by
+                                       itself. Visual entailment: its three.
     returns  scalar >= 0, nats per row
     Source: UNITER sec. A.2.
     Helpers: wide.
@@ -171,49 +220,61 @@ def classify(logits, target):
 
 
 def pick_region(scores, region_mask, target):
-    """Referring expressions: which region is meant.    loss = -mean_b log softmax(scores_b over real regions)[target_b]    sec. A.2
+    """Referring expressions: which region is meant.
+
+        loss = -mean_b log softmax(scores_b over real regions)[target_b]                  sec. A.2
 
     scores, region_mask (B, N_V), target (B,) int64, a real region of each row
-    returns  scalar >= 0, nats per expression; the authors' code sums over the batch: multiply the result by B
+    returns  scalar >= 0, nats per expression; the authors' code sums over the batch: multiply the
+             result by B
     Source: UNITER sec. A.2.
     Helpers: wide.
     """
     return F.cross_entropy(wide(scores).masked_fill(~region_mask, float("-inf")), target)
 
 
-# ------------------------------------------------------------------------ word-object alignment (Kervadec et al. 2020)
+# --------------------------------------------------- word-object alignment (Kervadec et al. 2020)
+
 
 def box_iou(a, b):
-    """Overlap over union of boxes x1 y1 x2 y2, (..., 4) each, any unit; 0 where neither has an area."""
-    wh = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    """Overlap over union of boxes x1 y1 x2 y2, (..., 4) each, any unit; 0 where neither has an
+    area.
+    """
+    wh = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
+        min=0
+    )
     inter = wh.prod(dim=-1)
     area = lambda x: (x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1)
     return inter / (area(a) + area(b) - inter).clamp(min=1e-12)
 
 
 def soft_alignment_target(pointer, boxes, class_similarity, attribute_similarity, region_mask):
-    """Which regions a pointed word should choose: where the pointer is, and what the detector calls them.
+    """Which regions a pointed word should choose: where the pointer is, and what the detector
+    calls them.
 
-        PA_j = IoU(pointer, box_j),   SA_j = 3/4 S(word, class_j) + 1/4 S(word, attribute_j)                Kervadec eq. (15), (16)
-        target = ( PA / sum PA + SA / sum SA ) / 2                                                          eq. (17), (18)
+        PA_j = IoU(pointer, box_j),   SA_j = 3/4 S(word, class_j) + 1/4 S(word, attribute_j)
+                                                                           Kervadec eq. (15), (16)
+        target = ( PA / sum PA + SA / sum SA ) / 2                                  eq. (17), (18)
 
-    pointer (K, 4), boxes (K, N_V, 4): one unit; class_similarity, attribute_similarity (K, N_V): cosines of GloVe vectors, 0 for
-    a word, class or attribute without one; region_mask (K, N_V)
-    returns  (K, N_V) >= 0, rows sum to 1; 0 in padding, and in the whole row where the pointer touches no region and no name is like it
-    Source: Kervadec sec. 5. Here: negative cosines count as 0, else a row could not be normalised; of a criterion that is 0
-    everywhere, the other one stands alone.
+    pointer (K, 4), boxes (K, N_V, 4): one unit; class_similarity, attribute_similarity (K, N_V):
+        cosines of GloVe vectors, 0 for a word, class or attribute without one; region_mask (K,
+        N_V)
+    returns  (K, N_V) >= 0, rows sum to 1; 0 in padding, and in the whole row where the pointer
+             touches no region and no name is like it
+    Source: Kervadec sec. 5. Here: negative cosines count as 0, else a row could not be
+        normalised; of a criterion that is 0 everywhere, the other one stands alone.
     Helpers: wide, box_iou.
     """
     PA = box_iou(wide(pointer)[:, None], wide(boxes))
     SA = (0.75 * wide(class_similarity) + 0.25 * wide(attribute_similarity)).clamp(min=0)
-    both = torch.stack([PA, SA]).masked_fill(~region_mask, 0)                       # (2, K, N_V)
-    total = both.sum(dim=-1, keepdim=True)                                          # (2, K, 1)
+    both = torch.stack([PA, SA]).masked_fill(~region_mask, 0)  # (2, K, N_V)
+    total = both.sum(dim=-1, keepdim=True)  # (2, K, 1)
     some = (total > 1e-6).to(both.dtype)
     return (some * both / total.clamp(min=1e-6)).sum(dim=0) / some.sum(dim=0).clamp(min=1)
 
 
 def topk_softmax(A, column_mask, k=3):
-    """softmax over the k highest real columns of each row, 0 elsewhere.                                     Kervadec eq. (13)
+    """softmax over the k highest real columns of each row, 0 elsewhere.         Kervadec eq. (13)
 
     A (K, M), column_mask (K, M); returns (K, M), rows sum to 1
     Helpers: wide.
@@ -224,21 +285,33 @@ def topk_softmax(A, column_mask, k=3):
 
 
 def word_object_alignment(A, target, region_mask, k=3):
-    """A pointed word should choose the regions that its soft target names.    loss = mean_i KL( target_i || softmax(A_i) )    eq. (13), (14)
+    """A pointed word should choose the regions that its soft target names.
 
-    A (K, N_V): AlignmentDecoder's logits, eq. (12), of the K pointed words; target, region_mask (K, N_V); a row of zeros, a pointer
-    that matches nothing, is left out of the mean; K may be 0, then the loss is 0
+        loss = mean_i KL( target_i || softmax(A_i) )                                eq. (13), (14)
+
+    A (K, N_V): AlignmentDecoder's logits, eq. (12), of the K pointed words; target, region_mask
+        (K, N_V); a row of zeros, a pointer that matches nothing, is left out of the mean; K may
+        be 0, then the loss is 0
     returns  scalar >= 0, nats per pointed word
-    Source: Kervadec sec. 5, no code was released. Eq. (13) gives 0 to all but the k highest A, where eq. (14) is infinite. Here: both
-    distributions live on the k highest of A and the k highest of the target, the target normalised again over these, so that
-    a region that the model overlooks gets a gradient too.
+    Source: Kervadec sec. 5, no code was released. Eq. (13) gives 0 to all but the k highest A,
+        where eq. (14) is infinite. Here: both distributions live on the k highest of A and the k
+        highest of the target, the target normalised again over these, so that a region that the
+        model overlooks gets a gradient too.
     Helpers: wide, mean_over.
     """
-    A, target = wide(A).masked_fill(~region_mask, float("-inf")), wide(target).masked_fill(~region_mask, 0)
+    A, target = (
+        wide(A).masked_fill(~region_mask, float("-inf")),
+        wide(target).masked_fill(~region_mask, 0),
+    )
     n = min(k, A.shape[-1])
-    keep = torch.zeros_like(region_mask).scatter(-1, A.topk(n, dim=-1).indices, True).scatter(-1, target.topk(n, dim=-1).indices, True) & region_mask
+    keep = (
+        torch.zeros_like(region_mask)
+        .scatter(-1, A.topk(n, dim=-1).indices, True)
+        .scatter(-1, target.topk(n, dim=-1).indices, True)
+        & region_mask
+    )
     kept = target.masked_fill(~keep, 0)
-    known = kept.sum(dim=-1) > 0                                                    # (K,)
+    known = kept.sum(dim=-1) > 0  # (K,)
     kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     log_A = A.masked_fill(~keep, float("-inf")).log_softmax(dim=-1).masked_fill(~keep, 0)
     each = (kept * (kept.clamp(min=1e-12).log() - log_A)).sum(dim=-1)
@@ -246,101 +319,139 @@ def word_object_alignment(A, target, region_mask, k=3):
 
 
 def detected(logits, label, confidence=None):
-    """Name what the detector saw in a region: its class, or its attribute.    loss = mean_k confidence_k CE(logits_k, label_k)
+    """Name what the detector saw in a region: its class, or its attribute.
 
-    logits (K, C), label (K,) int64, -1: nothing to name; confidence (K,) in [0, 1], 1 unless given; K may be 0
+        loss = mean_k confidence_k CE(logits_k, label_k)
+
+    logits (K, C), label (K,) int64, -1: nothing to name; confidence (K,) in [0, 1], 1 unless
+        given; K may be 0
     returns  scalar >= 0, nats per region
-    Source: Kervadec sec. 4, masked regions, all alike. LXMERT's code: all regions of all pairs, masked or not, with the detector's
-    confidence, and the mean is divided by 0.15, the share of masked ones.
+    Source: Kervadec sec. 4, masked regions, all alike. LXMERT's code: all regions of all pairs,
+        masked or not, with the detector's confidence, and the mean is divided by 0.15, the share
+        of masked ones.
     Helpers: wide, mean_over.
     """
     each = F.cross_entropy(wide(logits), label, ignore_index=-1, reduction="none")
     return mean_over(each if confidence is None else each * confidence, len(label))
 
 
-# -------------------------------------------------------------------------------------- phrase grounding (MAF)
+# ------------------------------------------------------------------------- phrase grounding (MAF)
+
 
 def word_weights(h, v, word_mask, region_mask):
     """How much each word of a phrase counts: as much as it is sure which region it means.
 
-        a_km = softmax_m( h_k . v_m / sqrt(d) ),   alpha_k = max_m a_km,   beta = softmax_k(alpha)               MAF eq. (2), (3)
+        a_km = softmax_m( h_k . v_m / sqrt(d) ),   alpha_k = max_m a_km,   beta = softmax_k(alpha)
+                                                                                  MAF eq. (2), (3)
 
-    h (B, Q, W, d) word vectors, v (B, K, d) region vectors of the same pair; word_mask (B, Q, W), region_mask (B, K)
+    h (B, Q, W, d) word vectors, v (B, K, d) region vectors of the same pair; word_mask (B, Q, W),
+        region_mask (B, K)
     returns  beta (B, Q, W): sums to 1 over a phrase's words, 0 in a phrase that is all padding
-    Source: MAF sec. 3.1. The authors' code lets padded regions and padded words take part in both softmaxes: pass masks that are all True.
+    Source: MAF sec. 3.1. The authors' code lets padded regions and padded words take part in both
+        softmaxes: pass masks that are all True.
     Helpers: wide, masked_softmax.
     """
-    S = (wide(h).flatten(1, 2) @ wide(v).mT).unflatten(1, h.shape[1:3]) / h.shape[-1] ** 0.5         # (B, Q, W, K)
-    alpha = masked_softmax(S, region_mask).amax(dim=-1)                             # (B, Q, W)
+    # (B, Q, W, K)
+    S = (wide(h).flatten(1, 2) @ wide(v).mT).unflatten(1, h.shape[1:3]) / h.shape[-1] ** 0.5
+    alpha = masked_softmax(S, region_mask).amax(dim=-1)  # (B, Q, W)
     return alpha.masked_fill(~word_mask, float("-inf")).softmax(dim=-1).nan_to_num(0)
 
 
 def phrase_embedding(h, v, word_mask, region_mask):
-    """A phrase as the mean of its words, weighted by word_weights.    p = sum_k beta_k h_k                        MAF eq. (3)
+    """A phrase as the mean of its words, weighted by word_weights.
 
-    Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's. With beta = 1 / words: "average" of Table 3.
+        p = sum_k beta_k h_k                                                           MAF eq. (3)
+
+    Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's. With beta
+    = 1 / words: "average" of Table 3.
     Helpers: wide, masked_softmax, word_weights.
     """
     return (word_weights(h, v, word_mask, region_mask)[..., None] * wide(h)).sum(dim=-2)
 
 
 def phrase_scores(e, v, region_mask):
-    """How well each phrase fits each region of each image.    A_n,m = e_n . v_m                                   MAF eq. (6)
+    """How well each phrase fits each region of each image.
+
+        A_n,m = e_n . v_m                                                              MAF eq. (6)
 
     e (T, Q, d) phrases of T captions, v (I, K, d) regions of I images, region_mask (I, K)
     returns  (T, I, Q, K), -inf at padded regions
     Helpers: wide.
     """
-    A = wide(e).flatten(0, 1) @ wide(v).flatten(0, 1).mT                            # (T Q, I K): one product for all pairs
-    return A.view(*e.shape[:2], *v.shape[:2]).masked_fill(~region_mask, float("-inf")).transpose(1, 2)
+    # (T Q, I K): one product for all pairs
+    A = wide(e).flatten(0, 1) @ wide(v).flatten(0, 1).mT
+    return (
+        A.view(*e.shape[:2], *v.shape[:2]).masked_fill(~region_mask, float("-inf")).transpose(1, 2)
+    )
 
 
 def maf_similarity(e, v, phrase_mask, region_mask):
-    """How well each caption fits each image.    sim(I, S) = mean_n max_m A_n,m                                    MAF eq. (5), (6)
+    """How well each caption fits each image.
+
+        sim(I, S) = mean_n max_m A_n,m                                            MAF eq. (5), (6)
 
     Arguments as phrase_scores, phrase_mask (T, Q); returns (T, I)
-    Source: MAF sec. 3.2. The authors' code sums over padded phrases too, lets padded regions win, and divides by the real phrases.
+    Source: MAF sec. 3.2. The authors' code sums over padded phrases too, lets padded regions win,
+        and divides by the real phrases.
     Helpers: wide, phrase_scores.
     """
-    best = phrase_scores(e, v, region_mask).amax(dim=-1)                            # (T, I, Q)
-    return best.masked_fill(~phrase_mask[:, None], 0).sum(dim=-1) / phrase_mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    best = phrase_scores(e, v, region_mask).amax(dim=-1)  # (T, I, Q)
+    return best.masked_fill(~phrase_mask[:, None], 0).sum(dim=-1) / phrase_mask.sum(
+        dim=-1, keepdim=True
+    ).clamp(min=1)
 
 
 def maf(similarity, own=None):
-    """A caption should fit its own image best.    loss = -mean_t log softmax_i( sim(i, t) )[own_t]                MAF eq. (4)
+    """A caption should fit its own image best.
+
+        loss = -mean_t log softmax_i( sim(i, t) )[own_t]                               MAF eq. (4)
 
     similarity (T, I); own (T,) int64: the image of each caption, its own number unless given
     returns  scalar >= 0, nats per caption
     Source: MAF sec. 3.2; one way only and without temperature, as in the authors' code.
     Helpers: wide.
     """
-    return F.cross_entropy(wide(similarity), torch.arange(len(similarity), device=similarity.device) if own is None else own)
+    return F.cross_entropy(
+        wide(similarity),
+        torch.arange(len(similarity), device=similarity.device) if own is None else own,
+    )
 
 
-# ------------------------------------------------------------------------------------------- optimal transport (WRA)
+# ------------------------------------------------------------------------ optimal transport (WRA)
+
 
 def cosine_cost(words, regions, text_mask, region_mask):
     """c_ij = 1 - cos(w_i, v_j), 0 where either is padding.
 
     words (B, N_L, D), regions (B, N_V, D); returns (B, N_L, N_V) in [0, 2]
-    Source: UNITER sec. 3.2. Norms count as at least 1e-5 (authors' code), so a zero vector has cost 1 to everything.
+    Source: UNITER sec. 3.2. Norms count as at least 1e-5 (authors' code), so a zero vector has
+        cost 1 to everything.
     Helpers: wide.
     """
     with torch.autocast(words.device.type, enabled=False):
-        cost = 1 - F.normalize(wide(words), dim=-1, eps=1e-5) @ F.normalize(wide(regions), dim=-1, eps=1e-5).mT
+        cost = (
+            1
+            - F.normalize(wide(words), dim=-1, eps=1e-5)
+            @ F.normalize(wide(regions), dim=-1, eps=1e-5).mT
+        )
     return cost.masked_fill(~(text_mask[:, :, None] & region_mask[:, None, :]), 0)
 
 
 @torch.no_grad()
 def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
-    """Inexact proximal point method for optimal transport: the plan T that carries words to regions cheaply.
+    """Inexact proximal point method for optimal transport: the plan T that carries words to
+    regions cheaply.
 
-        Q = exp(-cost / beta) * T;   delta = 1 / (m Q^T sigma),  sigma = 1 / (n Q delta);   T = diag(sigma) Q diag(delta)
+        Q = exp(-cost / beta) * T;   delta = 1 / (m Q^T sigma),  sigma = 1 / (n Q delta);   T =
+                                     diag(sigma) Q diag(delta)
 
-    cost (B, N_L, N_V); text_mask, region_mask; inner = steps of the middle line for each of the outer `iterations`
-    returns  T (B, N_L, N_V) >= 0 without gradient: sums to 1, rows to 1/n exactly, columns to 1/m in the limit;
+    cost (B, N_L, N_V); text_mask, region_mask; inner = steps of the middle line for each of the
+        outer `iterations`
+    returns  T (B, N_L, N_V) >= 0 without gradient: sums to 1, rows to 1/n exactly, columns to 1/m
+             in the limit;
              n and m count the real words and regions, [CLS] and [SEP] included; 0 in padding
-    Source: UNITER Algorithm 1, with its defaults. The authors' code stops with an error for inner > 1.
+    Source: UNITER Algorithm 1, with its defaults. The authors' code stops with an error for inner
+        > 1.
     Helpers: wide.
     """
     with torch.autocast(cost.device.type, enabled=False):
@@ -348,21 +459,28 @@ def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
         A = (-wide(cost) / beta).exp().masked_fill(~real, 0)
         n, m = text_mask.sum(dim=1)[:, None, None], region_mask.sum(dim=1)[:, None, None]
         word_pad, region_pad = ~text_mask[:, :, None], ~region_mask[:, None, :]
-        sigma = (1 / n).to(A.dtype).expand(-1, cost.shape[1], 1).masked_fill(word_pad, 0)          # (B, N_L, 1)
-        T = A.clone()                                                                             # A * (T = all ones)
+        # (B, N_L, 1)
+        sigma = (1 / n).to(A.dtype).expand(-1, cost.shape[1], 1).masked_fill(word_pad, 0)
+        # A * (T = all ones)
+        T = A.clone()
         for step in range(iterations):
             if step:
-                T *= A                                                                            # Q, in T's memory
+                # Q, in T's memory
+                T *= A
             for _ in range(inner):
-                delta = (1 / (m * (sigma.mT @ T))).masked_fill_(region_pad, 0)                    # (B, 1, N_V)
-                sigma = (1 / (n * (T @ delta.mT))).masked_fill_(word_pad, 0)                      # (B, N_L, 1)
+                # (B, 1, N_V)
+                delta = (1 / (m * (sigma.mT @ T))).masked_fill_(region_pad, 0)
+                # (B, N_L, 1)
+                sigma = (1 / (n * (T @ delta.mT))).masked_fill_(word_pad, 0)
             T *= sigma
             T *= delta
     return T
 
 
 def ot_distance(words, regions, text_mask, region_mask, beta=0.5, iterations=50):
-    """What it costs to turn the words into the regions.    distance_b = min_T sum_ij T_ij c(w_i, v_j)             UNITER eq. (3)
+    """What it costs to turn the words into the regions.
+
+        distance_b = min_T sum_ij T_ij c(w_i, v_j)                                  UNITER eq. (3)
 
     words (B, N_L, D), regions (B, N_V, D): last hidden states
     returns  (B,) in [0, 2], cosine distance; gradient through the cost, none through the plan
@@ -373,84 +491,111 @@ def ot_distance(words, regions, text_mask, region_mask, beta=0.5, iterations=50)
 
 
 def wra(words, regions, text_mask, region_mask, match=None, beta=0.5, iterations=50):
-    """Word-region alignment: words and regions of a matched pair should lie close.                               UNITER eq. (3)
+    """Word-region alignment: words and regions of a matched pair should lie close.
+                                                                                    UNITER eq. (3)
 
-        loss = mean_b distance_b                        every pair is matched (match=None): the paper
-        loss = mean_b (distance_b if match_b else -distance_b)      with match: the authors' code, which weighs it by 0.1
+        loss = mean_b distance_b                        every pair is matched (match=None): the
+        paper loss = mean_b (distance_b if match_b else -distance_b)      with match: the authors'
+        code, which weighs it by 0.1
 
     words (B, N_L, D), regions (B, N_V, D), text_mask, region_mask; match (B,) bool
     returns  scalar in [0, 2], with match in [-2, 2]; cosine distance per pair
-    Source: UNITER eq. (3). The paper does not tell that the released code pushes mismatched pairs apart.
+    Source: UNITER eq. (3). The paper does not tell that the released code pushes mismatched pairs
+        apart.
     Helpers: wide, cosine_cost, ipot, ot_distance.
     """
     distance = ot_distance(words, regions, text_mask, region_mask, beta, iterations)
     return (distance if match is None else torch.where(match.bool(), distance, -distance)).mean()
 
 
-# --------------------------------------------------------------------------------------- relation alignment (CACR)
+# ---------------------------------------------------------------------- relation alignment (CACR)
+
 
 def matrix_kl(p, q, row_mask, eps=1e-6):
-    """How far two attention maps are apart, row by row.    sum_i KL(p_i || q_i) + KL(q_i || p_i)                   CACR eq. (4)
+    """How far two attention maps are apart, row by row.
+
+        sum_i KL(p_i || q_i) + KL(q_i || p_i)                                         CACR eq. (4)
 
     p, q (B, N, M): rows are distributions, 0 in padded columns; row_mask (B, N)
     returns  scalar >= 0 in nats: sum over the real rows of a pair, mean over pairs
-    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes the mean over rows: see iais_singular.
+    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes the mean over rows: see
+        iais_singular.
     Helpers: wide.
     """
     p, q = wide(p), wide(q)
-    rows = ((p - q) * ((p + eps).log() - (q + eps).log())).sum(dim=-1)              # (B, N), both KLs in one product
+    # (B, N), both KLs in one product
+    rows = ((p - q) * ((p + eps).log() - (q + eps).log())).sum(dim=-1)
     return rows.masked_fill(~row_mask, 0).sum(dim=-1).mean()
 
 
 def cacr_side(S_own, S_cross, S_other, own_mask, other_mask):
-    """One side of CACR: the own modality should attend as the other does, seen through the cross-modal attention.
+    """One side of CACR: the own modality should attend as the other does, seen through the
+    cross-modal attention.
 
-        language:  m-KL( softmax(S_LV S_VV S_LV^T), softmax(S_LL) )  = cacr_side(S_LL, S_LV, S_VV, text, region)   CACR eq. (3)
-        vision:    m-KL( softmax(S_VL S_LL S_VL^T), softmax(S_VV) )  = cacr_side(S_VV, S_VL, S_LL, region, text)   CACR eq. (5)
+        language:  m-KL( softmax(S_LV S_VV S_LV^T), softmax(S_LL) )  = cacr_side(S_LL, S_LV, S_VV,
+                   text, region)
+                                                                                      CACR eq. (3)
+        vision:    m-KL( softmax(S_VL S_LL S_VL^T), softmax(S_VV) )  = cacr_side(S_VV, S_VL, S_LL,
+                   region, text)
+                                                                                      CACR eq. (5)
 
-    S_own (B, N, N), S_cross (B, N, M), S_other (B, M, M): blocks of one layer, mean over heads; own_mask (B, N), other_mask (B, M)
+    S_own (B, N, N), S_cross (B, N, M), S_other (B, M, M): blocks of one layer, mean over heads;
+        own_mask (B, N), other_mask (B, M)
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all three blocks
-    Source: CACR sec. 3.2. Here: the equations' index order; the last line of sec. 3.4 prints the transpose.
+    Source: CACR sec. 3.2. Here: the equations' index order; the last line of sec. 3.4 prints the
+        transpose.
     Helpers: wide, masked_softmax, matrix_kl.
     """
     with torch.autocast(S_own.device.type, enabled=False):
-        S_cross = wide(S_cross).masked_fill(~other_mask[:, None, :], 0)             # padding stands for nothing
-        seen = S_cross @ wide(S_other) @ S_cross.mT                                 # (B, N, N) the other's relations, own basis
+        # padding stands for nothing
+        S_cross = wide(S_cross).masked_fill(~other_mask[:, None, :], 0)
+        # (B, N, N) the other's relations, own basis
+        seen = S_cross @ wide(S_other) @ S_cross.mT
     return matrix_kl(masked_softmax(seen, own_mask), masked_softmax(S_own, own_mask), own_mask)
 
 
 def cacr(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
-    """Cross-modal attention congruence regularisation.    loss = language side + vision side                       CACR eq. (6)
+    """Cross-modal attention congruence regularisation.
 
-    S_LL (B, N_L, N_L), S_LV (B, N_L, N_V), S_VL (B, N_V, N_L), S_VV (B, N_V, N_V): blocks of the last layer, mean over heads:
-        logits as eq. (1) writes them (here scaled by 1/sqrt(d), as the layer uses them), or probabilities, which the
-        text of sec. 3.1 describes ("a distribution over columns")
+        loss = language side + vision side                                            CACR eq. (6)
+
+    S_LL (B, N_L, N_L), S_LV (B, N_L, N_V), S_VL (B, N_V, N_L), S_VV (B, N_V, N_V): blocks of the
+        last layer, mean over heads:
+        logits as eq. (1) writes them (here scaled by 1/sqrt(d), as the layer uses them), or
+        probabilities, which the text of sec. 3.1 describes ("a distribution over columns")
     text_mask (B, N_L), region_mask (B, N_V): the words and regions that take part
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all four blocks
     Source: CACR sec. 3.2. No code was released.
     Helpers: wide, masked_softmax, matrix_kl, cacr_side.
     """
-    return (cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask)
-            + cacr_side(S_VV, S_VL, S_LL, region_mask, text_mask))
+    return cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask) + cacr_side(
+        S_VV, S_VL, S_LL, region_mask, text_mask
+    )
 
 
 def soft_relation_alignment(S_own, S_cross, S_other, own_mask, other_mask):
     """Algorithm 1 with its loops, for reading and for the proof: cacr_side gives the same number.
 
-        a*_ij = sum_kp S_cross[i,k] S_cross[j,p] S_other[k,p];    m-KL( softmax(a*), softmax(S_own) )           CACR Algorithm 1
+        a*_ij = sum_kp S_cross[i,k] S_cross[j,p] S_other[k,p];    m-KL( softmax(a*),
+        softmax(S_own) )
+                                                                                  CACR Algorithm 1
 
-    Arguments as cacr_side; returns the same scalar; one pair at a time, one relation i -> j at a time: hundreds of times slower.
-    Source: CACR sec. 3.3. Here: a weighted sum, as sec. 3.4 proves; Algorithm 1 writes "mean", which the softmax would see.
+    Arguments as cacr_side; returns the same scalar; one pair at a time, one relation i -> j at a
+    time: hundreds of times slower.
+    Source: CACR sec. 3.3. Here: a weighted sum, as sec. 3.4 proves; Algorithm 1 writes "mean",
+        which the softmax would see.
     Helpers: wide, matrix_kl.
     """
     losses = []
     for b in range(len(S_own)):
         own, other = own_mask[b].nonzero()[:, 0].tolist(), other_mask[b].nonzero()[:, 0]
-        relations = wide(S_other)[b][other][:, other]                               # (M', M') real ones only
+        # (M', M') real ones only
+        relations = wide(S_other)[b][other][:, other]
         seen = []
         for i in own:
             for j in own:
-                W = torch.outer(wide(S_cross)[b, i, other], wide(S_cross)[b, j, other])   # soft weighting
+                # soft weighting
+                W = torch.outer(wide(S_cross)[b, i, other], wide(S_cross)[b, j, other])
                 seen.append((W * relations).sum())
         seen = torch.stack(seen).view(1, len(own), len(own)).softmax(dim=-1)
         said = wide(S_own)[b][own][:, own][None].softmax(dim=-1)
@@ -458,39 +603,49 @@ def soft_relation_alignment(S_own, S_cross, S_other, own_mask, other_mask):
     return torch.stack(losses).mean()
 
 
-# --------------------------------------------------------------------------------------- relation alignment (IAIS)
+# ---------------------------------------------------------------------- relation alignment (IAIS)
+
 
 def strongest_partner(cross, other, other_mask):
-    """IAIS's hard change of basis: G_ij = other[c(i), c(j)] with c(i) = argmax of row i of cross; the first of a tie.
+    """IAIS's hard change of basis: G_ij = other[c(i), c(j)] with c(i) = argmax of row i of cross;
+    the first of a tie.
 
-    cross (B, N, M), other (B, M, M), other_mask (B, M); returns G (B, N, N); gradient to other, none to cross
+    cross (B, N, M), other (B, M, M), other_mask (B, M); returns G (B, N, N); gradient to other,
+        none to cross
     """
-    partner = cross.masked_fill(~other_mask[:, None, :], float("-inf")).argmax(dim=-1)             # (B, N)
+    # (B, N)
+    partner = cross.masked_fill(~other_mask[:, None, :], float("-inf")).argmax(dim=-1)
     pair = torch.arange(len(cross), device=cross.device)[:, None, None]
     return other[pair, partner[:, :, None], partner[:, None, :]]
 
 
 def row_mean_kl(p, q, row_mask, eps=0.0):
-    """IAIS's m-KL:  mean_b mean_i sum_j p_ij (log p_ij - log(q_ij + eps)) + q_ij (log q_ij - log(p_ij + eps))
+    """IAIS's m-KL:  mean_b mean_i sum_j p_ij (log p_ij - log(q_ij + eps)) + q_ij (log q_ij -
+    log(p_ij + eps))
 
-    p, q (B, N, M), rows are distributions; row_mask (B, N); returns a scalar in nats per row. The authors' code gives inf
-    or nan where a probability is exactly 0; here log never sees less than 1e-30, so value and gradient stay finite.
+    p, q (B, N, M), rows are distributions; row_mask (B, N); returns a scalar in nats per row. The
+        authors' code gives inf or nan where a probability is exactly 0; here log never sees less
+        than 1e-30, so value and gradient stay finite.
     Helpers: wide.
     """
     p, q = wide(p), wide(q)
     log = lambda x: x.clamp(min=1e-30).log()
-    rows = (p * (log(p) - log(q + eps)) + q * (log(q) - log(p + eps))).sum(dim=-1)                # (B, N)
+    # (B, N)
+    rows = (p * (log(p) - log(q + eps)) + q * (log(q) - log(p + eps))).sum(dim=-1)
     return (rows.masked_fill(~row_mask, 0).sum(dim=-1) / row_mask.sum(dim=-1)).mean()
 
 
 def iais_singular_side(S_own, S_cross, S_other, own_mask, other_mask):
     """One side of IAIS: CACR with one hard counterpart for each token, and the mean over rows.
 
-        m-KL( softmax(S_other[c, c]), softmax(S_own) ),   c(i) = argmax of row i of S_cross                       IAIS sec. 3.1
+        m-KL( softmax(S_other[c, c]), softmax(S_own) ),   c(i) = argmax of row i of S_cross
+                                                                                     IAIS sec. 3.1
 
-    Arguments and the roles of language and vision as cacr_side; returns a scalar >= 0 in nats per row;
+    Arguments and the roles of language and vision as cacr_side; returns a scalar >= 0 in nats per
+    row;
     gradient to S_own and S_other, none to S_cross.
-    Source: Ren et al. 2021, sec. 3.1: both sides normalised alike, from logits. The authors' code: iais_singular_released.
+    Source: Ren et al. 2021, sec. 3.1: both sides normalised alike, from logits. The authors'
+        code: iais_singular_released.
     Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
     """
     seen = masked_softmax(strongest_partner(S_cross, S_other, other_mask), own_mask)
@@ -498,21 +653,26 @@ def iais_singular_side(S_own, S_cross, S_other, own_mask, other_mask):
 
 
 def iais_singular(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
-    """Intra-modal self-attention alignment, singular: language side + vision side.                               IAIS sec. 3.1
+    """Intra-modal self-attention alignment, singular: language side + vision side.
+                                                                                     IAIS sec. 3.1
 
-    Arguments as cacr, logits; the authors leave [CLS] and [SEP] out of text_mask. Returns a scalar >= 0, nats per row.
+    Arguments as cacr, logits; the authors leave [CLS] and [SEP] out of text_mask. Returns a
+    scalar >= 0, nats per row.
     Helpers: wide, masked_softmax, strongest_partner, row_mean_kl, iais_singular_side.
     """
-    return (iais_singular_side(S_LL, S_LV, S_VV, text_mask, region_mask)
-            + iais_singular_side(S_VV, S_VL, S_LL, region_mask, text_mask))
+    return iais_singular_side(S_LL, S_LV, S_VV, text_mask, region_mask) + iais_singular_side(
+        S_VV, S_VL, S_LL, region_mask, text_mask
+    )
 
 
 def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
-    """iais_singular_side as the authors' code computes it: from probabilities, with a second softmax on one side only.
+    """iais_singular_side as the authors' code computes it: from probabilities, with a second
+    softmax on one side only.
 
         m-KL( softmax(P_other[c, c]), P_own ),   so that the left side is close to uniform
 
-    P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side; returns a scalar >= 0 in nats per row.
+    P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side; returns a scalar
+        >= 0 in nats per row.
     Source: IAIS code. Here: finite where a probability is 0 (row_mean_kl).
     Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
     """
@@ -521,37 +681,50 @@ def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
 
 
 def iais_distributed_side(P_own, P_cross, P_back, own_mask, other_mask, eps=1e-6):
-    """One side of distributed IAIS: attention to the other modality and back again should be the own attention.
+    """One side of distributed IAIS: attention to the other modality and back again should be the
+    own attention.
 
-        m-KL( P_cross P_back, P_own )    language: (P_LL, P_LV, P_VL), vision: (P_VV, P_VL, P_LV)                 IAIS sec. 3.2
+        m-KL( P_cross P_back, P_own )    language: (P_LL, P_LV, P_VL), vision: (P_VV, P_VL, P_LV)
+                                                                                     IAIS sec. 3.2
 
-    P_own (B, N, N), P_cross (B, N, M), P_back (B, M, N): block_softmax of each block; own_mask (B, N), other_mask (B, M)
-    returns  scalar in nats per row, >= -2e-6 N: eps stands in the second logarithm of each KL only (authors' code)
-    Source: Ren et al. 2021, sec. 3.2, and the IAIS code. Here: finite where a probability is 0 (row_mean_kl).
+    P_own (B, N, N), P_cross (B, N, M), P_back (B, M, N): block_softmax of each block; own_mask
+        (B, N), other_mask (B, M)
+    returns  scalar in nats per row, >= -2e-6 N: eps stands in the second logarithm of each KL
+             only (authors' code)
+    Source: Ren et al. 2021, sec. 3.2, and the IAIS code. Here: finite where a probability is 0
+        (row_mean_kl).
     Helpers: wide, row_mean_kl.
     """
     own, other = own_mask[:, None, :], other_mask[:, None, :]
     with torch.autocast(P_own.device.type, enabled=False):
-        seen = wide(P_cross).masked_fill(~other, 0) @ wide(P_back).masked_fill(~own, 0)          # (B, N, N)
+        # (B, N, N)
+        seen = wide(P_cross).masked_fill(~other, 0) @ wide(P_back).masked_fill(~own, 0)
     return row_mean_kl(seen, wide(P_own).masked_fill(~own, 0), own_mask, eps)
 
 
 def iais_distributed(P_LL, P_LV, P_VL, P_VV, text_mask, region_mask):
-    """Intra-modal self-attention alignment, distributed: language side + vision side.                            IAIS sec. 3.2
+    """Intra-modal self-attention alignment, distributed: language side + vision side.
+                                                                                     IAIS sec. 3.2
 
-    P_LL ... P_VV: block_softmax of each block; masks without [CLS] and [SEP]; returns a scalar in nats per row.
+    P_LL ... P_VV: block_softmax of each block; masks without [CLS] and [SEP]; returns a scalar in
+    nats per row.
     Helpers: wide, row_mean_kl, iais_distributed_side.
     """
-    return (iais_distributed_side(P_LL, P_LV, P_VL, text_mask, region_mask)
-            + iais_distributed_side(P_VV, P_VL, P_LV, region_mask, text_mask))
+    return iais_distributed_side(P_LL, P_LV, P_VL, text_mask, region_mask) + iais_distributed_side(
+        P_VV, P_VL, P_LV, region_mask, text_mask
+    )
 
 
-# -------------------------------------------------------------------------- pixels: ALBEF's and AMC's (He et al. 2022)
+# ----------------------------------------------------- pixels: ALBEF's and AMC's (He et al. 2022)
+
 
 def itc_targets(similarity_m, own, alpha):
-    """What the contrastive loss should find: the own partner, softened by the momentum model.     alpha softmax(s_m) + (1 - alpha) onehot
+    """What the contrastive loss should find: the own partner, softened by the momentum model.
 
-    similarity_m (b, M): the momentum model's similarities divided by the temperature, no gradient; own (b,): the column of each row's partner
+        alpha softmax(s_m) + (1 - alpha) onehot
+
+    similarity_m (b, M): the momentum model's similarities divided by the temperature, no
+        gradient; own (b,): the column of each row's partner
     returns  (b, M), rows sum to 1
     Source: ALBEF's code, AMC sec. 2.1.
     Helpers: wide.
@@ -561,21 +734,27 @@ def itc_targets(similarity_m, own, alpha):
 
 
 def itc(similarity, target):
-    """Image-text contrastive loss, one direction.    loss = -mean_b sum_m target_bm log softmax(similarity_b)_m                AMC eq. (3)
+    """Image-text contrastive loss, one direction.
 
-    similarity (b, M): an image with M texts or the reverse, divided by the temperature: the momentum model's features of the batch, then
-    of the queue; target (b, M) of itc_targets
+        loss = -mean_b sum_m target_bm log softmax(similarity_b)_m                     AMC eq. (3)
+
+    similarity (b, M): an image with M texts or the reverse, divided by the temperature: the
+        momentum model's features of the batch, then of the queue; target (b, M) of itc_targets
     returns  scalar >= 0, nats per pair; ALBEF takes the mean of both directions
-    Source: ALBEF's code. Here: the cross-entropy; ALBEF's paper writes a KL divergence, which has the same gradient.
+    Source: ALBEF's code. Here: the cross-entropy; ALBEF's paper writes a KL divergence, which has
+        the same gradient.
     Helpers: wide.
     """
     return -(wide(similarity).log_softmax(dim=-1) * target).sum(dim=-1).mean()
 
 
 def negative_weights(similarity, own):
-    """How likely each other partner of the batch is drawn as the mismatched one: the more similar, the more likely.            ALBEF's code
+    """How likely each other partner of the batch is drawn as the mismatched one: the more
+    similar, the more likely.
+                                                                                      ALBEF's code
 
-    similarity (b, B): with the B partners of the batch; own (b,): the column of each row's true one
+    similarity (b, B): with the B partners of the batch; own (b,): the column of each row's true
+        one
     returns  (b, B), 0 there; rows sum to less than 1
     Helpers: wide.
     """
@@ -583,44 +762,62 @@ def negative_weights(similarity, own):
 
 
 def mlm_distilled(logits, target, teacher_logits, alpha):
-    """Masked language modelling with a momentum teacher.   loss = (1 - alpha) mlm - alpha mean_k sum_v softmax(teacher)_kv log softmax(logits)_kv
+    """Masked language modelling with a momentum teacher.
 
-    logits, teacher_logits (K, V), target (K,): the K masked words; K may be 0; returns a scalar >= 0, nats per masked word
-    Source: ALBEF's code, AMC eq. (1). AMC's code takes the teacher's softmax over token positions instead of words, a slip.
+        loss = (1 - alpha) mlm - alpha mean_k sum_v softmax(teacher)_kv log softmax(logits)_kv
+
+    logits, teacher_logits (K, V), target (K,): the K masked words; K may be 0; returns a scalar
+        >= 0, nats per masked word
+    Source: ALBEF's code, AMC eq. (1). AMC's code takes the teacher's softmax over token positions
+        instead of words, a slip.
     Helpers: wide, mean_over, mlm.
     """
     soft = -(wide(logits).log_softmax(dim=-1) * wide(teacher_logits).softmax(dim=-1)).sum(dim=-1)
     return (1 - alpha) * mlm(logits, target) + alpha * mean_over(soft, len(target))
 
 
-def gradcam(P, score, text_mask, create_graph=True, cut=lambda P: P[..., 1:]):
-    """Where the image supports a score: A = mean over heads and words of P * ReLU(d score / d P), patches only.                AMC eq. (4)-(6)
+def gradcam(P, score, text_mask, create_graph=True, block_of=lambda P: P[..., 1:]):
+    """Where the image supports a score: A = mean over heads and words of P * ReLU(d score / d P),
+    patches only.
+                                                                                   AMC eq. (4)-(6)
 
-    P (B, H, N_L, 1 + patches): cross-attention probabilities in the graph of score, image [CLS] first; score (B,) or a scalar
-    cut: for a P of another form, such as a single stream's: P -> its part (B, H, N_L, patches), words asking patches
+    P (B, H, N_L, 1 + patches): cross-attention probabilities in the graph of score, image [CLS]
+        first; score (B,) or a scalar block_of: for a P of another form, such as a single
+        stream's: P -> its part (B, H, N_L, patches), words asking patches
     text_mask (B, N_L): padded words give nothing, but count in the mean [authors' code]
-    returns  A (B, patches) >= 0; with create_graph a loss on A reaches every weight, through the gradient too
-    Source: AMC's code. It differentiates the matched logit of matched pairs; eq. (5) writes the cross-entropy, whose sign is opposite
-    (pass it as score to have that); ReLU before the product equals eq. (6), since P >= 0.
+    returns  A (B, patches) >= 0; with create_graph a loss on A reaches every weight, through the
+             gradient too
+    Source: AMC's code. It differentiates the matched logit of matched pairs; eq. (5) writes the
+        cross-entropy, whose sign is opposite (pass it as score to have that); ReLU before the
+        product equals eq. (6), since P >= 0.
     """
-    gradient, = torch.autograd.grad(score.sum(), P, create_graph=create_graph)
+    (gradient,) = torch.autograd.grad(score.sum(), P, create_graph=create_graph)
     words = text_mask[:, None, :, None]
-    return (cut(P * gradient.clamp(min=0)) * words).mean(dim=(1, 2))
+    return (block_of(P * gradient.clamp(min=0)) * words).mean(dim=(1, 2))
 
 
 def unit_range(A, eps=1e-7):
-    """Each heat map to [0, 1].    (A - min) / (max - min + eps)    A (B, ...); returns the same shape. Source: AMC's code; not in the paper."""
+    """Each heat map to [0, 1].
+
+        (A - min) / (max - min + eps);   A (B, ...); returns the same shape. Source: AMC's code;
+                                         not in the paper.
+    """
     low, flat = (1,) * (A.dim() - 1), A.flatten(1)
     return (A - flat.amin(1).view(-1, *low)) / (flat.amax(1) - flat.amin(1) + eps).view(-1, *low)
 
 
 def amc_mean(A, M, margin=0.1):
-    """The mean heat inside the region should exceed the mean heat outside by a margin.    max(0, out - in + margin)              AMC eq. (7)
+    """The mean heat inside the region should exceed the mean heat outside by a margin.
 
-        in = sum A M / sum M,   out = sum A (1 - M) / sum (1 - M),   sums over all pairs of the batch
+        max(0, out - in + margin)                                                      AMC eq. (7)
 
-    A, M (b, h, w): heat maps in [0, 1] and region masks in [0, 1]; returns a scalar in [0, 1 + margin]
-    Source: AMC's code. Eq. (7) has one hinge a pair, then the mean: the mean of amc_mean(A[i:i+1], M[i:i+1]).
+        in = sum A M / sum M,   out = sum A (1 - M) / sum (1 - M),   sums over all pairs of the
+                                batch
+
+    A, M (b, h, w): heat maps in [0, 1] and region masks in [0, 1]; returns a scalar in [0, 1 +
+        margin]
+    Source: AMC's code. Eq. (7) has one hinge a pair, then the mean: the mean of
+        amc_mean(A[i:i+1], M[i:i+1]).
     Helpers: wide.
     """
     A, M = wide(A), wide(M)
@@ -629,18 +826,24 @@ def amc_mean(A, M, margin=0.1):
 
 
 def amc_max(A, M, margin=0.5):
-    """The hottest place should lie inside the region, by a margin.    mean_i max(0, max(A (1 - M)) - max(A M) + margin)          AMC eq. (8)
+    """The hottest place should lie inside the region, by a margin.
+
+        mean_i max(0, max(A (1 - M)) - max(A M) + margin)                              AMC eq. (8)
 
     A, M (b, h, w) as amc_mean; returns a scalar in [0, 1 + margin]
     Source: AMC sec. 2.2; the code agrees.
     Helpers: wide.
     """
     A, M = wide(A).flatten(1), wide(M).flatten(1)
-    return ((A * (1 - M)).max(dim=1).values - (A * M).max(dim=1).values + margin).clamp(min=0).mean()
+    return (
+        ((A * (1 - M)).max(dim=1).values - (A * M).max(dim=1).values + margin).clamp(min=0).mean()
+    )
 
 
 def amc(A, M):
-    """Attention mask consistency.    loss = 0.2 amc_mean + 0.8 amc_max        A, M (b, h, w); returns a scalar                   AMC eq. (9)
+    """Attention mask consistency.
+
+        loss = 0.2 amc_mean + 0.8 amc_max    A, M (b, h, w); returns a scalar          AMC eq. (9)
 
     Helpers: wide, amc_mean, amc_max.
     """
@@ -648,7 +851,9 @@ def amc(A, M):
 
 
 def amc_cosine(A, M):
-    """The ablation: heat map and mask should point the same way.    mean_i 1 - cos(A_i, M_i)      A, M (b, h, w); returns a scalar in [0, 1]
+    """The ablation: heat map and mask should point the same way.
+
+        mean_i 1 - cos(A_i, M_i);   A, M (b, h, w); returns a scalar in [0, 1]
 
     Source: AMC sec. 4.5, Table 3b, "cosine distance between M and A"; not in the code.
     Helpers: wide.

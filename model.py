@@ -1,24 +1,34 @@
-"""Encoders for word-region alignment: UNITER's single stream, LXMERT's two, ALBEF's towers, MAF's embeddings; heads, and official checkpoints.
+"""Encoders for word-region alignment: UNITER's single stream, LXMERT's two, ALBEF's towers, MAF's
+embeddings; heads, and official checkpoints.
 
-Letters: B pairs, N_L words, N_V regions, L longest words + regions of the batch, H heads, D width, D_V width of a region
-feature, V vocabulary, C region classes, K masked words or regions. A mask is bool, True = real; real entries come first.
+Letters: B pairs, N_L words, N_V regions, L longest words + regions of the batch, H heads, D
+width, D_V width of a region feature, V vocabulary, C region classes, K masked words or regions. A
+mask is bool, True = real; real entries come first.
 
-    Attention        softmax(S) V with S = Q K^T / sqrt(d); fused, or written out where the maps S are asked for
+    Attention        softmax(S) V with S = Q K^T / sqrt(d); fused, or written out where the maps S
+                     are asked for
     Layer            attention and MLP, each followed by layer norm (BERT)
-    CrossLayer       words ask regions and regions ask words, with one set of weights; then a Layer each    LXMERT; Kervadec eq. 5-10
+    CrossLayer       words ask regions and regions ask words, with one set of weights; then a
+                     Layer each
+                                                                         LXMERT; Kervadec eq. 5-10
     TextEmbedding    word + position + type                                      UNITER sec. 3.1
-    RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1; BoxedFeature: LXMERT's
+    RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1;
+                     AveragedRegionEmbedding: LXMERT's
     PatchStem        pixels instead of features
-    answer_head  choice_head  region_head  TripletHead  PairHead  PairAttentionHead     one for each downstream task, UNITER sec. A.2
-    AlignmentDecoder which region a word stands for                              Kervadec eq. 11, 12
-    Uniter           single stream and heads; forward() returns an Output        UNITER sec. 3.1, 3.2
+    answer_head  choice_head  region_head  TripletHead  PairHead  PairAttentionHead     one for
+                 each downstream task, UNITER sec. A.2
+    AlignmentDecoder which region a word stands for                            Kervadec eq. 11, 12
+    Uniter           single stream and heads; forward() returns an Output     UNITER sec. 3.1, 3.2
     Lxmert           two streams and heads; same forward()                       Kervadec sec. 3
-    Albef            ViT, text and fusion encoder, momentum copy, queues         AMC sec. 2 (Li et al. 2021)
+    Albef            ViT, text and fusion encoder, momentum copy, queues
+                                                                       AMC sec. 2 (Li et al. 2021)
     Maf              word vectors and three matrices                             MAF sec. 3.1
-    Detector         ResNet-101 Faster R-CNN with attributes: pictures to regions      Anderson et al. 2018
+    Detector         ResNet-101 Faster R-CNN with attributes: pictures to regions
+                                                                              Anderson et al. 2018
     build            any of them by name and size
     load_pretrained  BERT, UNITER, LXMERT, DeiT, ALBEF, AMC, MAF and our own checkpoints
 """
+
 import copy
 import json
 import math
@@ -33,57 +43,93 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-SIZES = {                                           # UNITER footnote 12; toy [ours]
-    "toy":   dict(width=128, layers=4, heads=4, inner=512),
-    "base":  dict(width=768, layers=12, heads=12, inner=3072),
-    "large": dict(width=1024, layers=24, heads=16, inner=4096),
+SIZES = {  # UNITER footnote 12; toy [ours]
+    "toy": dict(width=128, layers=4, heads=4, mlp_dim=512),
+    "base": dict(width=768, layers=12, heads=12, mlp_dim=3072),
+    "large": dict(width=1024, layers=24, heads=16, mlp_dim=4096),
 }
-STACKS = {"toy": (2, 1, 2), "base": (9, 5, 5)}       # of a two-stream model: language, vision and cross layers [Kervadec sec. 6.3]; toy [ours]
-PIXELS = {                                          # ALBEF: layers of text and fusion, fusion of them; its ViT; width of the contrastive features [ALBEF's code]; toy [ours]
-    "toy":  dict(width=128, layers=4, fusion=2, heads=4, inner=512, embed=64, vision=dict(width=128, layers=4, heads=4, inner=512)),
-    "base": dict(width=768, layers=12, fusion=6, heads=12, inner=3072, embed=256, vision=dict(width=768, layers=12, heads=12, inner=3072)),
+# of a two-stream model: language, vision and cross layers [Kervadec sec. 6.3]; toy [ours]
+TWO_STREAM_LAYERS = {"toy": (2, 1, 2), "base": (9, 5, 5)}
+# ALBEF: layers of text and fusion, fusion of them; its ViT; width of the contrastive features
+# [ALBEF's code]; toy [ours]
+ALBEF_SIZES = {
+    "toy": dict(
+        width=128,
+        layers=4,
+        fusion=2,
+        heads=4,
+        mlp_dim=512,
+        embed=64,
+        vision=dict(width=128, layers=4, heads=4, mlp_dim=512),
+    ),
+    "base": dict(
+        width=768,
+        layers=12,
+        fusion=6,
+        heads=12,
+        mlp_dim=3072,
+        embed=256,
+        vision=dict(width=768, layers=12, heads=12, mlp_dim=3072),
+    ),
 }
-EPS = 1e-12                                         # layer norm, as BERT
+EPS = 1e-12  # layer norm, as BERT
 
 
 class Maps(NamedTuple):
-    """The four blocks of one layer's attention logits: rows ask, columns answer; rubbish where either is padding."""
-    S_LL: torch.Tensor                              # (B, H, N_L, N_L)
-    S_LV: torch.Tensor                              # (B, H, N_L, N_V)
-    S_VL: torch.Tensor                              # (B, H, N_V, N_L)
-    S_VV: torch.Tensor                              # (B, H, N_V, N_V)
+    """The four blocks of one layer's attention logits: rows ask, columns answer; rubbish where
+    either is padding.
+    """
+
+    S_LL: torch.Tensor  # (B, H, N_L, N_L)
+    S_LV: torch.Tensor  # (B, H, N_L, N_V)
+    S_VL: torch.Tensor  # (B, H, N_V, N_L)
+    S_VV: torch.Tensor  # (B, H, N_V, N_V)
 
 
 class Output(NamedTuple):
     """What Uniter.forward and Lxmert.forward return; None for what was not asked for."""
-    words: torch.Tensor                             # (B, N_L, D) last hidden states, rubbish in padding
-    regions: torch.Tensor                           # (B, N_V, D)
-    maps: tuple = ()                                # one Maps for each layer asked for
-    word_logits: torch.Tensor = None                # (K, V) of the masked words
-    region_features: torch.Tensor = None            # (K, D_V) what the masked regions' features are guessed to be
-    region_logits: torch.Tensor = None              # (K, C) of the masked regions
-    attribute_logits: torch.Tensor = None           # (K, attributes) of the masked regions; two-stream only
-    pooled: torch.Tensor = None                     # (B, D)
-    match: torch.Tensor = None                      # (B, 2) logits; column 1 = they match
-    rank: torch.Tensor = None                       # (B,) how well they match, for ranking
-    scores: torch.Tensor = None                     # what the downstream head says; its shape stands at the head
-    alignment: torch.Tensor = None                  # (B, N_L, N_V) logits: which region each word stands for; rubbish in padding
-    explained: tuple = ()                           # (P, cut) for Grad-CAM: a layer's attention probabilities, in the graph of all that follows, and
-                                                    # cut(P) (B, H, N_L, N_V), words asking regions, of that or any tensor like it
+
+    # (B, N_L, D) last hidden states, rubbish in padding
+    words: torch.Tensor
+    regions: torch.Tensor  # (B, N_V, D)
+    maps: tuple = ()  # one Maps for each layer asked for
+    word_logits: torch.Tensor = None  # (K, V) of the masked words
+    # (K, D_V) what the masked regions' features are guessed to be
+    region_features: torch.Tensor = None
+    region_logits: torch.Tensor = None  # (K, C) of the masked regions
+    # (K, attributes) of the masked regions; two-stream only
+    attribute_logits: torch.Tensor = None
+    pooled: torch.Tensor = None  # (B, D)
+    match: torch.Tensor = None  # (B, 2) logits; column 1 = they match
+    rank: torch.Tensor = None  # (B,) how well they match, for ranking
+    # what the downstream head says; its shape stands at the head
+    scores: torch.Tensor = None
+    # (B, N_L, N_V) logits: which region each word stands for; rubbish in padding
+    alignment: torch.Tensor = None
+    # (P, block_of) for Grad-CAM: a layer's attention probabilities, in the graph of all that
+    # follows, and block_of(P) (B, H, N_L, N_V), words asking regions, of that or any tensor like
+    # it
+    gradcam: tuple = ()
 
 
 class Attention(nn.Module):
     """One stream asks (queries), the other answers (keys, values).
 
     x        (B, N, D)  asks
-    context  (B, M, D') answers; pass x itself for self-attention; D' = context_width, D unless told
+    context  (B, M, D') answers; pass x itself for self-attention; D' = context_width, D unless
+             told
     mask     (B, M)     True = may be attended to; at least one True in each row
-    returns  out (B, N, D), and with gradient S: logits (B, H, N, M) if need_maps, P: probabilities if need_probs, else None
+    returns  out (B, N, D), and with gradient S: logits (B, H, N, M) if need_maps, P:
+             probabilities if need_probs, else None
     """
+
     def __init__(self, width, heads, dropout=0.0, context_width=None):
         super().__init__()
         if width % heads:
-            raise ValueError(f"width {width} does not divide into {heads} heads; try heads={math.gcd(width, heads)}")
+            raise ValueError(
+                f"width {width} does not divide into {heads} heads; try "
+                f"heads={math.gcd(width, heads)}"
+            )
         self.heads, self.dropout, from_width = heads, dropout, context_width or width
         self.to_q, self.to_k = nn.Linear(width, width), nn.Linear(from_width, width)
         self.to_v, self.to_out = nn.Linear(from_width, width), nn.Linear(width, width)
@@ -92,62 +138,97 @@ class Attention(nn.Module):
         return rearrange(z, "B N (H d) -> B H N d", H=self.heads)
 
     def forward(self, x, context, mask, need_maps=False, need_probs=False):
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
-        may_see = mask[:, None, None, :]                            # (B, 1, 1, M)
-        drop = self.dropout if self.training else 0.0
+        q, k, v = (
+            self.split(self.to_q(x)),
+            self.split(self.to_k(context)),
+            self.split(self.to_v(context)),
+        )
+        key_mask = mask[:, None, None, :]  # (B, 1, 1, M)
+        dropout_p = self.dropout if self.training else 0.0
         need_maps |= need_probs
-        if need_maps or q.dtype == torch.bfloat16 and not q.is_cuda:    # written out: keeps the logits; and the fused bf16
-                                                                    # kernel's backward is several times slower on CPUs
-            S = q @ k.mT / math.sqrt(q.shape[-1])                   # (B, H, N, M)
-            P = S.masked_fill(~may_see, float("-inf")).softmax(dim=-1)
-            out = F.dropout(P, drop).to(v.dtype) @ v                # a loss sees S before dropout
-        else:                                                       # fused: same numbers, no maps
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, dropout_p=drop)
-        return self.to_out(rearrange(out, "B H N d -> B N (H d)")), P if need_probs else S if need_maps else None
+        # written out: keeps the logits; and the fused bf16 kernel's backward is several times
+        # slower on CPUs
+        if need_maps or q.dtype == torch.bfloat16 and not q.is_cuda:
+            S = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N, M)
+            P = S.masked_fill(~key_mask, float("-inf")).softmax(dim=-1)
+            # a loss sees S before dropout
+            out = F.dropout(P, dropout_p).to(v.dtype) @ v
+        else:  # fused: same numbers, no maps
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout_p)
+        return self.to_out(
+            rearrange(out, "B H N d -> B N (H d)")
+        ), P if need_probs else S if need_maps else None
 
 
 class Layer(nn.Module):
-    """x = norm(x + attention(x));  x = norm(x + narrow(gelu(widen(x)))).     Vaswani et al. 2017, as BERT: norm comes last"""
-    def __init__(self, width, heads, inner, dropout):
+    """x = norm(x + attention(x));  x = norm(x + fc2(gelu(fc1(x)))).
+
+        Vaswani et al. 2017, as BERT: norm comes last
+    """
+
+    def __init__(self, width, heads, mlp_dim, dropout):
         super().__init__()
-        self.attention, self.attention_norm = Attention(width, heads, dropout), nn.LayerNorm(width, EPS)
-        self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.attention, self.attention_norm = (
+            Attention(width, heads, dropout),
+            nn.LayerNorm(width, EPS),
+        )
+        self.fc1, self.fc2 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
         self.mlp_norm, self.dropout = nn.LayerNorm(width, EPS), nn.Dropout(dropout)
 
     def forward(self, x, mask, need_maps=False, need_probs=False):
         attended, S = self.attention(x, x, mask, need_maps, need_probs)
         x = self.attention_norm(x + self.dropout(attended))
-        x = self.mlp_norm(x + self.dropout(self.narrow(F.gelu(self.widen(x)))))
+        x = self.mlp_norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
         return x, S
 
 
 class CrossLayer(nn.Module):
-    """Each stream asks the other, then itself:     words, regions = ask(words, regions), ask(regions, words);  then a Layer each
+    """Each stream asks the other, then itself:
 
-    Both directions share one set of weights and read what the other stream was before [LXMERT's code].        Kervadec eq. (5)-(10)
-    returns  words (B, N_L, D), regions (B, N_V, D), and Maps if need_maps, where each block has a softmax of its own, or the
-             probabilities of words asking regions (B, H, N_L, N_V) if need_probs, or None
+        words, regions = ask(words, regions), ask(regions, words);  then a Layer each
+
+    Both directions share one set of weights and read what the other stream was before [LXMERT's
+    code].
+                                                                             Kervadec eq. (5)-(10)
+    returns  words (B, N_L, D), regions (B, N_V, D), and Maps if need_maps, where each block has a
+             softmax of its own, or the probabilities of words asking regions (B, H, N_L, N_V) if
+             need_probs, or None
     """
-    def __init__(self, width, heads, inner, dropout):
+
+    def __init__(self, width, heads, mlp_dim, dropout):
         super().__init__()
         self.cross, self.cross_norm = Attention(width, heads, dropout), nn.LayerNorm(width, EPS)
-        self.text, self.region = Layer(width, heads, inner, dropout), Layer(width, heads, inner, dropout)
+        self.text, self.region = (
+            Layer(width, heads, mlp_dim, dropout),
+            Layer(width, heads, mlp_dim, dropout),
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, words, regions, text_mask, region_mask, need_maps=False, need_probs=False):
-        need_maps |= need_probs                     # all that follows the probabilities is written out, for its second derivative
+        # all that follows the probabilities is written out, for its second derivative
+        need_maps |= need_probs
         to_words, S_LV = self.cross(words, regions, region_mask, need_maps, need_probs)
         to_regions, S_VL = self.cross(regions, words, text_mask, need_maps)
-        words, S_LL = self.text(self.cross_norm(words + self.dropout(to_words)), text_mask, need_maps)
-        regions, S_VV = self.region(self.cross_norm(regions + self.dropout(to_regions)), region_mask, need_maps)
-        return words, regions, S_LV if need_probs else Maps(S_LL, S_LV, S_VL, S_VV) if need_maps else None
+        words, S_LL = self.text(
+            self.cross_norm(words + self.dropout(to_words)), text_mask, need_maps
+        )
+        regions, S_VV = self.region(
+            self.cross_norm(regions + self.dropout(to_regions)), region_mask, need_maps
+        )
+        return (
+            words,
+            regions,
+            S_LV if need_probs else Maps(S_LL, S_LV, S_VL, S_VV) if need_maps else None,
+        )
 
 
 class TextEmbedding(nn.Module):
     """norm(word + position + type): (B, N_L) ids -> (B, N_L, D).
 
-    text_type (B, N_L) int64: 0 text, and what a task adds: VCR 2 answer, 3 rationale; type 1 marks regions. All 0 unless given
+    text_type (B, N_L) int64: 0 text, and what a task adds: VCR 2 answer, 3 rationale; type 1
+        marks regions. All 0 unless given
     """
+
     def __init__(self, vocab, width, positions=512, types=2, dropout=0.1):
         super().__init__()
         self.word, self.position = nn.Embedding(vocab, width), nn.Embedding(positions, width)
@@ -156,42 +237,75 @@ class TextEmbedding(nn.Module):
 
     def forward(self, text, text_type=None):
         if text.shape[1] > self.position.num_embeddings:
-            raise ValueError(f"a sentence of {text.shape[1]} tokens; this model has {self.position.num_embeddings} positions")
+            raise ValueError(
+                f"a sentence of {text.shape[1]} tokens; this model has "
+                f"{self.position.num_embeddings} positions"
+            )
         kind = self.token_type.weight[0] if text_type is None else self.token_type(text_type)
-        x = self.word(text) + self.position.weight[:text.shape[1]] + kind
+        x = self.word(text) + self.position.weight[: text.shape[1]] + kind
         return self.dropout(self.norm(x))
 
 
 class PatchStem(nn.Module):
-    """Patches (B, N, 3 p p), pixel by pixel, of a square picture, row by row -> (B, N, D): a few small convolutions over the whole picture.
+    """Patches (B, N, 3 p p), pixel by pixel, of a square picture, row by row -> (B, N, D): a few
+    small convolutions over the whole picture.
 
-    A single matrix, as a ViT has, learns shapes far slower from few pictures (README); convolutions: Xiao et al. 2021.
+    A single matrix, as a ViT has, learns shapes far slower from few pictures (README);
+        convolutions: Xiao et al. 2021.
     """
+
     def __init__(self, patch, width):
         super().__init__()
-        strides = [f for f in (2, 3, 5, 7) for _ in range(8) if patch % f == 0 and (patch := patch // f)] + [patch] * (patch > 1)
+        strides = [
+            f for f in (2, 3, 5, 7) for _ in range(8) if patch % f == 0 and (patch := patch // f)
+        ] + [patch] * (patch > 1)
         sizes = [3] + [max(24, width >> (len(strides) - 1 - i)) for i in range(len(strides))]
         self.patch = math.prod(strides)
-        self.layers = nn.Sequential(*(part for a, b, f in zip(sizes, sizes[1:], strides)
-                                      for part in (nn.Conv2d(a, b, max(3, f), f, padding=int(f <= 3)), nn.GroupNorm(8, b), nn.GELU())), nn.Conv2d(sizes[-1], width, 1))
+        self.layers = nn.Sequential(
+            *(
+                part
+                for a, b, f in zip(sizes, sizes[1:], strides)
+                for part in (
+                    nn.Conv2d(a, b, max(3, f), f, padding=int(f <= 3)),
+                    nn.GroupNorm(8, b),
+                    nn.GELU(),
+                )
+            ),
+            nn.Conv2d(sizes[-1], width, 1),
+        )
 
     def forward(self, x):
-        x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=math.isqrt(x.shape[1]), p=self.patch, q=self.patch)
+        x = rearrange(
+            x,
+            "B (h w) (p q c) -> B c (h p) (w q)",
+            h=math.isqrt(x.shape[1]),
+            p=self.patch,
+            q=self.patch,
+        )
         return rearrange(self.layers(x), "B D h w -> B (h w) D")
 
 
 class RegionEmbedding(nn.Module):
-    """norm( norm(W feature) + norm(W box) + type ): UNITER's embedding of a region; for patches of pixels, W is a PatchStem        UNITER sec. 3.1
+    """norm( norm(W feature) + norm(W box) + type ): UNITER's embedding of a region; for patches
+    of pixels, W is a PatchStem
+                                                                                   UNITER sec. 3.1
 
-    regions (B, N_V, D_V), boxes (B, N_V, 4) = x1 y1 x2 y2 in [0, 1], seven numbers of them enter (footnote 3)
-    hidden  (K,) int64 places in B*N_V of masked regions: feature zeroed, then a learned vector added; the box stays
-    type    (D,), or (B, N_V, D) where regions of two images meet: the text table's row 1 (authors' code; the paper only says "a special
-            modality embedding"); NLVR2 has row 2 for the right image
+    regions (B, N_V, D_V), boxes (B, N_V, 4) = x1 y1 x2 y2 in [0, 1], seven numbers of them enter
+        (footnote 3)
+    hidden  (K,) int64 places in B*N_V of masked regions: feature zeroed, then a learned vector
+            added; the box stays
+    type    (D,), or (B, N_V, D) where regions of two images meet: the text table's row 1
+            (authors' code; the paper only says "a special modality embedding"); NLVR2 has row 2
+            for the right image
     returns (B, N_V, D)
     """
+
     def __init__(self, features, width, dropout=0.1, patch=0):
         super().__init__()
-        self.feature, self.feature_norm = PatchStem(patch, width) if patch else nn.Linear(features, width), nn.LayerNorm(width, EPS)
+        self.feature, self.feature_norm = (
+            PatchStem(patch, width) if patch else nn.Linear(features, width),
+            nn.LayerNorm(width, EPS),
+        )
         self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width, EPS)
         self.mask, self.norm = nn.Parameter(torch.zeros(features)), nn.LayerNorm(width, EPS)
         self.dropout = nn.Dropout(dropout)
@@ -200,21 +314,32 @@ class RegionEmbedding(nn.Module):
         regions = regions.to(self.feature_norm.weight.dtype)
         if hidden is not None:
             shape = regions.shape
-            regions = regions.flatten(0, 1).index_copy(0, hidden, self.mask.expand(len(hidden), -1)).view(shape)
-        wh = boxes[..., 2:] - boxes[..., :2]                                            # (B, N_V, 2)
-        where = torch.cat([boxes, wh, wh.prod(dim=-1, keepdim=True)], dim=-1)           # (B, N_V, 7)
+            regions = (
+                regions.flatten(0, 1)
+                .index_copy(0, hidden, self.mask.expand(len(hidden), -1))
+                .view(shape)
+            )
+        # (B, N_V, 2)
+        wh = boxes[..., 2:] - boxes[..., :2]
+        # (B, N_V, 7)
+        where = torch.cat([boxes, wh, wh.prod(dim=-1, keepdim=True)], dim=-1)
         x = self.feature_norm(self.feature(regions)) + self.box_norm(self.box(where)) + type
         return self.dropout(self.norm(x))
 
 
-class BoxedFeature(nn.Module):
-    """( norm(W feature) + norm(W box) ) / 2: LXMERT's embedding of a region; four numbers of the box, no type, no last norm [LXMERT's code]
+class AveragedRegionEmbedding(nn.Module):
+    """( norm(W feature) + norm(W box) ) / 2: LXMERT's embedding of a region; four numbers of the
+    box, no type, no last norm [LXMERT's code]
 
     Arguments and result as RegionEmbedding; a hidden region's feature is zeroed
     """
+
     def __init__(self, features, width, dropout=0.1, patch=0):
         super().__init__()
-        self.feature, self.feature_norm = PatchStem(patch, width) if patch else nn.Linear(features, width), nn.LayerNorm(width, EPS)
+        self.feature, self.feature_norm = (
+            PatchStem(patch, width) if patch else nn.Linear(features, width),
+            nn.LayerNorm(width, EPS),
+        )
         self.box, self.box_norm = nn.Linear(4, width), nn.LayerNorm(width, EPS)
         self.dropout = nn.Dropout(dropout)
 
@@ -222,71 +347,96 @@ class BoxedFeature(nn.Module):
         regions = regions.to(self.feature_norm.weight.dtype)
         if hidden is not None:
             regions = regions.flatten(0, 1).index_fill(0, hidden, 0).view(regions.shape)
-        return self.dropout((self.feature_norm(self.feature(regions)) + self.box_norm(self.box(boxes))) / 2)
+        return self.dropout(
+            (self.feature_norm(self.feature(regions)) + self.box_norm(self.box(boxes))) / 2
+        )
 
 
 class AlignmentDecoder(nn.Module):
-    """Which region a word stands for:    A_ij = s_i . o_j / sqrt(d),  s = norm(S' + FF(S')),  o = norm(O' + FF(O'))   Kervadec eq. (11), (12)
+    """Which region a word stands for:
 
-    words (B, N_L, D), regions (B, N_V, D): the encoder's last states; returns A (B, N_L, N_V), rubbish in padding
-    Here: FF is linear, GELU, linear of the model's width; the paper says "a feed-forward layer with layer normalization and residual".
+        A_ij = s_i . o_j / sqrt(d),  s = norm(S' + FF(S')),  o = norm(O' + FF(O'))
+                                                                           Kervadec eq. (11), (12)
+
+    words (B, N_L, D), regions (B, N_V, D): the encoder's last states; returns A (B, N_L, N_V),
+        rubbish in padding
+    Here: FF is linear, GELU, linear of the model's width; the paper says "a feed-forward layer
+        with layer normalization and residual".
     """
+
     def __init__(self, width):
         super().__init__()
-        self.text, self.region = (nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(2))
+        self.text, self.region = (
+            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+            for _ in range(2)
+        )
         self.text_norm, self.region_norm = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
 
     def forward(self, words, regions):
-        s, o = self.text_norm(words + self.text(words)), self.region_norm(regions + self.region(regions))
+        s, o = (
+            self.text_norm(words + self.text(words)),
+            self.region_norm(regions + self.region(regions)),
+        )
         return s @ o.mT / math.sqrt(s.shape[-1])
 
 
 class Transform(nn.Sequential):
     """linear, GELU, norm: the first half of each prediction head."""
+
     def __init__(self, width, out=None):
         super().__init__(nn.Linear(width, out or width), nn.GELU(), nn.LayerNorm(out or width, EPS))
 
 
-# Downstream heads. Each reads what it needs of (x, mask, pooled, regions) = the last layer's sequence (B, L, D) and its mask, the
-# pooled first token (B, D), the regions (B, N_V, D), and returns scores. Names and order of the parts are the official checkpoints'.
+# Downstream heads. Each reads what it needs of (x, mask, pooled, regions) = the last layer's
+# sequence (B, L, D) and its mask, the pooled first token (B, D), the regions (B, N_V, D), and
+# returns scores. Names and order of the parts are the official checkpoints'.
 
-class OnPooled(nn.Sequential):
+
+class PooledHead(nn.Sequential):
     def forward(self, x, mask, pooled, regions):
         return super().forward(pooled)
 
 
-class OnRegions(nn.Sequential):
+class RegionsHead(nn.Sequential):
     def forward(self, x, mask, pooled, regions):
         return super().forward(regions)[..., 0]
 
 
-class OnPair(nn.Sequential):
+class PairedPooledHead(nn.Sequential):
     def forward(self, x, mask, pooled, regions):
         return super().forward(rearrange(pooled, "(P two) D -> P (two D)", two=2))
 
 
 def answer_head(width, answers, **_):
     """VQA, GQA, visual entailment: (B, A) logits, one for each answer."""
-    return OnPooled(*Transform(width, 2 * width), nn.Linear(2 * width, answers))
+    return PooledHead(*Transform(width, 2 * width), nn.Linear(2 * width, answers))
 
 
 def choice_head(width, **_):
-    """VCR: (B, 2) logits, wrong and right, of one choice. ReLU where the others have GELU [authors' code]."""
-    return OnPooled(nn.Linear(width, 2 * width), nn.ReLU(), nn.LayerNorm(2 * width, EPS), nn.Linear(2 * width, 2))
+    """VCR: (B, 2) logits, wrong and right, of one choice. ReLU where the others have GELU
+    [authors' code].
+    """
+    return PooledHead(
+        nn.Linear(width, 2 * width),
+        nn.ReLU(),
+        nn.LayerNorm(2 * width, EPS),
+        nn.Linear(2 * width, 2),
+    )
 
 
 def region_head(width, **_):
     """Referring expressions: (B, N_V) scores, rubbish in padding."""
-    return OnRegions(nn.Linear(width, 1))
+    return RegionsHead(nn.Linear(width, 1))
 
 
 def region_mlp_head(width, **_):
     """The same with a hidden layer, as the released RefCOCO+ models."""
-    return OnRegions(*Transform(width), nn.Linear(width, 1))
+    return RegionsHead(*Transform(width), nn.Linear(width, 1))
 
 
 class TripletHead(nn.Module):
     """NLVR2 with both images in one sequence: (B, 2) logits, false and true."""
+
     def __init__(self, width, **_):
         super().__init__()
         self.out = nn.Linear(width, 2)
@@ -296,7 +446,10 @@ class TripletHead(nn.Module):
 
 
 class PairHead(nn.Module):
-    """NLVR2 with rows 2i, 2i + 1 = the sentence with the left and with the right image: (B/2, 2) logits."""
+    """NLVR2 with rows 2i, 2i + 1 = the sentence with the left and with the right image: (B/2, 2)
+    logits.
+    """
+
     def __init__(self, width, **_):
         super().__init__()
         self.out = nn.Linear(2 * width, 2)
@@ -307,164 +460,342 @@ class PairHead(nn.Module):
 
 def pair_mlp_head(width, **_):
     """The same with a hidden layer: LXMERT's, which Kervadec et al. keep (sec. 6.2)."""
-    return OnPair(*Transform(2 * width), nn.Linear(2 * width, 2))
+    return PairedPooledHead(*Transform(2 * width), nn.Linear(2 * width, 2))
 
 
 class PairAttentionHead(nn.Module):
-    """NLVR2, "pair-biattn": as PairHead, but either row first attends to the other, and attention pools it.       UNITER sec. 4.3
+    """NLVR2, "pair-biattn": as PairHead, but either row first attends to the other, and attention
+    pools it.
+                                                                                   UNITER sec. 4.3
 
-        a = relu(W [other seen from here ; own]),   pooled = sum_n softmax_n(relu(w a_n)) a_n
+    a = relu(W [other seen from here ; own]),   pooled = sum_n softmax_n(relu(w a_n)) a_n
     """
+
     def __init__(self, width, heads, dropout, **_):
         super().__init__()
-        self.left_asks, self.right_asks = Attention(width, heads, dropout), Attention(width, heads, dropout)
-        self.merge, self.pool, self.out = nn.Linear(2 * width, width), nn.Linear(width, 1), nn.Linear(2 * width, 2)
+        self.left_asks, self.right_asks = (
+            Attention(width, heads, dropout),
+            Attention(width, heads, dropout),
+        )
+        self.merge, self.pool, self.out = (
+            nn.Linear(2 * width, width),
+            nn.Linear(width, 1),
+            nn.Linear(2 * width, 2),
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask, pooled, regions):
         sides = []
         for ask, own, other in ((self.left_asks, 0, 1), (self.right_asks, 1, 0)):
-            seen, _ = ask(x[own::2], x[other::2], mask[other::2])                                         # (B/2, L, D)
+            # (B/2, L, D)
+            seen, _ = ask(x[own::2], x[other::2], mask[other::2])
             a = self.dropout(self.merge(torch.cat([seen, x[own::2]], dim=-1)).relu())
-            weight = self.pool(a)[..., 0].relu().masked_fill(~mask[own::2], float("-inf")).softmax(dim=-1)
+            weight = (
+                self.pool(a)[..., 0]
+                .relu()
+                .masked_fill(~mask[own::2], float("-inf"))
+                .softmax(dim=-1)
+            )
             sides.append(torch.einsum("PL, PLD -> PD", self.dropout(weight).to(a.dtype), a))
         return self.out(torch.cat(sides, dim=-1))
 
 
-HEADS = {"answers": answer_head, "choice": choice_head, "region": region_head, "region-mlp": region_mlp_head,
-         "triplet": TripletHead, "pair": PairHead, "pair-mlp": pair_mlp_head, "pair-biattn": PairAttentionHead}
+HEADS = {
+    "answers": answer_head,
+    "choice": choice_head,
+    "region": region_head,
+    "region-mlp": region_mlp_head,
+    "triplet": TripletHead,
+    "pair": PairHead,
+    "pair-mlp": pair_mlp_head,
+    "pair-biattn": PairAttentionHead,
+}
 
 
 class Uniter(nn.Module):
-    """Single-stream encoder: words and regions in one sequence, every token attends to every other.     UNITER sec. 3.1, 3.2
+    """Single-stream encoder: words and regions in one sequence, every token attends to every
+    other.
+                                                                              UNITER sec. 3.1, 3.2
 
-    vocab, features (D_V), classes (C, background included): sizes of the data; width ... inner: SIZES["base"]
+    vocab, features (D_V), classes (C, background included): sizes of the data; width ... mlp_dim:
+        SIZES["base"]
     types       rows of the type table: 2; NLVR2 3, VCR 4
     head        the downstream task's, a name of HEADS, or ""; answers: how many it tells apart
-    align       with an AlignmentDecoder;   patch: regions are patches of so many pixels a side, 0 they are not
+    align       with an AlignmentDecoder;   patch: regions are patches of so many pixels a side, 0
+                they are not
     """
-    def __init__(self, vocab, features=2048, classes=1601, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1,
-                 head="", answers=0, align=False, patch=0):
+
+    def __init__(
+        self,
+        vocab,
+        features=2048,
+        classes=1601,
+        *,
+        width,
+        layers,
+        heads,
+        mlp_dim,
+        positions=512,
+        types=2,
+        dropout=0.1,
+        head="",
+        answers=0,
+        align=False,
+        patch=0,
+    ):
         super().__init__()
         self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
         self.region_embedding = RegionEmbedding(features, width, dropout, patch)
-        self.layers = nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(layers)])
+        self.layers = nn.ModuleList([Layer(width, heads, mlp_dim, dropout) for _ in range(layers)])
         self.pooler = nn.Linear(width, width)
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
         self.feature_head, self.feature_bias = Transform(width), nn.Parameter(torch.zeros(features))
-        self.feature_out = nn.Linear(width, features, bias=False) if patch else None      # of regions' features: tied to their embedding
+        # of regions' features: tied to their embedding
+        self.feature_out = nn.Linear(width, features, bias=False) if patch else None
         self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
         self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
-        self.task_head = HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers) if head else None
+        self.task_head = (
+            HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers)
+            if head
+            else None
+        )
         self.aligner = AlignmentDecoder(width) if align else None
-        start_weights(self, width)
+        init_model(self, width)
 
-    def forward(self, text, text_mask, regions, boxes, region_mask, *, text_type=None, region_type=None, masked_words=None,
-                masked_regions=None, hidden_regions=None, heads=(), maps=(), explain=False, length=None):
+    def forward(
+        self,
+        text,
+        text_mask,
+        regions,
+        boxes,
+        region_mask,
+        *,
+        text_type=None,
+        region_type=None,
+        masked_words=None,
+        masked_regions=None,
+        hidden_regions=None,
+        heads=(),
+        maps=(),
+        need_gradcam=False,
+        length=None,
+    ):
         """
-        text (B, N_L) int64, text_mask (B, N_L); regions (B, N_V, D_V), boxes (B, N_V, 4) in [0, 1], region_mask (B, N_V)
-        text_type, region_type  (B, N_L), (B, N_V) int64, rows of the type table; 0 and 1 unless given
-        masked_words    (K,) int64, places in B*N_L whose word to guess: word_logits are made there and only there
+        text (B, N_L) int64, text_mask (B, N_L); regions (B, N_V, D_V), boxes (B, N_V, 4) in [0,
+            1], region_mask (B, N_V)
+        text_type, region_type  (B, N_L), (B, N_V) int64, rows of the type table; 0 and 1 unless
+                                given
+        masked_words    (K,) int64, places in B*N_L whose word to guess: word_logits are made
+                        there and only there
         masked_regions  (K,) int64, places in B*N_V whose feature and class to guess
-        hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions unless given)
-        heads           of "features", "classes" (both for masked_regions), "pooled", "match", "rank", "task"
+        hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions
+                        unless given)
+        heads           of "features", "classes" (both for masked_regions), "pooled", "match",
+                        "rank", "task"
         maps            layers whose attention logits to return, e.g. (-1,); the others run fused
-        explain         return what Grad-CAM needs of cam_layer(), which is none of maps; from there on nothing runs fused
+        need_gradcam         return what Grad-CAM needs of gradcam_layer(), which is none of maps;
+                             from there on nothing runs fused
         length          L, if known: without it a GPU has to be waited for
         """
         B, N_L = text.shape
         N_V = regions.shape[1]
-        n_words, n_regions = text_mask.sum(dim=1, keepdim=True), region_mask.sum(dim=1, keepdim=True)     # (B, 1)
+        # (B, 1)
+        n_words, n_regions = (
+            text_mask.sum(dim=1, keepdim=True),
+            region_mask.sum(dim=1, keepdim=True),
+        )
         if length is None:
             length = int((n_words + n_regions).max())
-        length = max(length, N_L)                   # a text padded beyond every row's words and regions
+        # a text padded beyond every row's words and regions
+        length = max(length, N_L)
         hidden = masked_regions if hidden_regions is None else hidden_regions
-        kind = self.text_embedding.token_type.weight[1] if region_type is None else self.text_embedding.token_type(region_type)
-        x = torch.cat([self.text_embedding(text, text_type), self.region_embedding(regions, boxes, kind, hidden)], dim=1)
+        kind = (
+            self.text_embedding.token_type.weight[1]
+            if region_type is None
+            else self.text_embedding.token_type(region_type)
+        )
+        x = torch.cat(
+            [
+                self.text_embedding(text, text_type),
+                self.region_embedding(regions, boxes, kind, hidden),
+            ],
+            dim=1,
+        )
 
-        # Compact: row b becomes its words, then its regions, then padding, so that no layer pays for two paddings.
-        slot = torch.arange(length, device=text.device)[None]                                             # (1, L)
-        source = torch.where(slot < n_words, slot, slot - n_words + N_L).clamp(max=N_L + N_V - 1)         # (B, L)
-        mask = slot < n_words + n_regions                                                                 # (B, L)
-        x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))                                    # (B, L, D)
+        # Compact: row b becomes its words, then its regions, then padding, so that no layer pays
+        # for two paddings.
+        # (1, L)
+        slot = torch.arange(length, device=text.device)[None]
+        # (B, L)
+        source = torch.where(slot < n_words, slot, slot - n_words + N_L).clamp(max=N_L + N_V - 1)
+        # (B, L)
+        mask = slot < n_words + n_regions
+        # (B, L, D)
+        x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))
 
         wanted, logits = {i % len(self.layers) for i in maps}, {}
-        cam = cam_layer(self.layers, explain, wanted)
+        cam = gradcam_layer(self.layers, need_gradcam, wanted)
         for i, layer in enumerate(self.layers):
             x, S = layer(x, mask, i in wanted or i > cam, i == cam)
             if i in wanted or i == cam:
                 logits[i] = S
 
-        place = (n_words + torch.arange(N_V, device=text.device)).clamp(max=length - 1)                   # (B, N_V)
-        out = Output(words=x[:, :N_L], regions=x.gather(1, place[..., None].expand(-1, -1, x.shape[-1])),
-                     maps=tuple(blocks(logits[i % len(self.layers)], N_L, place) for i in maps),
-                     explained=(logits[cam], lambda P: blocks(P, N_L, place).S_LV) if explain else ())
+        # (B, N_V)
+        place = (n_words + torch.arange(N_V, device=text.device)).clamp(max=length - 1)
+        out = Output(
+            words=x[:, :N_L],
+            regions=x.gather(1, place[..., None].expand(-1, -1, x.shape[-1])),
+            maps=tuple(blocks(logits[i % len(self.layers)], N_L, place) for i in maps),
+            gradcam=(logits[cam], lambda P: blocks(P, N_L, place).S_LV) if need_gradcam else (),
+        )
         if masked_regions is not None:
-            h = out.regions.flatten(0, 1)[masked_regions]                                                 # (K, D)
-            if "features" in heads:                                                                       # (K, D_V), tied
-                back = self.feature_out.weight if self.feature_out else self.region_embedding.feature.weight.mT
-                out = out._replace(region_features=F.linear(self.feature_head(h), back, self.feature_bias))
+            # (K, D)
+            h = out.regions.flatten(0, 1)[masked_regions]
+            # (K, D_V), tied
+            if "features" in heads:
+                back = (
+                    self.feature_out.weight
+                    if self.feature_out
+                    else self.region_embedding.feature.weight.mT
+                )
+                out = out._replace(
+                    region_features=F.linear(self.feature_head(h), back, self.feature_bias)
+                )
             if "classes" in heads:
-                out = out._replace(region_logits=self.classifier(self.class_head(h)))                     # (K, C)
+                # (K, C)
+                out = out._replace(region_logits=self.classifier(self.class_head(h)))
         return add_heads(self, out, x, mask, masked_words, heads)
 
 
 class Lxmert(nn.Module):
-    """Two-stream encoder: words among themselves, regions among themselves, then each asks the other.       Kervadec sec. 3.2; LXMERT
+    """Two-stream encoder: words among themselves, regions among themselves, then each asks the
+    other.
+                                                                         Kervadec sec. 3.2; LXMERT
 
-    vocab, features (D_V), classes (background not included), attributes: sizes of the data; layers: language, vision and cross layers
-    head, answers, align, patch   as Uniter; answers also makes the pre-training's answer head, which is the same one
+    vocab, features (D_V), classes (background not included), attributes: sizes of the data;
+        layers: language, vision and cross layers
+    head, answers, align, patch   as Uniter; answers also makes the pre-training's answer head,
+                                  which is the same one
     """
-    def __init__(self, vocab, features=2048, classes=1600, attributes=400, *, width, layers, heads, inner, positions=512, types=2, dropout=0.1,
-                 head="", answers=0, align=False, patch=0):
+
+    def __init__(
+        self,
+        vocab,
+        features=2048,
+        classes=1600,
+        attributes=400,
+        *,
+        width,
+        layers,
+        heads,
+        mlp_dim,
+        positions=512,
+        types=2,
+        dropout=0.1,
+        head="",
+        answers=0,
+        align=False,
+        patch=0,
+    ):
         super().__init__()
-        self.text_embedding, self.region_embedding = TextEmbedding(vocab, width, positions, types, dropout), BoxedFeature(features, width, dropout, patch)
-        self.text_layers, self.region_layers = (nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(n)]) for n in layers[:2])
-        self.cross_layers = nn.ModuleList([CrossLayer(width, heads, inner, dropout) for _ in range(layers[2])])
+        self.text_embedding, self.region_embedding = (
+            TextEmbedding(vocab, width, positions, types, dropout),
+            AveragedRegionEmbedding(features, width, dropout, patch),
+        )
+        self.text_layers, self.region_layers = (
+            nn.ModuleList([Layer(width, heads, mlp_dim, dropout) for _ in range(n)])
+            for n in layers[:2]
+        )
+        self.cross_layers = nn.ModuleList(
+            [CrossLayer(width, heads, mlp_dim, dropout) for _ in range(layers[2])]
+        )
         self.pooler = nn.Linear(width, width)
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
-        self.object_head = Transform(width)         # one for the three that follow
-        self.classifier, self.attribute_classifier, self.feature_out = (nn.Linear(width, n) for n in (classes, attributes, features))
+        self.object_head = Transform(width)  # one for the three that update_teacher
+        self.classifier, self.attribute_classifier, self.feature_out = (
+            nn.Linear(width, n) for n in (classes, attributes, features)
+        )
         self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
-        self.task_head = HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers) if head else None
+        self.task_head = (
+            HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers)
+            if head
+            else None
+        )
         self.aligner = AlignmentDecoder(width) if align else None
-        start_weights(self, width)
+        init_model(self, width)
 
-    def forward(self, text, text_mask, regions, boxes, region_mask, *, text_type=None, region_type=None, masked_words=None,
-                masked_regions=None, hidden_regions=None, heads=(), maps=(), explain=False, length=None):
-        """As Uniter.forward; heads also "attributes". maps count the cross layers: -2 is the fourth of five. Of region_type and length
-        a two-stream model has no use: images are told apart by their rows, and nothing is put into one sequence."""
+    def forward(
+        self,
+        text,
+        text_mask,
+        regions,
+        boxes,
+        region_mask,
+        *,
+        text_type=None,
+        region_type=None,
+        masked_words=None,
+        masked_regions=None,
+        hidden_regions=None,
+        heads=(),
+        maps=(),
+        need_gradcam=False,
+        length=None,
+    ):
+        """As Uniter.forward; heads also "attributes". maps count the cross layers: -2 is the
+        fourth of five. Of region_type and length a two-stream model has no use: images are told
+        apart by their rows, and nothing is put into one sequence."""
         hidden = masked_regions if hidden_regions is None else hidden_regions
-        words, regions = self.text_embedding(text, text_type), self.region_embedding(regions, boxes, hidden)
+        words, regions = (
+            self.text_embedding(text, text_type),
+            self.region_embedding(regions, boxes, hidden),
+        )
         for layer in self.text_layers:
             words, _ = layer(words, text_mask)
         for layer in self.region_layers:
             regions, _ = layer(regions, region_mask)
         wanted, found = {i % len(self.cross_layers) for i in maps}, {}
-        cam = cam_layer(self.cross_layers, explain, wanted)
+        cam = gradcam_layer(self.cross_layers, need_gradcam, wanted)
         for i, layer in enumerate(self.cross_layers):
-            words, regions, S = layer(words, regions, text_mask, region_mask, i in wanted or i > cam, i == cam)
+            words, regions, S = layer(
+                words, regions, text_mask, region_mask, i in wanted or i > cam, i == cam
+            )
             if i in wanted or i == cam:
                 found[i] = S
-        out = Output(words=words, regions=regions, maps=tuple(found[i % len(self.cross_layers)] for i in maps),
-                     explained=(found[cam], lambda P: P) if explain else ())
+        out = Output(
+            words=words,
+            regions=regions,
+            maps=tuple(found[i % len(self.cross_layers)] for i in maps),
+            gradcam=(found[cam], lambda P: P) if need_gradcam else (),
+        )
         if masked_regions is not None and {"features", "classes", "attributes"} & set(heads):
-            h = self.object_head(regions.flatten(0, 1)[masked_regions])                                   # (K, D)
-            out = out._replace(region_features=self.feature_out(h), region_logits=self.classifier(h), attribute_logits=self.attribute_classifier(h))
+            # (K, D)
+            h = self.object_head(regions.flatten(0, 1)[masked_regions])
+            out = out._replace(
+                region_features=self.feature_out(h),
+                region_logits=self.classifier(h),
+                attribute_logits=self.attribute_classifier(h),
+            )
         x, mask = torch.cat([words, regions], dim=1), torch.cat([text_mask, region_mask], dim=1)
         return add_heads(self, out, x, mask, masked_words, heads)
 
 
 def add_heads(model, out, x, mask, masked_words, heads):
-    """The heads that single and two streams share; x, mask: the whole sequence (B, L, D), (B, L), its first token pooled."""
+    """The heads that single and two streams share; x, mask: the whole sequence (B, L, D), (B, L),
+    its first token pooled.
+    """
     made = {}
     if masked_words is not None:
-        h = model.word_head(out.words.flatten(0, 1)[masked_words])                                        # (K, D)
-        made["word_logits"] = F.linear(h, model.text_embedding.word.weight, model.word_bias)              # (K, V), tied
+        # (K, D)
+        h = model.word_head(out.words.flatten(0, 1)[masked_words])
+        # (K, V), tied
+        made["word_logits"] = F.linear(h, model.text_embedding.word.weight, model.word_bias)
     if "align" in heads:
-        made["alignment"] = model.aligner(out.words, out.regions)                                         # (B, N_L, N_V)
+        # (B, N_L, N_V)
+        made["alignment"] = model.aligner(out.words, out.regions)
     if {"pooled", "match", "rank", "task"} & set(heads):
-        made["pooled"] = pooled = model.pooler(x[:, 0]).tanh()                                            # (B, D)
+        # (B, D)
+        made["pooled"] = pooled = model.pooler(x[:, 0]).tanh()
         if "match" in heads:
             made["match"] = model.match(pooled)
         if "rank" in heads:
@@ -474,11 +805,16 @@ def add_heads(model, out, x, mask, masked_words, heads):
     return out._replace(**made)
 
 
-def cam_layer(layers, explain=True, wanted=()):
-    """The layer whose map Grad-CAM explains, the last of the lower half: ALBEF's third of six [AMC's code]; beyond the last if none is asked for."""
-    cam = (len(layers) - 1) // 2 if explain else len(layers)
+def gradcam_layer(layers, need_gradcam=True, wanted=()):
+    """The layer whose map Grad-CAM explains, the last of the lower half: ALBEF's third of six
+    [AMC's code]; beyond the last if none is asked for.
+    """
+    cam = (len(layers) - 1) // 2 if need_gradcam else len(layers)
     if cam in wanted:
-        raise ValueError(f"of layer {cam} both the logits (maps) and the probabilities (explain) are wanted; {len(layers)} layers are too few for that")
+        raise ValueError(
+            f"of layer {cam} both the logits (maps) and the probabilities (need_gradcam) are "
+            f"wanted; {len(layers)} layers are too few for that"
+        )
     return cam
 
 
@@ -487,12 +823,18 @@ def blocks(S, N_L, place):
     B, H, L, _ = S.shape
     N_V = place.shape[1]
     rows_V = S.gather(2, place[:, None, :, None].expand(B, H, N_V, L))
-    return Maps(S_LL=S[:, :, :N_L, :N_L], S_LV=S[:, :, :N_L].gather(3, place[:, None, None].expand(B, H, N_L, N_V)),
-                S_VL=rows_V[..., :N_L], S_VV=rows_V.gather(3, place[:, None, None].expand(B, H, N_V, N_V)))
+    return Maps(
+        S_LL=S[:, :, :N_L, :N_L],
+        S_LV=S[:, :, :N_L].gather(3, place[:, None, None].expand(B, H, N_L, N_V)),
+        S_VL=rows_V[..., :N_L],
+        S_VV=rows_V.gather(3, place[:, None, None].expand(B, H, N_V, N_V)),
+    )
 
 
 def init_weights(module, std=0.02):
-    """BERT's start: normal(0, 0.02) matrices at width 768 (wider for narrower models, so that all start alike), zero biases, unit norms."""
+    """BERT's start: normal(0, 0.02) matrices at width 768 (wider for narrower models, so that all
+    start alike), zero biases, unit norms.
+    """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -500,56 +842,79 @@ def init_weights(module, std=0.02):
 
 
 @torch.no_grad()
-def start_weights(model, width):
-    """BERT's start for every part; boxes enter around their middle, else the mean box drowns the differences between boxes."""
+def init_model(model, width):
+    """BERT's start for every part; boxes enter around their middle, else the mean box drowns the
+    differences between boxes.
+    """
     model.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
     box = model.region_embedding.box
-    box.bias.copy_(-box.weight @ torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04][:box.in_features]))
-    start_rank_from_match(model)
+    box.bias.copy_(
+        -box.weight @ torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04][: box.in_features])
+    )
+    init_rank_from_match(model)
 
 
 @torch.no_grad()
-def start_rank_from_match(model):
-    """The ranking score starts as the matching head's column 1: a copy (the authors' code shares the storage)."""
+def init_rank_from_match(model):
+    """The ranking score starts as the matching head's column 1: a copy (the authors' code shares
+    the storage).
+    """
     model.rank.weight.copy_(model.match.weight[1:])
     model.rank.bias.copy_(model.match.bias[1:])
 
 
-# --------------------------------------------------------------------------- pixels: ALBEF (Li et al. 2021), as AMC sec. 2.1 uses it
+# ---------------------------------------- pixels: ALBEF (Li et al. 2021), as AMC sec. 2.1 uses it
+
 
 class PreNormLayer(nn.Module):
-    """x = x + attention(norm(x));  x = x + narrow(gelu(widen(norm(x)))): a ViT's layer, norm comes first; no dropout"""
-    def __init__(self, width, heads, inner):
+    """x = x + attention(norm(x));  x = x + fc2(gelu(fc1(norm(x)))): a ViT's layer, norm comes
+    first; no dropout
+    """
+
+    def __init__(self, width, heads, mlp_dim):
         super().__init__()
         self.attention, self.attention_norm = Attention(width, heads), nn.LayerNorm(width, 1e-6)
-        self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.fc1, self.fc2 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
         self.mlp_norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, x, mask):
         h = self.attention_norm(x)
         x = x + self.attention(h, h, mask)[0]
-        return x + self.narrow(F.gelu(self.widen(self.mlp_norm(x))))
+        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
 
 
 class Vit(nn.Module):
-    """Vision transformer: an image (B, 3, R, R) in patches -> (B, 1 + (R / patch)^2, D), [CLS] first, then row by row."""
-    def __init__(self, width, layers, heads, inner, resolution=256, patch=16):
+    """Vision transformer: an image (B, 3, R, R) in patches -> (B, 1 + (R / patch)^2, D), [CLS]
+    first, then row by row.
+    """
+
+    def __init__(self, width, layers, heads, mlp_dim, resolution=256, patch=16):
         super().__init__()
         self.patch = nn.Conv2d(3, width, patch, patch)
-        self.cls, self.position = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1 + (resolution // patch) ** 2, width))
-        self.layers, self.norm = nn.ModuleList([PreNormLayer(width, heads, inner) for _ in range(layers)]), nn.LayerNorm(width, 1e-6)
+        self.cls, self.position = (
+            nn.Parameter(torch.zeros(1, 1, width)),
+            nn.Parameter(torch.zeros(1, 1 + (resolution // patch) ** 2, width)),
+        )
+        self.layers, self.norm = (
+            nn.ModuleList([PreNormLayer(width, heads, mlp_dim) for _ in range(layers)]),
+            nn.LayerNorm(width, 1e-6),
+        )
 
     def forward(self, image):
         x = rearrange(self.patch(image), "B D h w -> B (h w) D")
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + resized_position(self.position, x.shape[1])
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + resize_position(
+            self.position, x.shape[1]
+        )
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for layer in self.layers:
             x = layer(x, mask)
         return self.norm(x)
 
 
-def resized_position(position, patches):
-    """A ViT's positions (1, 1 + P, D) for a square grid of another number of patches: [CLS]'s stays, the grid is resized, bicubic."""
+def resize_position(position, patches):
+    """A ViT's positions (1, 1 + P, D) for a square grid of another number of patches: [CLS]'s
+    stays, the grid is resized, bicubic.
+    """
     if position.shape[1] == 1 + patches:
         return position
     old, new = math.isqrt(position.shape[1] - 1), math.isqrt(patches)
@@ -560,27 +925,55 @@ def resized_position(position, patches):
 
 class FusionLayer(Layer):
     """A BERT layer whose words also ask the image, between asking themselves and the MLP."""
-    def __init__(self, width, heads, inner, dropout, image_width):
-        super().__init__(width, heads, inner, dropout)
-        self.cross, self.cross_norm = Attention(width, heads, dropout, image_width), nn.LayerNorm(width, EPS)
+
+    def __init__(self, width, heads, mlp_dim, dropout, image_width):
+        super().__init__(width, heads, mlp_dim, dropout)
+        self.cross, self.cross_norm = (
+            Attention(width, heads, dropout, image_width),
+            nn.LayerNorm(width, EPS),
+        )
 
     def forward(self, x, mask, image, image_mask, written_out=False, need_probs=False):
         x = self.attention_norm(x + self.dropout(self.attention(x, x, mask, written_out)[0]))
         seen, P = self.cross(x, image, image_mask, written_out, need_probs)
         x = self.cross_norm(x + self.dropout(seen))
-        return self.mlp_norm(x + self.dropout(self.narrow(F.gelu(self.widen(x))))), P
+        return self.mlp_norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x))))), P
 
 
 class AlbefTowers(nn.Module):
-    """Image, text and fusion encoder, language head and projections: what ALBEF trains, and of what it keeps a momentum copy."""
-    def __init__(self, vocab, width, inner, heads, layers, fusion, embed, positions, dropout, resolution, patch, vision):
+    """Image, text and fusion encoder, language head and projections: what ALBEF trains, and of
+    what it keeps a momentum copy.
+    """
+
+    def __init__(
+        self,
+        vocab,
+        width,
+        mlp_dim,
+        heads,
+        layers,
+        fusion,
+        embed,
+        positions,
+        dropout,
+        resolution,
+        patch,
+        vision,
+    ):
         super().__init__()
         self.vision = Vit(resolution=resolution, patch=patch, **vision)
         self.text_embedding = TextEmbedding(vocab, width, positions, 2, dropout)
-        self.text_layers = nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(layers - fusion)])
-        self.fusion_layers = nn.ModuleList([FusionLayer(width, heads, inner, dropout, vision["width"]) for _ in range(fusion)])
+        self.text_layers = nn.ModuleList(
+            [Layer(width, heads, mlp_dim, dropout) for _ in range(layers - fusion)]
+        )
+        self.fusion_layers = nn.ModuleList(
+            [FusionLayer(width, heads, mlp_dim, dropout, vision["width"]) for _ in range(fusion)]
+        )
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
-        self.vision_proj, self.text_proj = nn.Linear(vision["width"], embed), nn.Linear(width, embed)
+        self.vision_proj, self.text_proj = (
+            nn.Linear(vision["width"], embed),
+            nn.Linear(width, embed),
+        )
 
     def read(self, text, text_mask):
         """(B, N_L) ids -> (B, N_L, D), before any image is seen"""
@@ -589,35 +982,82 @@ class AlbefTowers(nn.Module):
             x, _ = layer(x, text_mask)
         return x
 
-    def fuse(self, words, text_mask, image, explain=False):
-        """words (B, N_L, D) of read(), image (B, 1 + P, D_V) of vision() -> (B, N_L, D); to explain it, P of the cam_layer() (B, H, N_L, 1 + P).
+    def fuse(self, words, text_mask, image, need_gradcam=False):
+        """words (B, N_L, D) of read(), image (B, 1 + P, D_V) of vision() -> (B, N_L, D); with
+        need_gradcam, P of the gradcam_layer() (B, H, N_L, 1 + P).
 
-        From that layer on attention is written out, so that the map has a gradient, and that gradient another one (Grad-CAM in training).
+        From that layer on attention is written out, so that the map has a gradient, and that
+            gradient another one (Grad-CAM in training).
         """
-        image_mask, P, cam = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device), None, cam_layer(self.fusion_layers, explain)
+        image_mask, P, cam = (
+            torch.ones(image.shape[:2], dtype=torch.bool, device=image.device),
+            None,
+            gradcam_layer(self.fusion_layers, need_gradcam),
+        )
         for i, layer in enumerate(self.fusion_layers):
             words, found = layer(words, text_mask, image, image_mask, i >= cam, i == cam)
             P = found if i == cam else P
         return words, P
 
-    def name_words(self, states, places):
+    def word_logits_at(self, states, places):
         """(K, V) logits at these places in B*N_L"""
-        return F.linear(self.word_head(states.flatten(0, 1)[places]), self.text_embedding.word.weight, self.word_bias)
+        return F.linear(
+            self.word_head(states.flatten(0, 1)[places]),
+            self.text_embedding.word.weight,
+            self.word_bias,
+        )
 
     def features(self, image, words):
         """Unit vectors of the [CLS] states: (B, E) twice"""
-        return F.normalize(self.vision_proj(image[:, 0]), dim=-1), F.normalize(self.text_proj(words[:, 0]), dim=-1)
+        return F.normalize(self.vision_proj(image[:, 0]), dim=-1), F.normalize(
+            self.text_proj(words[:, 0]), dim=-1
+        )
 
 
 class Albef(nn.Module):
-    """Image encoder, text encoder, fusion encoder; a momentum copy (teacher) and queues of its features.        ALBEF; AMC sec. 2, 2.1
+    """Image encoder, text encoder, fusion encoder; a momentum copy (teacher) and queues of its
+    features.
+                                                                            ALBEF; AMC sec. 2, 2.1
 
-    vision   width, layers, heads, inner of the ViT;   layers, fusion: text layers in all, and the last of them, which see the image
-    embed    E, width of the contrastive features;   queue: how many of the teacher's features are kept as further negatives
+    vision   width, layers, heads, mlp_dim of the ViT;   layers, fusion: text layers in all, and
+             the last of them, which see the image
+    embed    E, width of the contrastive features;   queue: how many of the teacher's features are
+             kept as further negatives
     """
-    def __init__(self, vocab, *, width, layers, fusion, heads, inner, embed, vision, queue=65536, positions=512, dropout=0.1, resolution=256, patch=16, temperature=0.07):
+
+    def __init__(
+        self,
+        vocab,
+        *,
+        width,
+        layers,
+        fusion,
+        heads,
+        mlp_dim,
+        embed,
+        vision,
+        queue=65536,
+        positions=512,
+        dropout=0.1,
+        resolution=256,
+        patch=16,
+        temperature=0.07,
+    ):
         super().__init__()
-        self.student = AlbefTowers(vocab, width, inner, heads, layers, fusion, embed, positions, dropout, resolution, patch, vision)
+        self.student = AlbefTowers(
+            vocab,
+            width,
+            mlp_dim,
+            heads,
+            layers,
+            fusion,
+            embed,
+            positions,
+            dropout,
+            resolution,
+            patch,
+            vision,
+        )
         self.student.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
         for parameter in (self.student.vision.cls, self.student.vision.position):
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -628,70 +1068,125 @@ class Albef(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
     @torch.no_grad()
-    def follow(self, momentum=0.995):
-        """teacher = momentum * teacher + (1 - momentum) * student; ALBEF does it before each step."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+    def update_teacher(self, momentum=0.995):
+        """teacher = momentum * teacher + (1 - momentum) * student; ALBEF does it before each
+        step.
+        """
+        torch._foreach_lerp_(
+            list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
+        )
 
     @torch.no_grad()
     def enqueue(self, image, text):
-        """Put the teacher's features (B, E) of all processes into the queues, over the oldest; they wrap at any place."""
-        at = (self.queue_ptr + torch.arange(len(image), device=image.device)) % self.image_queue.shape[1]
-        self.image_queue[:, at], self.text_queue[:, at] = image.T.to(self.image_queue.dtype), text.T.to(self.text_queue.dtype)
+        """Put the teacher's features (B, E) of all processes into the queues, over the oldest;
+        they wrap at any place.
+        """
+        at = (
+            self.queue_ptr + torch.arange(len(image), device=image.device)
+        ) % self.image_queue.shape[1]
+        self.image_queue[:, at], self.text_queue[:, at] = (
+            image.T.to(self.image_queue.dtype),
+            text.T.to(self.text_queue.dtype),
+        )
         self.queue_ptr.copy_((self.queue_ptr + len(image)) % self.image_queue.shape[1])
 
-    def forward(self, text, text_mask, image, explain=False):
-        """match (B, 2) logits, column 1 = they match; and P (B, H, N_L, 1 + patches) of cam_layer(), if the score is to be explained, else None."""
-        states, P = self.student.fuse(self.student.read(text, text_mask), text_mask, self.student.vision(image), explain)
+    def forward(self, text, text_mask, image, need_gradcam=False):
+        """match (B, 2) logits, column 1 = they match; and P (B, H, N_L, 1 + patches) of
+        gradcam_layer(), if the score is to be explained, else None.
+        """
+        states, P = self.student.fuse(
+            self.student.read(text, text_mask), text_mask, self.student.vision(image), need_gradcam
+        )
         return self.match(states[:, 0]), P
 
 
 class Maf(nn.Module):
-    """What MAF learns: word vectors (from GloVe) and the matrices of eq. (1), (3); losses.py has the equations.          MAF sec. 3.1
+    """What MAF learns: word vectors (from GloVe) and the matrices of eq. (1), (3); losses.py has
+    the equations.
+                                                                                      MAF sec. 3.1
 
     words     rows of the table; width d; features D_V: 2048 (ResNet), 4096 (VGG)
-    use       which of a region's label, attribute and feature make its vector (Table 3)
-    start     of W_f and of W_p: "zero", "xavier", "identity" (with small noise); Table 4 finds ("zero", "identity") best
-    small     the authors' "identity and noise" is learned: W_p p + 1e-5 W_mini p; without it the noise is in W_p's start
+    inputs    which of a region's label, attribute and feature make its vector (Table 3)
+    start     of W_f and of W_p: "zero", "xavier", "identity" (with small noise); Table 4 finds
+              ("zero", "identity") best
+    small     the authors' "identity and noise" is learned: W_p p + 1e-5 W_mini p; without it the
+              noise is in W_p's start
     """
-    def __init__(self, words, width=300, features=2048, use=("label", "feature"), start=("zero", "identity")):
+
+    def __init__(
+        self, words, width=300, features=2048, inputs=("label", "feature"), start=("zero", "identity")
+    ):
         super().__init__()
-        self.word, self.use = nn.Embedding(words, width), tuple(use)
+        self.word, self.inputs = nn.Embedding(words, width), tuple(inputs)
         self.phrase, self.mini, self.attribute = (nn.Linear(width, width) for _ in range(3))
         self.feature = nn.Linear(features, width)
-        for linear, how in ((self.feature, start[0]), (self.phrase, start[1]), (self.attribute, "zero" if "label" in use else "identity")):
-            {"zero": nn.init.zeros_, "xavier": nn.init.xavier_uniform_, "identity": nn.init.eye_}[how](linear.weight)
+        for linear, how in (
+            (self.feature, start[0]),
+            (self.phrase, start[1]),
+            (self.attribute, "zero" if "label" in inputs else "identity"),
+        ):
+            {"zero": nn.init.zeros_, "xavier": nn.init.xavier_uniform_, "identity": nn.init.eye_}[
+                how
+            ](linear.weight)
             nn.init.zeros_(linear.bias)
-        if "label" not in use and start[0] == "zero":                               # else nothing would be there to start from
+        # else nothing would be there to start from
+        if "label" not in inputs and start[0] == "zero":
             nn.init.xavier_uniform_(self.feature.weight)
 
     def forward(self, phrases, labels, attributes, features, place=None):
         """
-        phrases (B, Q, W) int64 words of each phrase; labels, attributes (B, K) int64 words of each region
-        features (B, K, D_V); or (R, D_V) of the real regions alone and place (R,) int64, where in B*K they are: the rest counts as 0
+        phrases (B, Q, W) int64 words of each phrase; labels, attributes (B, K) int64 words of
+            each region
+        features (B, K, D_V); or (R, D_V) of the real regions alone and place (R,) int64, where in
+            B*K they are: the rest counts as 0
         returns  h (B, Q, W, d) word vectors, v (B, K, d) region vectors, eq. (1)
         """
+
         def seen():
             f = self.feature(features.to(self.feature.weight.dtype))
-            return f if place is None else self.feature.bias.to(f.dtype).expand(labels.numel(), -1).index_copy(0, place, f).view(*labels.shape, -1)
+            return (
+                f
+                if place is None
+                else self.feature.bias.to(f.dtype)
+                .expand(labels.numel(), -1)
+                .index_copy(0, place, f)
+                .view(*labels.shape, -1)
+            )
 
-        parts = {"label": lambda: self.word(labels), "attribute": lambda: self.attribute(self.word(attributes)), "feature": seen}
-        return self.word(phrases), sum(parts[name]() for name in self.use)
+        parts = {
+            "label": lambda: self.word(labels),
+            "attribute": lambda: self.attribute(self.word(attributes)),
+            "feature": seen,
+        }
+        return self.word(phrases), sum(parts[name]() for name in self.inputs)
 
     def project(self, p):
         """W_p of eq. (3): (..., d) phrase means -> phrase vectors."""
         return self.phrase(p) + 1e-5 * self.mini(p)
 
 
-# ------------------------------------------------------- the bottom-up-attention detector (Anderson et al. 2018), to look with, not to train
+# ------------ the bottom-up-attention detector (Anderson et al. 2018), to look with, not to train
 
-DETECTOR = dict(stem=64, res2=256, bottleneck=64, blocks=(3, 4, 23, 3), hidden=512, anchors=(64, 128, 256, 512), ratios=(0.5, 1.0, 2.0), classes=1600, attributes=400,
-                embedding=256, attr_hidden=512)
-BGR_MEAN = 102.9801, 115.9465, 122.7717             # of 0 ... 255
-CLAMP = math.log(1000 / 16)                         # of a box's growth
+DETECTOR = dict(
+    stem=64,
+    res2=256,
+    bottleneck=64,
+    blocks=(3, 4, 23, 3),
+    hidden=512,
+    anchors=(64, 128, 256, 512),
+    ratios=(0.5, 1.0, 2.0),
+    classes=1600,
+    attributes=400,
+    embedding=256,
+    attr_hidden=512,
+)
+BGR_MEAN = 102.9801, 115.9465, 122.7717  # of 0 ... 255
+CLAMP = math.log(1000 / 16)  # of a box's growth
 
 
 class ConvNorm(nn.Conv2d):
     """Convolution without bias, and the batch norm that was trained with it."""
+
     def __init__(self, a, b, kernel, stride=1, padding=0, dilation=1):
         super().__init__(a, b, kernel, stride, padding, dilation, bias=False)
         self.norm = nn.BatchNorm2d(b)
@@ -702,6 +1197,7 @@ class ConvNorm(nn.Conv2d):
 
 class Bottleneck(nn.Module):
     """x = relu(shortcut(x) + conv3(relu(conv2(relu(conv1(x))))));  the stride sits in conv1."""
+
     def __init__(self, a, middle, b, stride=1, dilation=1, first=False):
         super().__init__()
         self.shortcut = ConvNorm(a, b, 1, stride) if first else None
@@ -714,61 +1210,128 @@ class Bottleneck(nn.Module):
 
 
 def stage(blocks, a, middle, b, stride=1, dilation=1):
-    return nn.Sequential(*(Bottleneck(a if i == 0 else b, middle, b, stride if i == 0 else 1, dilation, i == 0) for i in range(blocks)))
+    return nn.Sequential(
+        *(
+            Bottleneck(a if i == 0 else b, middle, b, stride if i == 0 else 1, dilation, i == 0)
+            for i in range(blocks)
+        )
+    )
 
 
 class Detections(NamedTuple):
     """What a detector sees in one image, by falling confidence; K regions."""
-    boxes: torch.Tensor                             # (K, 4) x1 y1 x2 y2, pixels of the picture as it came in
-    features: torch.Tensor                          # (K, 2048) >= 0
-    cls_prob: torch.Tensor                          # (K, 1 + classes), background first
-    cls_id: torch.Tensor                            # (K,) of the classes without background
+
+    # (K, 4) x1 y1 x2 y2, pixels of the picture as it came in
+    boxes: torch.Tensor
+    features: torch.Tensor  # (K, 2048) >= 0
+    cls_prob: torch.Tensor  # (K, 1 + classes), background first
+    cls_id: torch.Tensor  # (K,) of the classes without background
     cls_conf: torch.Tensor
-    attr_id: torch.Tensor                           # (K,) of the attributes
+    attr_id: torch.Tensor  # (K,) of the attributes
     attr_conf: torch.Tensor
-    keep: torch.Tensor                              # (K,) which proposals
-    threshold: float                                # the overlap that was allowed; -1: none of them left enough regions
+    keep: torch.Tensor  # (K,) which proposals
+    # the overlap that was allowed; -1: none of them left enough regions
+    threshold: float
 
 
 class Detector(nn.Module):
-    """Faster R-CNN on a ResNet-101's fourth stage, with attributes: the published weights' names and shapes.   Anderson et al. 2018
+    """Faster R-CNN on a ResNet-101's fourth stage, with attributes: the published weights' names
+    and shapes.
+                                                                              Anderson et al. 2018
 
-    stem, res2, bottleneck: widths, the last two doubled from stage to stage; blocks of res2 ... res5; hidden: of the proposal network
-    It only looks: always in eval mode, batch norms as trained. Feed BGR, resized_picture()'s; one image a batch gives the same numbers whatever
+    stem, res2, bottleneck: widths, the last two doubled from stage to stage; blocks of res2 ...
+    res5; hidden: of the proposal network It only looks: always in eval mode, batch norms as
+    trained. Feed BGR, resize_for_detector()'s; one image a batch gives the same numbers whatever
     comes with it (padding is seen).
     """
-    def __init__(self, *, stem, res2, bottleneck, blocks, hidden, anchors, ratios, classes, attributes, embedding, attr_hidden):
+
+    def __init__(
+        self,
+        *,
+        stem,
+        res2,
+        bottleneck,
+        blocks,
+        hidden,
+        anchors,
+        ratios,
+        classes,
+        attributes,
+        embedding,
+        attr_hidden,
+    ):
         super().__init__()
-        self.backbone = nn.ModuleDict({"stem": nn.ModuleDict({"conv1": ConvNorm(3, stem, 7, 2, 3)}), "res2": stage(blocks[0], stem, bottleneck, res2),
-                                       "res3": stage(blocks[1], res2, 2 * bottleneck, 2 * res2, 2), "res4": stage(blocks[2], 2 * res2, 4 * bottleneck, 4 * res2, 2)})
-        self.proposal_generator = nn.ModuleDict({
-            "rpn_head": nn.ModuleDict({"conv": nn.Conv2d(4 * res2, hidden, 3, padding=1), "objectness_logits": nn.Conv2d(hidden, len(anchors) * len(ratios), 1),
-                                       "anchor_deltas": nn.Conv2d(hidden, 4 * len(anchors) * len(ratios), 1)}),
-            "anchor_generator": nn.ModuleDict({"cell_anchors": nn.ParameterList([nn.Parameter(cell_anchors(anchors, ratios))])})})
-        self.roi_heads = nn.ModuleDict({"res5": stage(blocks[3], 4 * res2, 8 * bottleneck, 8 * res2, 1, 2), "box_predictor": nn.ModuleDict({
-            "cls_score": nn.Linear(8 * res2, classes + 1), "bbox_pred": nn.Linear(8 * res2, 4 * classes), "cls_embedding": nn.Embedding(classes + 1, embedding),
-            "fc_attr": nn.Linear(8 * res2 + embedding, attr_hidden), "attr_score": nn.Linear(attr_hidden, attributes + 1)})})
+        self.backbone = nn.ModuleDict(
+            {
+                "stem": nn.ModuleDict({"conv1": ConvNorm(3, stem, 7, 2, 3)}),
+                "res2": stage(blocks[0], stem, bottleneck, res2),
+                "res3": stage(blocks[1], res2, 2 * bottleneck, 2 * res2, 2),
+                "res4": stage(blocks[2], 2 * res2, 4 * bottleneck, 4 * res2, 2),
+            }
+        )
+        self.proposal_generator = nn.ModuleDict(
+            {
+                "rpn_head": nn.ModuleDict(
+                    {
+                        "conv": nn.Conv2d(4 * res2, hidden, 3, padding=1),
+                        "objectness_logits": nn.Conv2d(hidden, len(anchors) * len(ratios), 1),
+                        "anchor_deltas": nn.Conv2d(hidden, 4 * len(anchors) * len(ratios), 1),
+                    }
+                ),
+                "anchor_generator": nn.ModuleDict(
+                    {
+                        "cell_anchors": nn.ParameterList(
+                            [nn.Parameter(cell_anchors(anchors, ratios))]
+                        )
+                    }
+                ),
+            }
+        )
+        self.roi_heads = nn.ModuleDict(
+            {
+                "res5": stage(blocks[3], 4 * res2, 8 * bottleneck, 8 * res2, 1, 2),
+                "box_predictor": nn.ModuleDict(
+                    {
+                        "cls_score": nn.Linear(8 * res2, classes + 1),
+                        "bbox_pred": nn.Linear(8 * res2, 4 * classes),
+                        "cls_embedding": nn.Embedding(classes + 1, embedding),
+                        "fc_attr": nn.Linear(8 * res2 + embedding, attr_hidden),
+                        "attr_score": nn.Linear(attr_hidden, attributes + 1),
+                    }
+                ),
+            }
+        )
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
         return super().train(False)
 
-    def look(self, images):
+    def backbone_features(self, images):
         """(B, 3, H, W) -> (B, 1024, H/16, W/16)"""
         x = F.max_pool2d(self.backbone["stem"]["conv1"](images).relu_(), 3, 2, ceil_mode=True)
         return self.backbone["res4"](self.backbone["res3"](self.backbone["res2"](x)))
 
     def score_anchors(self, x):
-        """Objectness (B, h w A), boxes (B, h w A, 4) before clipping, and deltas (B, h w A, 4); anchor (y w + x) A + a."""
+        """Objectness (B, h w A), boxes (B, h w A, 4) before clipping, and deltas (B, h w A, 4);
+        anchor (y w + x) A + a.
+        """
         head = self.proposal_generator["rpn_head"]
         h = head["conv"](x).relu_()
         logits, deltas = head["objectness_logits"](h), head["anchor_deltas"](h)
-        anchors = grid_anchors(self.proposal_generator["anchor_generator"]["cell_anchors"][0], *x.shape[-2:])
+        anchors = grid_anchors(
+            self.proposal_generator["anchor_generator"]["cell_anchors"][0], *x.shape[-2:]
+        )
         deltas = rearrange(deltas, "B (A four) h w -> B (h w A) four", four=4)
-        return rearrange(logits, "B A h w -> B (h w A)"), decoded(anchors, deltas, (1.0, 1.0, 1.0, 1.0)), deltas
+        return (
+            rearrange(logits, "B A h w -> B (h w A)"),
+            decode_boxes(anchors, deltas, (1.0, 1.0, 1.0, 1.0)),
+            deltas,
+        )
 
     def propose(self, x, sizes, before=6000, after=300, overlap=0.7):
-        """Of each image the boxes that may hold something: [(n, 4)], by falling score; sizes (B, 2): height and width without padding."""
+        """Of each image the boxes that may hold something: [(n, 4)], by falling score; sizes (B,
+        2): height and width without padding.
+        """
         logits, boxes, _ = self.score_anchors(x)
         found = []
         for score, box, size in zip(logits, boxes, sizes.tolist()):
@@ -779,39 +1342,81 @@ class Detector(nn.Module):
             found.append(box[nms(box, score, overlap)[:after]])
         return found
 
-    def describe(self, x, proposals):
-        """Features (R, 2048), logits of classes (R, classes + 1) and attributes (R, attributes + 1), deltas (R, 4 classes) of all proposals."""
-        image = torch.cat([torch.full((len(p), 1), float(i), device=x.device) for i, p in enumerate(proposals)])
+    def describe_regions(self, x, proposals):
+        """Features (R, 2048), logits of classes (R, classes + 1) and attributes (R, attributes +
+        1), deltas (R, 4 classes) of all proposals.
+        """
+        image = torch.cat(
+            [torch.full((len(p), 1), float(i), device=x.device) for i, p in enumerate(proposals)]
+        )
         pooled = roi_pool(x, torch.cat([image, torch.cat(proposals)], dim=1), 14, 1 / 16)
-        features = torch.cat([self.roi_heads["res5"](part).mean(dim=(2, 3)) for part in pooled.split(100)])
+        features = torch.cat(
+            [self.roi_heads["res5"](part).mean(dim=(2, 3)) for part in pooled.split(100)]
+        )
         head = self.roi_heads["box_predictor"]
         logits = head["cls_score"](features)
-        kind = head["cls_embedding"](logits.argmax(dim=1))          # of all classes, background too
-        return features, logits, head["attr_score"](head["fc_attr"](torch.cat([features, kind], dim=1)).relu_()), head["bbox_pred"](features)
+        kind = head["cls_embedding"](logits.argmax(dim=1))  # of all classes, background too
+        return (
+            features,
+            logits,
+            head["attr_score"](head["fc_attr"](torch.cat([features, kind], dim=1)).relu_()),
+            head["bbox_pred"](features),
+        )
 
     @torch.inference_mode()
-    def forward(self, images, sizes, scales=None, regions=(36, 36), before=6000, after=300, thresholds=(0.5, 0.6, 0.7)):
-        """[Detections] of images (B, 3, H, W) of heights and widths sizes (B, 2), padded right and below with 0.
+    def forward(
+        self,
+        images,
+        sizes,
+        scales=None,
+        regions=(36, 36),
+        before=6000,
+        after=300,
+        thresholds=(0.5, 0.6, 0.7),
+    ):
+        """[Detections] of images (B, 3, H, W) of heights and widths sizes (B, 2), padded right
+        and below with 0.
 
-        scales (B, 2): the picture's own height and width by these; regions: at least and at most so many
+        scales (B, 2): the picture's own height and width by these; regions: at least and at most
+            so many
         """
-        x = self.look(images)
+        x = self.backbone_features(images)
         proposals = self.propose(x, sizes, before, after)
-        columns = [c.split([len(p) for p in proposals]) for c in self.describe(x, proposals)]
+        columns = [
+            c.split([len(p) for p in proposals]) for c in self.describe_regions(x, proposals)
+        ]
         found = []
         for i, (boxes, features, logits, attributes, deltas) in enumerate(zip(proposals, *columns)):
             probs = logits.softmax(dim=1)
-            boxes = clip_boxes(decoded(boxes[:, None], deltas.view(len(boxes), -1, 4), (10.0, 10.0, 5.0, 5.0)), sizes[i].tolist())
-            keep, classes, threshold = best_boxes(boxes, probs, regions, thresholds)
+            boxes = clip_boxes(
+                decode_boxes(
+                    boxes[:, None], deltas.view(len(boxes), -1, 4), (10.0, 10.0, 5.0, 5.0)
+                ),
+                sizes[i].tolist(),
+            )
+            keep, classes, threshold = select_boxes(boxes, probs, regions, thresholds)
             conf, attr = attributes[keep, :-1].softmax(dim=1).max(dim=1)
             own = boxes[keep, classes] * (scales[i].flip(0).repeat(2) if scales is not None else 1)
-            found.append(Detections(own, features[keep], probs[keep].roll(1, dims=1), classes, probs[keep, classes], attr, conf, keep, threshold))
+            found.append(
+                Detections(
+                    own,
+                    features[keep],
+                    probs[keep].roll(1, dims=1),
+                    classes,
+                    probs[keep, classes],
+                    attr,
+                    conf,
+                    keep,
+                    threshold,
+                )
+            )
         return found
 
 
-def best_boxes(boxes, probs, regions, thresholds):
-    """Which proposals (K,), their classes (K,), and the overlap allowed: each offers its best class's box; non-maximum suppression across classes
-    with the first threshold that leaves enough, cut to the most. Where none does, the last one's boxes, with threshold -1.
+def select_boxes(boxes, probs, regions, thresholds):
+    """Which proposals (K,), their classes (K,), and the overlap allowed: each offers its best
+    class's box; non-maximum suppression across classes with the first threshold that leaves
+    enough, cut to the most. Where none does, the last one's boxes, with threshold -1.
 
     boxes (R, classes, 4), probs (R, classes + 1), background last; regions: least and most
     """
@@ -819,7 +1424,7 @@ def best_boxes(boxes, probs, regions, thresholds):
     own = boxes[torch.arange(len(boxes), device=boxes.device), kind]
     keep, used = kind[:0], -1.0
     for threshold in thresholds:
-        keep = nms(own, score, threshold)[:regions[1]]
+        keep = nms(own, score, threshold)[: regions[1]]
         if len(keep) >= regions[0]:
             used = threshold
             break
@@ -827,20 +1432,28 @@ def best_boxes(boxes, probs, regions, thresholds):
 
 
 def cell_anchors(sizes, ratios):
-    """(A, 4) boxes around 0 of these sizes (outer) and ratios, height by width (inner)"""
-    w = torch.tensor([[math.sqrt(s * s / r) for r in ratios] for s in sizes], dtype=torch.float64).flatten()
+    """(A, 4) boxes around 0 of these sizes (outer) and ratios, height by width (mlp_dim)"""
+    w = torch.tensor(
+        [[math.sqrt(s * s / r) for r in ratios] for s in sizes], dtype=torch.float64
+    ).flatten()
     h = w * torch.tensor(ratios, dtype=torch.float64).repeat(len(sizes))
     return (torch.stack([-w, -h, w, h], dim=1) / 2).float()
 
 
 def grid_anchors(cells, h, w, stride=16):
     """(h w A, 4): the cells' anchors around each place of the map, the first at 0"""
-    y, x = torch.meshgrid(torch.arange(h, device=cells.device) * stride, torch.arange(w, device=cells.device) * stride, indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(h, device=cells.device) * stride,
+        torch.arange(w, device=cells.device) * stride,
+        indexing="ij",
+    )
     return (torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4) + cells).view(-1, 4)
 
 
-def decoded(boxes, deltas, weights):
-    """Boxes (..., 4) moved and grown by deltas (..., 4); growth is clamped from above after division by the weights."""
+def decode_boxes(boxes, deltas, weights):
+    """Boxes (..., 4) moved and grown by deltas (..., 4); growth is clamped from above after
+    division by the weights.
+    """
     wh = boxes[..., 2:] - boxes[..., :2]
     middle = boxes[..., :2] + 0.5 * wh
     d = deltas / torch.tensor(weights, device=deltas.device)
@@ -850,24 +1463,45 @@ def decoded(boxes, deltas, weights):
 
 def clip_boxes(boxes, size):
     h, w = size
-    return torch.stack([boxes[..., 0].clamp(0, w), boxes[..., 1].clamp(0, h), boxes[..., 2].clamp(0, w), boxes[..., 3].clamp(0, h)], dim=-1)
+    return torch.stack(
+        [
+            boxes[..., 0].clamp(0, w),
+            boxes[..., 1].clamp(0, h),
+            boxes[..., 2].clamp(0, w),
+            boxes[..., 3].clamp(0, h),
+        ],
+        dim=-1,
+    )
 
 
 def nms(boxes, scores, overlap):
     """Non-maximum suppression: which boxes to keep, by falling score: (n,) int64.
 
-    One is dropped if it overlaps (IoU strictly above) an earlier one that is kept. That is a fixed point of keep = not (earlier and kept and
-    overlapping).any(), which is unique; iterating from "all" gets there in as many rounds as the longest chain of boxes that drop each other.
+    One is dropped if it overlaps (IoU strictly above) an earlier one that is kept. That is a
+        fixed point of keep = not (earlier and kept and overlapping).any(), which is unique;
+        iterating from "all" gets there in as many rounds as the longest chain of boxes that drop
+        each other.
     Ties: the lower index first; a box of no area drops none.
     """
     order = scores.argsort(descending=True, stable=True)
     x1, y1, x2, y2 = boxes[order].unbind(dim=1)
     area = (x2 - x1) * (y2 - y1)
-    shared = ((torch.minimum(x2[:, None], x2) - torch.maximum(x1[:, None], x1)).clamp_(min=0)
-              .mul_((torch.minimum(y2[:, None], y2) - torch.maximum(y1[:, None], y1)).clamp_(min=0)))
-    iou, limit = shared / (area[:, None] + area - shared), torch.tensor(overlap, dtype=torch.float32)
+    shared = (
+        (torch.minimum(x2[:, None], x2) - torch.maximum(x1[:, None], x1))
+        .clamp_(min=0)
+        .mul_((torch.minimum(y2[:, None], y2) - torch.maximum(y1[:, None], y1)).clamp_(min=0))
+    )
+    iou, limit = (
+        shared / (area[:, None] + area - shared),
+        torch.tensor(overlap, dtype=torch.float32),
+    )
     # float32 against the threshold itself, not against its float32, as the CPU kernels of others do
-    drops = (iou >= limit if limit.double().item() > overlap else iou > limit).triu_(diagonal=1).to(boxes.dtype)          # row drops column
+    # row drops column
+    drops = (
+        (iou >= limit if limit.double().item() > overlap else iou > limit)
+        .triu_(diagonal=1)
+        .to(boxes.dtype)
+    )
     keep = torch.ones(len(boxes), dtype=boxes.dtype, device=boxes.device)
     while True:
         again = (keep @ drops == 0).to(boxes.dtype)
@@ -877,36 +1511,53 @@ def nms(boxes, scores, overlap):
 
 
 def roi_pool(x, rois, size, scale):
-    """The maximum of each of size x size bins of each region: (R, C, size, size); an empty bin is 0.
+    """The maximum of each of size x size bins of each region: (R, C, size, size); an empty bin is
+    0.
 
-    x (B, C, H, W); rois (R, 5): number of the image, x1 y1 x2 y2; corners times scale are rounded half away from zero and both count; bins
-    overlap. A bin's maximum is that of at most four windows whose sides are powers of two, so windows are made once for all regions.
+    x (B, C, H, W); rois (R, 5): number of the image, x1 y1 x2 y2; corners times scale are rounded
+        half away from zero and both count; bins overlap. A bin's maximum is that of at most four
+        windows whose sides are powers of two, so windows are made once for all regions.
     """
     B, C, H, W = x.shape
     if not len(rois):
         return x.new_zeros(0, C, size, size)
     corner = rois[:, 1:] * scale
-    corner = corner.sign() * (corner.abs() + 0.5).floor()                                               # (R, 4)
-    step = (corner[:, 2:] - corner[:, :2] + 1).clamp(min=1) / size                                      # (R, 2) width, height of a bin
+    # (R, 4)
+    corner = corner.sign() * (corner.abs() + 0.5).floor()
+    # (R, 2) width, height of a bin
+    step = (corner[:, 2:] - corner[:, :2] + 1).clamp(min=1) / size
     p = torch.arange(size, device=x.device, dtype=step.dtype)
     spans = []
     for start, bin, most in ((corner[:, 1], step[:, 1], H), (corner[:, 0], step[:, 0], W)):
-        low = ((p * bin[:, None]).floor() + start[:, None]).clamp(0, most).long()                       # (R, size)
+        # (R, size)
+        low = ((p * bin[:, None]).floor() + start[:, None]).clamp(0, most).long()
         high = (((p + 1) * bin[:, None]).ceil() + start[:, None]).clamp(0, most).long()
         level = (high - low).clamp(min=1).float().log2().floor().long()
-        spans.append((low.clamp(max=most - 1), (high - 2 ** level).clamp(0, most - 1), level, high <= low))
+        spans.append(
+            (low.clamp(max=most - 1), (high - 2**level).clamp(0, most - 1), level, high <= low)
+        )
     (top, bottom, tall, no_rows), (left, right, wide, no_columns) = spans
-    windows, rows = [], x.permute(0, 2, 3, 1)                                                           # channels last: a gather moves whole rows
+    # channels last: a gather moves whole rows
+    windows, rows = [], x.permute(0, 2, 3, 1)
     for a in range(int(tall.max()) + 1):
         if a:
-            rows = torch.maximum(rows, F.pad(rows, (0, 0, 0, 0, 0, 2 ** (a - 1)), value=float("-inf"))[:, 2 ** (a - 1):])
+            rows = torch.maximum(
+                rows,
+                F.pad(rows, (0, 0, 0, 0, 0, 2 ** (a - 1)), value=float("-inf"))[:, 2 ** (a - 1) :],
+            )
         columns = rows
         for b in range(int(wide.max()) + 1):
             if b:
-                columns = torch.maximum(columns, F.pad(columns, (0, 0, 0, 2 ** (b - 1)), value=float("-inf"))[:, :, 2 ** (b - 1):])
+                columns = torch.maximum(
+                    columns,
+                    F.pad(columns, (0, 0, 0, 2 ** (b - 1)), value=float("-inf"))[
+                        :, :, 2 ** (b - 1) :
+                    ],
+                )
             windows.append(columns)
     windows, levels = torch.stack(windows).reshape(-1, C), int(wide.max()) + 1
-    table = (tall[:, :, None] * levels + wide[:, None, :]) * B + rois[:, 0].long()[:, None, None]       # (R, size, size)
+    # (R, size, size)
+    table = (tall[:, :, None] * levels + wide[:, None, :]) * B + rois[:, 0].long()[:, None, None]
     out = None
     for y in (top, bottom):
         for column in (left, right):
@@ -916,8 +1567,10 @@ def roi_pool(x, rois, size, scale):
     return out.masked_fill((no_rows[:, :, None] | no_columns[:, None, :])[:, None], 0)
 
 
-def resized_size(h, w, shorter=800, longer=1333):
-    """(height, width) with the shorter side as told, unless the longer one would pass its own bound; halves go up"""
+def detector_size(h, w, shorter=800, longer=1333):
+    """(height, width) with the shorter side as told, unless the longer one would pass its own
+    bound; halves go up
+    """
     scale = shorter / min(h, w)
     h, w = (shorter, scale * w) if h < w else (scale * h, shorter)
     if max(h, w) > longer:
@@ -925,50 +1578,90 @@ def resized_size(h, w, shorter=800, longer=1333):
     return max(1, int(h + 0.5)), max(1, int(w + 0.5))
 
 
-def resized_picture(pixels, shorter=800, longer=1333):
-    """(H, W, 3) uint8, red first -> (3, h, w) float32, blue first, less the mean: what the detector was trained on. No antialiasing [authors' code]"""
-    size = resized_size(*pixels.shape[:2], shorter, longer)
-    x = F.interpolate(pixels.permute(2, 0, 1)[None].float(), size, mode="bilinear", align_corners=False)[0].flip(0)
+def resize_for_detector(pixels, shorter=800, longer=1333):
+    """(H, W, 3) uint8, red first -> (3, h, w) float32, blue first, less the mean: what the
+    detector was trained on. No antialiasing [authors' code]
+    """
+    size = detector_size(*pixels.shape[:2], shorter, longer)
+    x = F.interpolate(
+        pixels.permute(2, 0, 1)[None].float(), size, mode="bilinear", align_corners=False
+    )[0].flip(0)
     return x - torch.tensor(BGR_MEAN, device=x.device).view(3, 1, 1)
 
 
 def load_detector(path):
-    """A Detector of a weights file's own sizes, filled from it. A file of another architecture, or one that lacks something, is a CheckpointError."""
+    """A Detector of a weights file's own sizes, filled from it. A file of another architecture,
+    or one that lacks something, is a CheckpointError.
+    """
     found = {re.sub(r"^module\.", "", name): tensor for name, tensor in read_tensors(path).items()}
 
     def shape(name):
         if name not in found:
-            raise CheckpointError(f"{path} is not of this detector: it lacks {name} ({len(found):,} tensors, the first: {', '.join(list(found)[:2])})\n"
-                                  "  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin.")
+            raise CheckpointError(
+                f"{path} is not of this detector: it lacks {name} ({len(found):,} tensors, the "
+                f"first: {', '.join(list(found)[:2])})\n"
+                "  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin."
+            )
         return found[name].shape
-    blocks = [len({m[1] for name in found if (m := re.match(rf"{place}\.(\d+)\.conv1\.weight", name))}) for place in (r"backbone\.res2", r"backbone\.res3", r"backbone\.res4", r"roi_heads\.res5")]
-    anchors, head = shape("proposal_generator.anchor_generator.cell_anchors.0")[0], "roi_heads.box_predictor"
-    model = Detector(stem=shape("backbone.stem.conv1.weight")[0], res2=shape("backbone.res2.0.conv3.weight")[0], bottleneck=shape("backbone.res2.0.conv1.weight")[0], blocks=blocks,
-                     hidden=shape("proposal_generator.rpn_head.conv.weight")[0], anchors=[1.0] * anchors, ratios=[1.0], classes=shape(f"{head}.cls_score.weight")[0] - 1,
-                     attributes=shape(f"{head}.attr_score.weight")[0] - 1, embedding=shape(f"{head}.cls_embedding.weight")[1], attr_hidden=shape(f"{head}.fc_attr.weight")[0])
+
+    blocks = [
+        len({m[1] for name in found if (m := re.match(rf"{place}\.(\d+)\.conv1\.weight", name))})
+        for place in (r"backbone\.res2", r"backbone\.res3", r"backbone\.res4", r"roi_heads\.res5")
+    ]
+    anchors, head = (
+        shape("proposal_generator.anchor_generator.cell_anchors.0")[0],
+        "roi_heads.box_predictor",
+    )
+    model = Detector(
+        stem=shape("backbone.stem.conv1.weight")[0],
+        res2=shape("backbone.res2.0.conv3.weight")[0],
+        bottleneck=shape("backbone.res2.0.conv1.weight")[0],
+        blocks=blocks,
+        hidden=shape("proposal_generator.rpn_head.conv.weight")[0],
+        anchors=[1.0] * anchors,
+        ratios=[1.0],
+        classes=shape(f"{head}.cls_score.weight")[0] - 1,
+        attributes=shape(f"{head}.attr_score.weight")[0] - 1,
+        embedding=shape(f"{head}.cls_embedding.weight")[1],
+        attr_hidden=shape(f"{head}.fc_attr.weight")[0],
+    )
     report = load_pretrained(model, path)
     if lacks := [name for name in report.missing if not name.endswith("num_batches_tracked")]:
-        raise CheckpointError(f"{path} is not all of this detector: {len(lacks)} tensors are missing\n  {', '.join(lacks[:4])}\n  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin.")
+        raise CheckpointError(
+            f"{path} is not all of this detector: {len(lacks)} tensors are missing\n"
+            f"  {', '.join(lacks[:4])}\n  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin."
+        )
     return model
 
 
 def build(kind, size, **sizes):
-    """A model by name (uniter, lxmert, albef) and size (a key of SIZES); sizes: what the data and the task ask of it."""
+    """A model by name (uniter, lxmert, albef) and size (a key of SIZES); sizes: what the data and
+    the task ask of it.
+    """
     if kind == "albef":
-        return Albef(**PIXELS[size] | {k: sizes[k] for k in ("vocab", "queue", "resolution", "patch", "dropout") if k in sizes})
+        return Albef(
+            **ALBEF_SIZES[size]
+            | {
+                k: sizes[k]
+                for k in ("vocab", "queue", "resolution", "patch", "dropout")
+                if k in sizes
+            }
+        )
     sizes = {k: v for k, v in sizes.items() if k != "attributes" or kind == "lxmert"}
-    shape = SIZES[size] | ({"layers": STACKS[size]} if kind == "lxmert" else {})
+    shape = SIZES[size] | ({"layers": TWO_STREAM_LAYERS[size]} if kind == "lxmert" else {})
     return {"uniter": Uniter, "lxmert": Lxmert}[kind](**sizes, **shape)
 
 
-# ------------------------------------------------------------------------------------------------ official checkpoints
+# --------------------------------------------------------------------------- official checkpoints
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit; the message says what to do."""
 
 
-RENAMES = [                                         # official name -> ours, tried in this order, each where it matches
-    (r"^module\.", ""),                             # saved from DataParallel
+# official name -> ours, tried in this order, each where it matches
+RENAMES = [
+    (r"^module\.", ""),  # saved from DataParallel
     (r"^(bert|uniter)\.", ""),
     (r"^embeddings\.word_embeddings", "text_embedding.word"),
     (r"^embeddings\.position_embeddings", "text_embedding.position"),
@@ -981,59 +1674,132 @@ RENAMES = [                                         # official name -> ours, tri
     (r"^img_embeddings\.mask_embedding\.weight", "region_embedding.mask"),
     (r"^img_embeddings\.LayerNorm", "region_embedding.norm"),
     (r"^encoder\.layer\.", "layers."),
-    (r"attention\.self\.query", "attention.to_q"), (r"attention\.self\.key", "attention.to_k"),
-    (r"attention\.self\.value", "attention.to_v"), (r"attention\.output\.dense", "attention.to_out"),
-    (r"attention\.output\.LayerNorm", "attention_norm"), (r"intermediate\.dense", "widen"),
-    (r"^(layers\.\d+)\.output\.dense", r"\1.narrow"), (r"^(layers\.\d+)\.output\.LayerNorm", r"\1.mlp_norm"),
+    (r"attention\.self\.query", "attention.to_q"),
+    (r"attention\.self\.key", "attention.to_k"),
+    (r"attention\.self\.value", "attention.to_v"),
+    (r"attention\.output\.dense", "attention.to_out"),
+    (r"attention\.output\.LayerNorm", "attention_norm"),
+    (r"intermediate\.dense", "fc1"),
+    (r"^(layers\.\d+)\.output\.dense", r"\1.fc2"),
+    (r"^(layers\.\d+)\.output\.LayerNorm", r"\1.mlp_norm"),
     (r"^pooler\.dense", "pooler"),
-    (r"^cls\.predictions\.transform\.dense", "word_head.0"), (r"^cls\.predictions\.transform\.LayerNorm", "word_head.2"),
+    (r"^cls\.predictions\.transform\.dense", "word_head.0"),
+    (r"^cls\.predictions\.transform\.LayerNorm", "word_head.2"),
     (r"^cls\.predictions\.bias", "word_bias"),
-    (r"^feat_regress\.net\.", "feature_head."), (r"^feat_regress\.bias", "feature_bias"),
-    (r"^region_classifier\.net\.3", "classifier"), (r"^region_classifier\.net\.", "class_head."),
-    (r"^itm_output", "match"), (r"^rank_output", "rank"),
-    (r"^(vqa|vcr)_output\.", "task_head."), (r"^re_output\.(?=weight|bias)", "task_head.0."), (r"^re_output\.", "task_head."),
-    (r"^nlvr2_output", "task_head.out"), (r"^fc\.0", "task_head.merge"), (r"^attn_pool\.fc\.0", "task_head.pool"),
-    (r"^attn1\.", "task_head.left_asks."), (r"^attn2\.", "task_head.right_asks."), (r"^(task_head\..*)\.out_proj", r"\1.to_out"),
+    (r"^feat_regress\.net\.", "feature_head."),
+    (r"^feat_regress\.bias", "feature_bias"),
+    (r"^region_classifier\.net\.3", "classifier"),
+    (r"^region_classifier\.net\.", "class_head."),
+    (r"^itm_output", "match"),
+    (r"^rank_output", "rank"),
+    (r"^(vqa|vcr)_output\.", "task_head."),
+    (r"^re_output\.(?=weight|bias)", "task_head.0."),
+    (r"^re_output\.", "task_head."),
+    (r"^nlvr2_output", "task_head.out"),
+    (r"^fc\.0", "task_head.merge"),
+    (r"^attn_pool\.fc\.0", "task_head.pool"),
+    (r"^attn1\.", "task_head.left_asks."),
+    (r"^attn2\.", "task_head.right_asks."),
+    (r"^(task_head\..*)\.out_proj", r"\1.to_out"),
 ]
-LXMERT_RENAMES = [                                  # tried first where the model has two streams; HuggingFace's files say lxmert. for bert.
-    (r"^(module\.)?(lxrt_encoder\.model\.)?(bert|lxmert)\.", ""), (r"^(module\.)?(answer_head\.)?logit_fc\.", "task_head."),
-    (r"^encoder\.visn_fc\.visn_fc", "region_embedding.feature"), (r"^encoder\.visn_fc\.visn_layer_norm", "region_embedding.feature_norm"),
-    (r"^encoder\.visn_fc\.box_fc", "region_embedding.box"), (r"^encoder\.visn_fc\.box_layer_norm", "region_embedding.box_norm"),
-    (r"^encoder\.layer\.", "text_layers."), (r"^encoder\.r_layers\.", "region_layers."), (r"^encoder\.x_layers\.", "cross_layers."),
-    (r"visual_attention\.att\.", "cross.self."), (r"visual_attention\.output\.LayerNorm", "cross_norm"), (r"visual_attention\.output\.dense", "cross.to_out"),
-    (r"cross\.self\.query", "cross.to_q"), (r"cross\.self\.key", "cross.to_k"), (r"cross\.self\.value", "cross.to_v"),
-    (r"lang_self_att\.", "text.attention."), (r"visn_self_att\.", "region.attention."),
-    (r"lang_inter\.dense", "text.widen"), (r"visn_inter\.dense", "region.widen"),
-    (r"lang_output\.", "text.output."), (r"visn_output\.", "region.output."),
-    (r"^((?:text|region)_layers\.\d+|cross_layers\.\d+\.(?:text|region))\.output\.dense", r"\1.narrow"),
-    (r"^((?:text|region)_layers\.\d+|cross_layers\.\d+\.(?:text|region))\.output\.LayerNorm", r"\1.mlp_norm"),
-    (r"^(module\.)?cls\.seq_relationship", "match"), (r"^(module\.)?obj_predict_head\.transform\.dense", "object_head.0"),
-    (r"^(module\.)?obj_predict_head\.transform\.LayerNorm", "object_head.2"), (r"^(module\.)?obj_predict_head\.decoder_dict\.obj", "classifier"),
-    (r"^(module\.)?obj_predict_head\.decoder_dict\.attr", "attribute_classifier"), (r"^(module\.)?obj_predict_head\.decoder_dict\.feat", "feature_out"),
+# tried first where the model has two streams; HuggingFace's files say lxmert. for bert.
+LXMERT_RENAMES = [
+    (r"^(module\.)?(lxrt_encoder\.model\.)?(bert|lxmert)\.", ""),
+    (r"^(module\.)?(answer_head\.)?logit_fc\.", "task_head."),
+    (r"^encoder\.visn_fc\.visn_fc", "region_embedding.feature"),
+    (r"^encoder\.visn_fc\.visn_layer_norm", "region_embedding.feature_norm"),
+    (r"^encoder\.visn_fc\.box_fc", "region_embedding.box"),
+    (r"^encoder\.visn_fc\.box_layer_norm", "region_embedding.box_norm"),
+    (r"^encoder\.layer\.", "text_layers."),
+    (r"^encoder\.r_layers\.", "region_layers."),
+    (r"^encoder\.x_layers\.", "cross_layers."),
+    (r"visual_attention\.att\.", "cross.self."),
+    (r"visual_attention\.output\.LayerNorm", "cross_norm"),
+    (r"visual_attention\.output\.dense", "cross.to_out"),
+    (r"cross\.self\.query", "cross.to_q"),
+    (r"cross\.self\.key", "cross.to_k"),
+    (r"cross\.self\.value", "cross.to_v"),
+    (r"lang_self_att\.", "text.attention."),
+    (r"visn_self_att\.", "region.attention."),
+    (r"lang_inter\.dense", "text.fc1"),
+    (r"visn_inter\.dense", "region.fc1"),
+    (r"lang_output\.", "text.output."),
+    (r"visn_output\.", "region.output."),
+    (
+        r"^((?:text|region)_layers\.\d+|cross_layers\.\d+\.(?:text|region))\.output\.dense",
+        r"\1.fc2",
+    ),
+    (
+        r"^((?:text|region)_layers\.\d+|cross_layers\.\d+\.(?:text|region))\.output\.LayerNorm",
+        r"\1.mlp_norm",
+    ),
+    (r"^(module\.)?cls\.seq_relationship", "match"),
+    (r"^(module\.)?obj_predict_head\.transform\.dense", "object_head.0"),
+    (r"^(module\.)?obj_predict_head\.transform\.LayerNorm", "object_head.2"),
+    (r"^(module\.)?obj_predict_head\.decoder_dict\.obj", "classifier"),
+    (r"^(module\.)?obj_predict_head\.decoder_dict\.attr", "attribute_classifier"),
+    (r"^(module\.)?obj_predict_head\.decoder_dict\.feat", "feature_out"),
 ]
-ALBEF_RENAMES = [                                   # also AMC's, DeiT's (into the ViT) and BERT's; *_m is the momentum copy
-    (r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", r"teacher.\1."), (r"^(visual_encoder|text_encoder|vision_proj|text_proj)\.", r"student.\1."),
-    (r"visual_encoder\.", "vision."), (r"text_encoder\.(bert\.)?", ""), (r"^itm_head", "match"), (r"^temp$", "temperature"), (r"^queue_ptr_(img|txt)$", "queue_ptr"),
-    (r"^(?=cls_token|pos_embed|patch_embed|blocks|norm\.)", "student.vision."), (r"^bert\.", "student."), (r"^(?=embeddings\.|encoder\.|cls\.)", "student."),
-    (r"vision\.cls_token", "vision.cls"), (r"vision\.pos_embed", "vision.position"), (r"vision\.patch_embed\.proj", "vision.patch"),
-    (r"vision\.blocks\.(\d+)\.norm1", r"vision.layers.\1.attention_norm"), (r"vision\.blocks\.(\d+)\.norm2", r"vision.layers.\1.mlp_norm"),
-    (r"vision\.blocks\.(\d+)\.attn\.proj", r"vision.layers.\1.attention.to_out"), (r"vision\.blocks\.(\d+)\.attn\.", r"vision.layers.\1.attention."),
-    (r"vision\.blocks\.(\d+)\.mlp\.fc1", r"vision.layers.\1.widen"), (r"vision\.blocks\.(\d+)\.mlp\.fc2", r"vision.layers.\1.narrow"),
-    (r"\.embeddings\.word_embeddings", ".text_embedding.word"), (r"\.embeddings\.position_embeddings", ".text_embedding.position"),
-    (r"\.embeddings\.token_type_embeddings", ".text_embedding.token_type"), (r"\.embeddings\.LayerNorm", ".text_embedding.norm"),
-    (r"\.cls\.predictions\.transform\.dense", ".word_head.0"), (r"\.cls\.predictions\.transform\.LayerNorm", ".word_head.2"), (r"\.cls\.predictions\.bias", ".word_bias"),
-    (r"crossattention\.self\.query", "cross.to_q"), (r"crossattention\.self\.key", "cross.to_k"), (r"crossattention\.self\.value", "cross.to_v"),
-    (r"crossattention\.output\.dense", "cross.to_out"), (r"crossattention\.output\.LayerNorm", "cross_norm"),
-    (r"(encoder\.layer\.\d+)\.output\.dense", r"\1.narrow"), (r"(encoder\.layer\.\d+)\.output\.LayerNorm", r"\1.mlp_norm"),
+# also AMC's, DeiT's (into the ViT) and BERT's; *_m is the momentum copy
+ALBEF_RENAMES = [
+    (r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", r"teacher.\1."),
+    (r"^(visual_encoder|text_encoder|vision_proj|text_proj)\.", r"student.\1."),
+    (r"visual_encoder\.", "vision."),
+    (r"text_encoder\.(bert\.)?", ""),
+    (r"^itm_head", "match"),
+    (r"^temp$", "temperature"),
+    (r"^queue_ptr_(img|txt)$", "queue_ptr"),
+    (r"^(?=cls_token|pos_embed|patch_embed|blocks|norm\.)", "student.vision."),
+    (r"^bert\.", "student."),
+    (r"^(?=embeddings\.|encoder\.|cls\.)", "student."),
+    (r"vision\.cls_token", "vision.cls"),
+    (r"vision\.pos_embed", "vision.position"),
+    (r"vision\.patch_embed\.proj", "vision.patch"),
+    (r"vision\.blocks\.(\d+)\.norm1", r"vision.layers.\1.attention_norm"),
+    (r"vision\.blocks\.(\d+)\.norm2", r"vision.layers.\1.mlp_norm"),
+    (r"vision\.blocks\.(\d+)\.attn\.proj", r"vision.layers.\1.attention.to_out"),
+    (r"vision\.blocks\.(\d+)\.attn\.", r"vision.layers.\1.attention."),
+    (r"vision\.blocks\.(\d+)\.mlp\.fc1", r"vision.layers.\1.fc1"),
+    (r"vision\.blocks\.(\d+)\.mlp\.fc2", r"vision.layers.\1.fc2"),
+    (r"\.embeddings\.word_embeddings", ".text_embedding.word"),
+    (r"\.embeddings\.position_embeddings", ".text_embedding.position"),
+    (r"\.embeddings\.token_type_embeddings", ".text_embedding.token_type"),
+    (r"\.embeddings\.LayerNorm", ".text_embedding.norm"),
+    (r"\.cls\.predictions\.transform\.dense", ".word_head.0"),
+    (r"\.cls\.predictions\.transform\.LayerNorm", ".word_head.2"),
+    (r"\.cls\.predictions\.bias", ".word_bias"),
+    (r"crossattention\.self\.query", "cross.to_q"),
+    (r"crossattention\.self\.key", "cross.to_k"),
+    (r"crossattention\.self\.value", "cross.to_v"),
+    (r"crossattention\.output\.dense", "cross.to_out"),
+    (r"crossattention\.output\.LayerNorm", "cross_norm"),
+    (r"(encoder\.layer\.\d+)\.output\.dense", r"\1.fc2"),
+    (r"(encoder\.layer\.\d+)\.output\.LayerNorm", r"\1.mlp_norm"),
 ]
-MAF_RENAMES = [(r"^wv\.", "word."), (r"^linear_p\.", "phrase."), (r"^linear_mini\.", "mini."), (r"^linear_a\.", "attribute."), (r"^linear_f\.", "feature.")]
-TIED = {"text_encoder.cls.predictions.decoder.weight": "", "text_encoder.cls.predictions.decoder.bias": "", "text_encoder_m.cls.predictions.decoder.weight": "",
-        "text_encoder_m.cls.predictions.decoder.bias": "", "cls.predictions.decoder.weight": "text_embedding.word", "cls.predictions.decoder.bias": "word_bias",
-        "feat_regress.weight": "region_embedding.feature"}          # second names of a tensor that we hold once
+MAF_RENAMES = [
+    (r"^wv\.", "word."),
+    (r"^linear_p\.", "phrase."),
+    (r"^linear_mini\.", "mini."),
+    (r"^linear_a\.", "attribute."),
+    (r"^linear_f\.", "feature."),
+]
+TIED = {
+    "text_encoder.cls.predictions.decoder.weight": "",
+    "text_encoder.cls.predictions.decoder.bias": "",
+    "text_encoder_m.cls.predictions.decoder.weight": "",
+    "text_encoder_m.cls.predictions.decoder.bias": "",
+    "cls.predictions.decoder.weight": "text_embedding.word",
+    "cls.predictions.decoder.bias": "word_bias",
+    # second names of a tensor that we hold once
+    "feat_regress.weight": "region_embedding.feature",
+}
 
 
-class Report(NamedTuple):
-    """What load_pretrained did: names of our parameters loaded or missing, names in the file renamed, tied or unused."""
+class LoadReport(NamedTuple):
+    """What load_pretrained did: names of our parameters loaded or missing, names in the file
+    renamed, tied or unused.
+    """
+
     loaded: list
     renamed: list
     tied: list
@@ -1042,83 +1808,137 @@ class Report(NamedTuple):
 
     def __str__(self):
         def some(names):
-            return "none" if not names else ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        return (f"loaded {len(self.loaded)} tensors ({len(self.renamed)} renamed, {len(self.tied)} tied copies)\n"
-                f"  missing, left at their start: {some(self.missing)}\n  in the file but unused: {some(self.unused)}")
+            return (
+                "none"
+                if not names
+                else ", ".join(names[:6])
+                + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            )
+
+        return (
+            f"loaded {len(self.loaded)} tensors ({len(self.renamed)} renamed, {len(self.tied)} "
+            "tied copies)\n"
+            f"  missing, left at their start: {some(self.missing)}\n"
+            f"  in the file but unused: {some(self.unused)}"
+        )
 
 
-def our_name(name, model=None):
-    """What we call an official parameter; model: which has it, as different models' files use some names for different things."""
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))       # BERT's first files
+def translate_name(name, model=None):
+    """What we call an official parameter; model: which has it, as different models' files use
+    some names for different things.
+    """
+    # BERT's first files
+    name = re.sub(
+        r"LayerNorm\.gamma$",
+        "LayerNorm.weight",
+        re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name),
+    )
     own = {Lxmert: LXMERT_RENAMES, Maf: MAF_RENAMES, Albef: ALBEF_RENAMES}.get(type(model), [])
     for pattern, new in own + RENAMES:
         name = re.sub(pattern, new, name)
-    if isinstance(model, Albef) and (found := re.search(r"encoder\.layer\.(\d+)\.", name)):      # one numbering there, two stacks here
+    # one numbering there, two stacks here
+    if isinstance(model, Albef) and (found := re.search(r"encoder\.layer\.(\d+)\.", name)):
         i, text = int(found[1]), len(model.student.text_layers)
-        name = name.replace(found[0], f"text_layers.{i}." if i < text else f"fusion_layers.{i - text}.")
+        name = name.replace(
+            found[0], f"text_layers.{i}." if i < text else f"fusion_layers.{i - text}."
+        )
     return name
 
 
-def read_plain(path):
+def read_checkpoint_file(path):
     """What a .safetensors, .pt, .pth or .bin file holds. Code in a pickle is never run."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path} is not there\n  Wanted: a checkpoint (BERT, UNITER, LXMERT or one of ours). Check the path.")
+        raise CheckpointError(
+            f"{path} is not there\n  Wanted: a checkpoint (BERT, UNITER, LXMERT or one of ours). "
+            "Check the path."
+        )
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder\n  Wanted: the checkpoint file inside it, e.g. {path}/last.pt")
+        raise CheckpointError(
+            f"{path} is a folder\n  Wanted: the checkpoint file inside it, e.g. {path}/last.pt"
+        )
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and is refused: loading it could run code in it\n  {first_line(error)}\n"
-                              "  Fetch it from its official address, or save its state_dict() alone with torch.save.") from None
+        raise CheckpointError(
+            f"{path} holds more than tensors and is refused: loading it could run code in it\n"
+            f"  {first_error_line(error)}\n"
+            "  Fetch it from its official address, or save its state_dict() alone with torch.save."
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({path.stat().st_size:,} bytes): {first_line(error)}\n"
-                              "  Most often a download or a copy that stopped half way: fetch it again.") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({path.stat().st_size:,} bytes): {first_error_line(error)}\n"
+            "  Most often a download or a copy that stopped half way: fetch it again."
+        ) from None
 
 
 def read_tensors(path):
     """{name: tensor} of a checkpoint; of a training file, its "model"."""
-    found = read_plain(path)
+    found = read_checkpoint_file(path)
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         found = found["model"]
-    for name in [name for name in found if re.search(r"\.in_proj_|\.attn\.qkv\.", name)] if isinstance(found, dict) else []:
-        for part, piece in zip("qkv", found.pop(name).chunk(3)):    # torch's own attention and ViTs keep the three matrices as one
+    for name in (
+        [name for name in found if re.search(r"\.in_proj_|\.attn\.qkv\.", name)]
+        if isinstance(found, dict)
+        else []
+    ):
+        # torch's own attention and ViTs keep the three matrices as one
+        for part, piece in zip("qkv", found.pop(name).chunk(3)):
             found[re.sub(r"in_proj_|(?<=attn\.)qkv\.", f"to_{part}.", name)] = piece
     if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        raise CheckpointError(f"{path} holds {type(found).__name__} and not a table of named tensors\n"
-                              "  Wanted: a state_dict, or a training file with one under \"model\".")
+        raise CheckpointError(
+            f"{path} holds {type(found).__name__} and not a table of named tensors\n"
+            '  Wanted: a state_dict, or a training file with one under "model".'
+        )
     return found
 
 
-class Saved(NamedTuple):
+class Checkpoint(NamedTuple):
     """A training file of ours: train.py writes it, everything in it is plain."""
+
     model: dict
     optimizer: dict
     step: int
-    config: dict                                    # the run's settings
-    sizes: dict                                     # vocab, features, classes, types, head, answers; size: a key of SIZES
+    config: dict  # the run's settings
+    # vocab, features, classes, types, head, answers; size: a key of SIZES
+    sizes: dict
 
 
 def read_checkpoint(path):
     """One of our own training files; anything else is a CheckpointError."""
-    found = read_plain(path)
-    lacks = [name for name in Saved._fields if not isinstance(found, dict) or name not in found]
+    found = read_checkpoint_file(path)
+    lacks = [
+        name for name in Checkpoint._fields if not isinstance(found, dict) or name not in found
+    ]
     if lacks:
-        raise CheckpointError(f"{path} is not a training file of ours: it lacks {', '.join(lacks)}\n"
-                              "  Wanted: a last.pt that train.py wrote. Official checkpoints: --init to train from one, --size to evaluate one.")
-    return Saved(*(found[name] for name in Saved._fields))
+        raise CheckpointError(
+            f"{path} is not a training file of ours: it lacks {', '.join(lacks)}\n"
+            "  Wanted: a last.pt that train.py wrote. Official checkpoints: --init to train from "
+            "one, --size to evaluate one."
+        )
+    return Checkpoint(*(found[name] for name in Checkpoint._fields))
 
 
-def first_line(error):
+def first_error_line(error):
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def read_safetensors(path):
-    """The format in four lines: 8 bytes header length, JSON header, then raw little-endian numbers at the header's offsets."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+    """The format in four lines: 8 bytes header length, JSON header, then raw little-endian
+    numbers at the header's offsets.
+    """
+    dtypes = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     start = 8 + int(raw[:8].view("<u8")[0])
     if start > len(raw):
@@ -1130,45 +1950,57 @@ def read_safetensors(path):
         a, b = entry["data_offsets"]
         if start + b > len(raw):
             raise ValueError(f"{name} should end at byte {start + b:,}")
-        tensors[name] = torch.from_numpy(np.array(raw[start + a:start + b])).view(dtypes[entry["dtype"]]).view(entry["shape"])
+        tensors[name] = (
+            torch.from_numpy(np.array(raw[start + a : start + b]))
+            .view(dtypes[entry["dtype"]])
+            .view(entry["shape"])
+        )
     return tensors
 
 
 @torch.no_grad()
 def load_pretrained(model, path, new_words=0):
-    """Fill a model from a BERT, UNITER, LXMERT, MAF or own checkpoint; returns a Report (print it: it says what was left out).
+    """Fill a model from a BERT, UNITER, LXMERT, MAF or own checkpoint; returns a LoadReport
+    (print it: it says what was left out).
 
-    Names are translated (RENAMES), numbers cast to the model's type, and the ranking head started from the matching head
-    where the file has none. A tensor of another shape is an error, so a wrong size or vocabulary cannot pass unnoticed; but the type
-    table and, by `new_words` rows, the word table may grow, and a downstream head of another task stays at its start.
+    Names are translated (RENAMES), numbers cast to the model's type, and the ranking head started
+        from the matching head where the file has none. A tensor of another shape is an error, so
+        a wrong size or vocabulary cannot pass unnoticed; but the type table and, by `new_words`
+        rows, the word table may grow, and a downstream head of another task stays at its start.
     """
-    own, report, wrong = model.state_dict(), Report([], [], [], [], []), []
+    own, report, wrong = model.state_dict(), LoadReport([], [], [], [], []), []
     for name, tensor in read_tensors(path).items():
         bare = re.sub(r"^module\.", "", name)
         if bare in TIED:
             report.tied.append(name)
             continue
-        ours = our_name(name, model)
+        ours = translate_name(name, model)
         if ours not in own:
             report.unused.append(name)
             continue
         if ours == "region_embedding.mask" and tensor.dim() == 2:
-            tensor = tensor[1]                      # row 0 stands for "not masked" and is always zero
+            # row 0 stands for "not masked" and is always zero
+            tensor = tensor[1]
         if tensor.numel() == own[ours].numel() == 1:
-            tensor = tensor.view(own[ours].shape)   # counters come as [] and as [1]
+            tensor = tensor.view(own[ours].shape)  # counters come as [] and as [1]
         more = len(own[ours]) - len(tensor) if tensor.dim() else 0
-        if ours == "text_embedding.token_type.weight" and more > 0:  # VCR's answer and rationale start as text, NLVR2's right image as
-            start = tensor[1 if len(own[ours]) == 3 else 0]         # an image [authors' code]
+        # VCR's answer and rationale start as text, NLVR2's right image as
+        if ours == "text_embedding.token_type.weight" and more > 0:
+            start = tensor[1 if len(own[ours]) == 3 else 0]  # an image [authors' code]
             tensor = torch.cat([tensor, start.expand(more, -1)])
         elif ours in ("text_embedding.word.weight", "word_bias") and more == new_words > 0:
             tensor = torch.cat([tensor, own[ours][-more:].to(tensor.dtype)])
         if ours.endswith("vision.position"):
-            tensor = resized_position(tensor.float(), own[ours].shape[1] - 1)
-        if tensor.shape != own[ours].shape and ours.startswith(("task_head.", "image_queue", "text_queue")):
+            tensor = resize_position(tensor.float(), own[ours].shape[1] - 1)
+        if tensor.shape != own[ours].shape and ours.startswith(
+            ("task_head.", "image_queue", "text_queue")
+        ):
             report.unused.append(name)
             continue
         if tensor.shape != own[ours].shape:
-            wrong.append(f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[ours].shape)} in the model")
+            wrong.append(
+                f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[ours].shape)} in the model"
+            )
             continue
         own[ours].copy_(tensor)
         report.loaded.append(ours)
@@ -1176,14 +2008,19 @@ def load_pretrained(model, path, new_words=0):
             report.renamed.append(name)
     report.missing.extend(sorted(set(own) - set(report.loaded)))
     if wrong or not report.loaded:
-        raise CheckpointError(f"{path} does not fit this model: {len(wrong)} tensors of another size, {len(report.loaded)} that fit\n  "
-                              + "\n  ".join(wrong[:4] or report.unused[:4])
-                              + "\n  Another --size, another vocabulary or region features of another width: compare with the file's own recipe.")
+        raise CheckpointError(
+            f"{path} does not fit this model: {len(wrong)} tensors of another size, "
+            f"{len(report.loaded)} that fit\n  "
+            + "\n  ".join(wrong[:4] or report.unused[:4])
+            + "\n  Another --size, another vocabulary or region features of another width: compare "
+            "with the file's own recipe."
+        )
     if isinstance(model, Albef):
         report.tied.extend(n for n in report.unused if n.endswith("embeddings.position_ids"))
         report.unused[:] = [n for n in report.unused if not n.endswith("embeddings.position_ids")]
-        if not any(n.startswith("teacher.") for n in report.loaded):            # BERT, DeiT: the momentum copy starts from them too
+        # BERT, DeiT: the momentum copy starts from them too
+        if not any(n.startswith("teacher.") for n in report.loaded):
             model.teacher.load_state_dict(model.student.state_dict())
     if "rank.weight" in report.missing and "match.weight" in report.loaded:
-        start_rank_from_match(model)
+        init_rank_from_match(model)
     return report

@@ -71,10 +71,10 @@ class Step:
     """A whole training step as train.py makes it: forward, losses, backward, clipping, fused AdamW."""
     def __init__(self, loss="none", bf16=False, size="base"):
         self.cfg = train.make_config("flickr30k", loss=loss, size=size, steps=1000, warmup=1)
-        self.place = train.Place(DEVICE, 0, 1, bf16)
+        self.runtime = train.Runtime(DEVICE, 0, 1, bf16)
         torch.manual_seed(0)
         self.model = Uniter(28996, D_V, 1601, dropout=self.cfg.dropout, **SIZES[size]).to(DEVICE).train()
-        self.optimizer = train.make_optimizer(self.cfg, self.model)
+        self.optimizer = train.build_optimizer(self.cfg, self.model)
         g = torch.Generator().manual_seed(0)
         corner = torch.rand(PAIRS, REGIONS, 2, generator=g) / 2
         ones = lambda n: torch.ones(PAIRS, n, dtype=torch.bool)
@@ -83,13 +83,13 @@ class Step:
         self.batch = {"task": "itm", "names": ["x"] * PAIRS, "input": batch, "match": torch.ones(PAIRS, dtype=torch.bool)}
 
     def __call__(self):
-        train.update(self.cfg, self.place, self.model, self.optimizer, [], 1000, [self.batch])
+        train.train_step(self.cfg, self.runtime, self.model, self.optimizer, [], 1000, [self.batch])
 
     def flops(self):
         """Multiply-adds count two; backward costs twice the forward. Matrix products only."""
         D, L, N = self.model.pooler.in_features, len(self.model.layers), WORDS + REGIONS
         tokens = PAIRS * N
-        layer = 2 * tokens * (4 * D * D + 2 * D * self.model.layers[0].widen.out_features) + 4 * PAIRS * N * N * D
+        layer = 2 * tokens * (4 * D * D + 2 * D * self.model.layers[0].fc1.out_features) + 4 * PAIRS * N * N * D
         return 3 * (L * layer + 2 * PAIRS * REGIONS * D_V * D)
 
 
@@ -247,7 +247,7 @@ def bench_pretraining(found, folder):
                 + 2 * len(middle["masked_words"]) * D * (D + 28996))
     product, flops = matmul_rate()
     many = lambda: [product() for _ in range(12)]
-    update = lambda one, batch: train.update(one.cfg, one.place, one.model, one.optimizer, [], 1000, [batch])
+    update = lambda one, batch: train.train_step(one.cfg, one.runtime, one.model, one.optimizer, [], 1000, [batch])
     found["pretrain_matmul_share"] = (work / (12 * flops)) * ratio(many, lambda: update(step, middle), rounds=2)
     some = [stream[k] for k in range(2)]
     ours = sum(len(b["names"]) for b in some)
@@ -264,7 +264,7 @@ def bench_pretraining(found, folder):
         rows = np.random.default_rng(start).integers(len(pairs.texts), size=n)
         batch = pairs.batch(rows, pairs.image[rows])
         batch.pop("length")
-        batches.append((train.to(batch, DEVICE), torch.where(torch.rand(batch["text"].shape) < 0.15, batch["text"], -100).to(DEVICE)))
+        batches.append((train.to_device(batch, DEVICE), torch.where(torch.rand(batch["text"].shape) < 0.15, batch["text"], -100).to(DEVICE)))
 
     def padded():
         for x, labels in batches:
@@ -281,41 +281,41 @@ def bench_pretraining(found, folder):
 def bench_retrieval(found, folder):
     """A part of 1,000 x 5,000: all captions with a few images, against the forward alone on batches of the same sizes."""
     pairs = ragged_store(folder)
-    place = train.Place(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
+    runtime = train.Runtime(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
     model = Uniter(28996, D_V, 1601, **SIZES["base"]).to(DEVICE).eval()
     captions = Pairs([Text("0", t.text, t.id) for t in pairs.texts[:600]], pairs.store, pairs.tokenizer)
     ready = []
     order = np.argsort(captions.n_words, kind="stable")
     for rows in unit_batches(captions.n_words[order] + pairs.store.n_regions[0], 8192):
-        ready.append(train.to(captions.batch(order[rows], captions.image[order[rows]]), DEVICE))
+        ready.append(train.to_device(captions.batch(order[rows], captions.image[order[rows]]), DEVICE))
 
     @torch.inference_mode()
     def forward():
         for x in ready:
-            with place.autocast():
+            with runtime.autocast():
                 model(**x, heads=("rank",)).rank.float().cpu()
-    found["retrieval_vs_forward"] = ratio(forward, lambda: evaluate.score_all(model, captions, units=8192, autocast=place.autocast), rounds=3)
+    found["retrieval_vs_forward"] = ratio(forward, lambda: evaluate.score_all(model, captions, batch_tokens=8192, autocast=runtime.autocast), rounds=3)
 
 
 def bench_align(found, folder):
     """All of Kervadec's supervision on pairs of 18 + 36, 20 % of the words pointing; with and without alignment."""
     cfg = train.make_config("kervadec", loss="none")
-    place, other = train.Place(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda"), train.make_config("kervadec")
+    runtime, other = train.Runtime(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda"), train.make_config("kervadec")
     model = build("lxmert", "base", vocab=30_522, features=D_V, head="answers", answers=9500, align=True).to(DEVICE).train()
-    optimizer, g, W = train.make_optimizer(cfg, model), torch.Generator().manual_seed(0), 18
+    optimizer, g, W = train.build_optimizer(cfg, model), torch.Generator().manual_seed(0), 18
     corner, K = torch.rand(PAIRS, REGIONS, 2, generator=g) / 2, int(0.15 * PAIRS * REGIONS)
     mask = lambda n: torch.ones(PAIRS, n, dtype=torch.bool)
     places = lambda n, k: torch.randperm(n, generator=g)[:k]
     x = dict(text=torch.randint(1000, 30_000, (PAIRS, W), generator=g), text_mask=mask(W), regions=torch.rand(PAIRS, REGIONS, D_V, generator=g).half(),
              boxes=torch.cat([corner, corner + 0.4], -1), region_mask=mask(REGIONS), length=W + REGIONS)
     pointed, words = places(PAIRS * W, PAIRS * W // 5), places(PAIRS * W, PAIRS * W // 7)
-    batch = {"task": "together", "names": ["x"] * PAIRS, "input": x, "match": torch.arange(PAIRS) % 2 == 0, "hidden_regions": torch.zeros(0, dtype=torch.int64),
+    batch = {"task": "multitask", "names": ["x"] * PAIRS, "input": x, "match": torch.arange(PAIRS) % 2 == 0, "hidden_regions": torch.zeros(0, dtype=torch.int64),
              "masked_words": words, "word_targets": torch.randint(1000, 30_000, (len(words),), generator=g), "masked_regions": places(PAIRS * REGIONS, K),
              "region_features": torch.rand(K, D_V, generator=g).half(), "region_class": torch.randint(1600, (K,), generator=g), "region_attribute": torch.randint(400, (K,), generator=g),
              "answered": torch.arange(0, PAIRS, 2), "answer": torch.randint(9500, (PAIRS // 2,), generator=g)}
     counts = {"mlm": len(words), "class": K, "attribute": K, "feature": K, "answers": PAIRS // 2, "align": len(pointed)}
     aligned = {"aligned": pointed, "aligned_row": pointed // W, "alignment": torch.rand(len(pointed), REGIONS, generator=g).softmax(-1)}
-    step = lambda settings, more: lambda: train.update(settings, place, model, optimizer, [], settings.steps, [batch | more | {"counts": counts}])
+    step = lambda settings, more: lambda: train.train_step(settings, runtime, model, optimizer, [], settings.steps, [batch | more | {"counts": counts}])
     found["align"] = ratio(step(other, aligned), step(cfg, {}), rounds=9)
 
 
@@ -323,16 +323,16 @@ def bench_maf(found, folder):
     tree = folder / "toy"
     make_toy(tree, scenes=2000)
     cfg = train.make_config("toy-grounding", data=str(tree))
-    place = train.find_place(cfg)
-    place.say = lambda *words: None
+    runtime = train.setup_runtime(cfg)
+    runtime.say = lambda *words: None
     words = train.load_tokenizer(cfg)
-    streams = train.load_streams(cfg, place, words)
-    model, count = train.build_model(cfg, place, words, streams), [0]
-    optimizer = train.make_optimizer(cfg, model)
+    streams = train.load_streams(cfg, runtime, words)
+    model, count = train.build_model(cfg, runtime, words, streams), [0]
+    optimizer = train.build_optimizer(cfg, model)
 
     def train_maf():
         for _ in range(50):
-            train.update(cfg, place, model, optimizer, streams.train, 1, [streams.train[0][count[0]]])
+            train.train_step(cfg, runtime, model, optimizer, streams.train, 1, [streams.train[0][count[0]]])
             count[0] += 1
     found["maf_captions_per_s"] = 50 * cfg.units / seconds(train_maf, rounds=7)[0]
 
@@ -340,16 +340,16 @@ def bench_maf(found, folder):
 def albef_step(loss, n=8):
     """A training step of the amc recipe on n pairs of random pixels, a batch of them, and the model."""
     cfg = train.make_config("amc", loss=loss, init="none")
-    place = train.Place(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
+    runtime = train.Runtime(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
     torch.manual_seed(0)
     model, W = build("albef", "base", vocab=30_522, queue=65_536, resolution=256, patch=16, dropout=0.1).to(DEVICE).train(), 24
-    optimizer, words, region = train.make_optimizer(cfg, model), torch.arange(0, n * W, 7), torch.zeros(n, 256, 256, dtype=torch.bool)
+    optimizer, words, region = train.build_optimizer(cfg, model), torch.arange(0, n * W, 7), torch.zeros(n, 256, 256, dtype=torch.bool)
     region[:, 40:120, 60:160] = True
     text = torch.randint(1000, 30_000, (n, W))
     batch = {"task": "albef", "names": ["x"] * n, "number": 10 ** 6, "own": torch.arange(n), "draw": torch.rand(2, n), "text": text, "masked_text": text, "text_mask": torch.ones(n, W, dtype=torch.bool),
              "pixels": torch.randint(256, (n, 256, 256, 3), dtype=torch.uint8), "masked_words": words, "word_targets": text.flatten()[words], "boxed": torch.arange(n), "region": region,
              "counts": {"mlm": len(words)}}
-    return lambda: train.update(cfg, place, model, optimizer, [], cfg.steps, [batch]), batch, model, place, cfg, optimizer
+    return lambda: train.train_step(cfg, runtime, model, optimizer, [], cfg.steps, [batch]), batch, model, runtime, cfg, optimizer
 
 
 def peak(loss):
@@ -378,20 +378,20 @@ def peak(loss):
 
 
 def bench_pixels(found, folder):
-    with_amc, batch, model, place, cfg, optimizer = albef_step("amc")
+    with_amc, batch, model, runtime, cfg, optimizer = albef_step("amc")
     without = train.make_config("amc", loss="none", init="none")
-    none = lambda: train.update(without, place, model, optimizer, [], cfg.steps, [batch])
+    none = lambda: train.train_step(without, runtime, model, optimizer, [], cfg.steps, [batch])
     found["amc_step"] = ratio(with_amc, none, rounds=5)
 
     def plain():
         """Matching and masked words alone, no momentum model, no queue."""
         student, mask, n = model.student, batch["text_mask"], len(batch["own"])
-        with place.autocast():
+        with runtime.autocast():
             image, words = student.vision(normalised(batch["pixels"].to(DEVICE))), student.read(batch["text"].to(DEVICE), mask.to(DEVICE))
             states, _ = student.fuse(words.repeat(3, 1, 1), mask.repeat(3, 1).to(DEVICE), torch.cat([image, image.roll(1, 0), image]))
             seen, _ = student.fuse(student.read(batch["masked_text"].to(DEVICE), mask.to(DEVICE)), mask.to(DEVICE), image)
             loss = (losses.itm(model.match(states[:, 0]), torch.arange(3 * n, device=DEVICE) < n)
-                    + losses.mlm(student.name_words(seen, batch["masked_words"].to(DEVICE)), batch["word_targets"].to(DEVICE)))
+                    + losses.mlm(student.word_logits_at(seen, batch["masked_words"].to(DEVICE)), batch["word_targets"].to(DEVICE)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
         optimizer.step()
@@ -418,19 +418,19 @@ def bench_pixels(found, folder):
     tree = folder / "toy"
     make_toy(tree, scenes=600)
     cfg = train.make_config("toy-albef", data=str(tree), init="none")
-    place = train.find_place(cfg)
-    place.say = lambda *words: None
+    runtime = train.setup_runtime(cfg)
+    runtime.say = lambda *words: None
     tokenizer = train.load_tokenizer(cfg)
-    streams = train.load_streams(cfg, place, tokenizer)
-    model = train.build_model(cfg, place, tokenizer, streams)
-    optimizer, one, count = train.make_optimizer(cfg, model), streams.train[0][0], [0]
+    streams = train.load_streams(cfg, runtime, tokenizer)
+    model = train.build_model(cfg, runtime, tokenizer, streams)
+    optimizer, one, count = train.build_optimizer(cfg, model), streams.train[0][0], [0]
 
     def load():
         for _ in range(4):
             streams.train[0][count[0]]
             count[0] += 1
     load()
-    found["toy_pictures_vs_model"] = ratio(lambda: [train.update(cfg, place, model, optimizer, streams.train, 1, [one]) for _ in range(4)], load, rounds=5)
+    found["toy_pictures_vs_model"] = ratio(lambda: [train.train_step(cfg, runtime, model, optimizer, streams.train, 1, [one]) for _ in range(4)], load, rounds=5)
 
 
 def bench_detector(found, folder):
@@ -502,7 +502,7 @@ MEANING = {
     "retrieval_vs_forward": ("(g) all-pairs scoring / the bare forward", ">= 0.95"), "align": ("(h) two-stream step with align / without", "<= 1.05"),
     "maf_captions_per_s": ("(h) MAF, captions a second", ">= 5,000"), "glove_seconds": ("(h) GloVe, 2.2 M lines of 300, seconds", "< 60"),
     "glove_mib": ("    memory it adds, MiB", "< 1,024"), "amc_step": ("(i) ALBEF-base step with AMC / without", "<= 1.45"), "amc_memory": ("(i) activations kept with AMC / without", "<= 1.5"),
-    "itc_momentum": ("(i) ALBEF step / matching and masked words alone", "<= 1.35"), "pictures_per_s": ("(i) 640 x 480 JPEG, decoded and augmented, a second, one core", ">= 250"),
+    "itc_momentum": ("(i) ALBEF step / matching and masked words alone", "<= 1.35"), "pictures_per_s": ("(i) 640 x 480 JPEG, decode_boxes and augmented, a second, one core", ">= 250"),
     "toy_pictures_vs_model": ("(i) toy loader / toy ALBEF", ">= 1"), "detector_pooling_share": ("(j) detector: share of suppression and region pooling", "< 0.15"),
     "detector_conv_share": ("(j) the rest of the detector's rate / matmul's", ""), "detector_pictures_per_s": ("    its pictures a second", ""),
 }

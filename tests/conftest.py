@@ -28,9 +28,9 @@ def shared(path):
 @pytest.fixture(scope="session")
 def toy_tree(tmp_path_factory):
     """A small ShapesWorld for the whole session."""
-    import data
+    import toy
     folder = tmp_path_factory.mktemp("data") / "toy"
-    data.make_toy(folder, scenes=300)
+    toy.make_toy(folder, scenes=300)
     return folder
 
 
@@ -90,7 +90,7 @@ def last_line(done):
 def pretrained(toy_tree, tmp_path_factory):
     """A barely trained toy checkpoint to start from, and the run that made it."""
     folder = tmp_path_factory.mktemp("pretrained")
-    done = run(folder, "--recipe", "toy-pretrain", "--data", toy_tree, "--steps", 20, "--warmup", 5, "--units", 512, "--out", "run", *QUICK,
+    done = run(folder, "--recipe", "toy-pretrain", "--data", toy_tree, "--steps", 20, "--warmup", 5, "--batch-tokens", 512, "--out", "run", *QUICK,
                "--pretrain", "mlm+itm+mrfr+mrc+mrckl+wra")
     return folder / "run/last.pt", done
 

@@ -73,13 +73,13 @@ def align_seed(seed, threads, results):
     for name, (args, _, _) in ALIGN.items():
         out = f"out/seeds/align-{name.replace(' ', '-')}-{seed}"
         keep(f"align/{name}/{seed}", "train.py", *args, *common, "--out", out)
-        keep(f"align/{name}/nlvr2/{seed}", "train.py", "--task", "nlvr2", "--model", "lxmert", "--form", "pair-mlp", "--no-cased", "--steps", "500", "--init", f"{out}/last.pt", *common, "--out", f"{out}-nlvr2")
+        keep(f"align/{name}/nlvr2/{seed}", "train.py", "--task", "nlvr2", "--model", "lxmert", "--nlvr2-head", "pair-mlp", "--no-cased", "--steps", "500", "--init", f"{out}/last.pt", *common, "--out", f"{out}-nlvr2")
         for part in ("balanced", "unbalanced"):
             keep(f"align/{name}/{part}/{seed}", "evaluate.py", "--task", "nlvr2", "--split", f"{part}/{part}_dev", "--ckpt", f"{out}-nlvr2/last.pt")
     for phrases, use in MAF_USE:
-        keep(f"maf/{phrases}/{use}/{seed}", "train.py", "--loss", "maf", "--phrases", phrases, "--use", use, *common, "--out", f"out/seeds/maf-{phrases}-{use}-{seed}")
+        keep(f"maf/{phrases}/{use}/{seed}", "train.py", "--loss", "maf", "--phrase-pooling", phrases, "--region-inputs", use, *common, "--out", f"out/seeds/maf-{phrases}-{use}-{seed}")
     for f, p in MAF_START:
-        keep(f"maf/start/{f}/{p}/{seed}", "train.py", "--loss", "maf", "--start-f", f, "--start-p", p, *common, "--out", f"out/seeds/maf-{f}-{p}-{seed}")
+        keep(f"maf/start/{f}/{p}/{seed}", "train.py", "--loss", "maf", "--init-w-f", f, "--init-w-p", p, *common, "--out", f"out/seeds/maf-{f}-{p}-{seed}")
 
 
 AMC = {                                             # what is typed: paper's Flickr30k, RefCOCO+ testA, testB (tables 1, 3, 4)
@@ -162,7 +162,7 @@ def maf_ablation(results):
     lines = ["| phrases, regions (table 3); start of W_f, W_p (table 4) | paper | toy |", "|---|---|---|"]
     for (a, b), paper, name in [*((k, v, f"maf/{k[0]}/{k[1]}/{{}}") for k, v in MAF_USE.items()), *((k, v, f"maf/start/{k[0]}/{k[1]}/{{}}") for k, v in MAF_START.items())]:
         if rows := several(results, name):
-            flag = f"--phrases {a} --use {b}" if "start" not in name else f"--start-f {a} --start-p {b}"
+            flag = f"--phrase-pooling {a} --region-inputs {b}" if "start" not in name else f"--init-w-f {a} --init-w-p {b}"
             lines.append(f"| `{flag}` | {paper} | {mean([r['grounding/accuracy'] for r in rows])} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 

@@ -29,8 +29,8 @@ ROWS = {
     "vqa": Row("--task vqa", "vqa", "table 3, VQA test-dev", "72.70", ("vqa/accuracy",), "vqa/majority"),
     "vcr": Row("--task vcr", "vcr", "table 3, VCR Q→A, QA→R, Q→AR (test)", "75.00, 77.20, 58.20", ("vcr/q_a", "vcr/qa_r", "vcr/q_ar"), "25, 25, 6"),
     "nlvr2": Row("--task nlvr2", "nlvr2", "tables 3, 5, NLVR2 dev, pair-biattn", "77.18", ("nlvr2/accuracy",), "nlvr2/majority"),
-    "nlvr2-pair": Row("--task nlvr2 --form pair", "nlvr2", "table 5, dev, pair", "75.85", ("nlvr2/accuracy",), "nlvr2/majority", False),
-    "nlvr2-triplet": Row("--task nlvr2 --form triplet", "nlvr2", "table 5, dev, triplet", "73.03", ("nlvr2/accuracy",), "nlvr2/majority", False),
+    "nlvr2-pair": Row("--task nlvr2 --nlvr2-head pair", "nlvr2", "table 5, dev, pair", "75.85", ("nlvr2/accuracy",), "nlvr2/majority", False),
+    "nlvr2-triplet": Row("--task nlvr2 --nlvr2-head triplet", "nlvr2", "table 5, dev, triplet", "73.03", ("nlvr2/accuracy",), "nlvr2/majority", False),
     "ve": Row("--task ve", "ve", "table 3, SNLI-VE val", "78.59", ("ve/accuracy",), "ve/majority"),
     "re": Row("--task re", "refcoco", "table 3, RefCOCO val, val^d", "91.64, 81.24", ("re/gt/accuracy", "re/det/accuracy"), "re/gt/chance"),
     "re-plus": Row("--task re --dataset refcoco+ --head region-mlp", "refcoco+", "table 3, RefCOCO+ val, val^d", "83.66, 75.31", ("re/gt/accuracy", "re/det/accuracy"), "re/gt/chance", False),
@@ -125,7 +125,7 @@ def main():
             row = ROWS[name]
             remember(results, f"tasks/{name}", "train.py", *row.command.split(), "--out", f"out/tasks/{name}", "--resume")
             for what in ("text", "regions") if row.blind else ():
-                remember(results, f"tasks/{name}/{what}", "train.py", *row.command.split(), "--hide", what, "--out", f"out/tasks/{name}-{what}", "--resume")
+                remember(results, f"tasks/{name}/{what}", "train.py", *row.command.split(), "--ablate", what, "--out", f"out/tasks/{name}-{what}", "--resume")
         start = next((ROOT / "out").glob("toy-pretrain-seed0-*")) / "last.pt"
         remember(results, "tasks/zero-shot", "evaluate.py", *ZERO_SHOT.command.split(), "--ckpt", start)
     fill(tasks=table(results), ablation=ablation(results))

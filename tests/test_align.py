@@ -30,8 +30,8 @@ def copied(toy_tree, tmp_path, *folders):
 
 def prepared(toy_tree, *argv):
     cfg = train.parse(["--data", str(toy_tree), "--precision", "fp32", "--init", "none", "--workers", "0", *map(str, argv)])
-    place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
-    return cfg, place, tokenizer, train.load_streams(cfg, place, tokenizer)
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    return cfg, runtime, tokenizer, train.load_streams(cfg, runtime, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------- readers
@@ -140,7 +140,7 @@ def test_gqa_pointers_that_lead_nowhere_are_counted(toy_tree, tmp_path):
     texts, told = data.gqa(tree, "train_balanced")
     assert told["pointers left out: object not in the scene graph"] == 1 and told["pointers left out: a box of no area"] >= 1
     assert len(texts) == len(questions)
-    done = run(tmp_path, "--loss", "align", "--data", tree, "--steps", 2, "--warmup", 0, "--units", 512, "--out", "o", *QUICK)
+    done = run(tmp_path, "--loss", "align", "--data", tree, "--steps", 2, "--warmup", 0, "--batch-tokens", 512, "--out", "o", *QUICK)
     assert "1 pointers left out: object not in the scene graph" in done.stdout and "pointers left out: a box of no area" in done.stdout
 
 
@@ -164,7 +164,7 @@ def test_joined_descriptions_point_at_their_regions(toy_tree):
 
 @pytest.fixture(scope="module")
 def together(toy_tree):
-    return prepared(toy_tree, "--loss", "align", "--units", 700)
+    return prepared(toy_tree, "--loss", "align", "--batch-tokens", 700)
 
 
 def test_a_share_of_a_batch_is_that_share(together):
@@ -230,12 +230,12 @@ def test_pointers_land_on_their_words(together):
 
 
 def test_answers_count_from_half_way(toy_tree):
-    cfg, place, tokenizer, streams = prepared(toy_tree, "--loss", "align", "--units", 512, "--steps", 10, "--warmup", 0, "--answers-from", 0.5, "--weight-decay", 0)
-    model = train.build_model(cfg, place, tokenizer, streams)
-    optimizer, batch = train.make_optimizer(cfg, model), streams.train[1][0]
+    cfg, runtime, tokenizer, streams = prepared(toy_tree, "--loss", "align", "--batch-tokens", 512, "--steps", 10, "--warmup", 0, "--answers-start", 0.5, "--weight-decay", 0)
+    model = train.build_model(cfg, runtime, tokenizer, streams)
+    optimizer, batch = train.build_optimizer(cfg, model), streams.train[1][0]
     before = model.task_head[3].weight.clone()
     for step, moves in ((5, False), (6, True)):
-        train.update(cfg, place, model, optimizer, streams.train, step, [batch])
+        train.train_step(cfg, runtime, model, optimizer, streams.train, step, [batch])
         assert torch.equal(before, model.task_head[3].weight) != moves
 
 
@@ -251,7 +251,7 @@ def test_masked_regions_show_zeros_others_or_their_own(together):
 
 
 def test_phrase_batches_hold_every_image_once_and_own_points_at_it(toy_tree):
-    _, _, words, streams = prepared(toy_tree, "--loss", "maf", "--units", 16)
+    _, _, words, streams = prepared(toy_tree, "--loss", "maf", "--batch-tokens", 16)
     stream = streams.train[0]
     batch = stream[0]
     assert batch["own"].tolist() == list(range(16)) and len(batch["input"]["labels"]) == 16
@@ -267,7 +267,7 @@ def test_phrase_batches_hold_every_image_once_and_own_points_at_it(toy_tree):
 
 def tiny(kind, **more):
     torch.manual_seed(0)
-    shape = dict(width=16, heads=2, inner=32, dropout=0.0, **more)
+    shape = dict(width=16, heads=2, mlp_dim=32, dropout=0.0, **more)
     return (Lxmert(30, 8, 5, 4, layers=(1, 1, 2), **shape) if kind == "lxmert" else Uniter(30, 8, 6, layers=2, **shape)).eval()
 
 
@@ -335,10 +335,10 @@ SMALL = ["--steps", 20, "--warmup", 2, "--log-every", 1]
 
 @pytest.mark.parametrize("argv, told", [
     (["--loss", "align"], "align"), (["--recipe", "toy-align", "--loss", "none"], "answers"), (["--recipe", "toy-align", "--loss", "cacr+align"], "cacr"),
-    (["--loss", "maf"], "maf"), (["--loss", "maf", "--use", "label+attribute+feature", "--phrases", "average", "--padding-counts"], "maf"),
-    (["--loss", "maf", "--use", "feature", "--start-f", "xavier", "--start-p", "xavier"], "maf")])
+    (["--loss", "maf"], "maf"), (["--loss", "maf", "--region-inputs", "label+attribute+feature", "--phrase-pooling", "average", "--attend-padding"], "maf"),
+    (["--loss", "maf", "--region-inputs", "feature", "--init-w-f", "xavier", "--init-w-p", "xavier"], "maf")])
 def test_twenty_steps(toy_tree, tmp_path, argv, told):
-    done = run(tmp_path, *argv, "--data", toy_tree, "--out", "o", *SMALL, *QUICK, "--units", 32 if "maf" in argv else 512, "--answers-from", 0)
+    done = run(tmp_path, *argv, "--data", toy_tree, "--out", "o", *SMALL, *QUICK, "--batch-tokens", 32 if "maf" in argv else 512, "--answers-start", 0)
     log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(list(r.values())).all() for r in log) and any(told in r for r in log), log[-1]
     numbers = last_line(done)
@@ -349,12 +349,12 @@ def test_twenty_steps(toy_tree, tmp_path, argv, told):
 @pytest.mark.parametrize("loss", ["cacr", "iais", "iais-released", "iais-distributed", "wra"])
 def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     """Pre-trained and ranked; the loss's gradient reaches the attention of the last cross layer."""
-    done = run(tmp_path, "--model", "lxmert", "--loss", loss, "--data", toy_tree, "--init", "none", "--candidates", 8, "--out", "o", *SMALL, *QUICK, "--units", 512)
+    done = run(tmp_path, "--model", "lxmert", "--loss", loss, "--data", toy_tree, "--init", "none", "--candidates", 8, "--out", "o", *SMALL, *QUICK, "--batch-tokens", 512)
     log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(r[loss]) for r in log if loss in r) and any(loss in r for r in log)
     assert "winoground/group" in last_line(done)
-    cfg, place, tokenizer, streams = prepared(toy_tree, "--model", "lxmert", "--loss", loss, "--units", 256, "--candidates", 0)
-    model = train.build_model(cfg, place, tokenizer, streams)
+    cfg, runtime, tokenizer, streams = prepared(toy_tree, "--model", "lxmert", "--loss", loss, "--batch-tokens", 256, "--candidates", 0)
+    model = train.build_model(cfg, runtime, tokenizer, streams)
     batch = streams.train[0][0]
     found = train.objective_rank(cfg, model, batch)
     found[loss].backward()
@@ -363,10 +363,10 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     assert used is not None and used.abs().sum() > 0
 
 
-@pytest.mark.parametrize("argv", [["--loss", "align", "--units", 512], ["--loss", "maf", "--units", 32]])
+@pytest.mark.parametrize("argv", [["--loss", "align", "--batch-tokens", 512], ["--loss", "maf", "--batch-tokens", 32]])
 def test_two_processes_are_one(toy_tree, tmp_path, argv):
     """Negatives, counts and means included: two processes with n units each and one with 2n."""
-    common = ["--data", toy_tree, "--steps", 4, "--warmup", 0, "--lr", 1e-4, "--answers-from", 0, "--eval-every", 4, *QUICK]
+    common = ["--data", toy_tree, "--steps", 4, "--warmup", 0, "--lr", 1e-4, "--answers-start", 0, "--eval-every", 4, *QUICK]
     run(tmp_path, *argv, *common, "--out", "two", processes=2)
     run(tmp_path, *argv[:-1], 2 * argv[-1], *common, "--out", "one")
     one, two = ({k: v for k, v in weights(tmp_path / n).items() if k != "feature.bias"} for n in ("one", "two"))       # MAF's loss does not feel it: noise
@@ -375,7 +375,7 @@ def test_two_processes_are_one(toy_tree, tmp_path, argv):
 
 @pytest.mark.parametrize("argv", [["--loss", "align", "--optimizer", "bertadam", "--schedule", "linear-from-0"], ["--loss", "maf"]])
 def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):
-    args = [*argv, "--data", toy_tree, "--steps", 8, "--warmup", 2, "--save-every", 2, "--units", 64 if "maf" in argv else 512, *QUICK]
+    args = [*argv, "--data", toy_tree, "--steps", 8, "--warmup", 2, "--save-every", 2, "--batch-tokens", 64 if "maf" in argv else 512, *QUICK]
     run(tmp_path, *args, "--out", "whole")
     run_and_kill(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
@@ -385,13 +385,13 @@ def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):
 @pytest.fixture(scope="module")
 def aligned(toy_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aligned")
-    run(folder, "--loss", "align", "--data", toy_tree, "--steps", 20, "--warmup", 2, "--units", 512, "--out", "run", *QUICK)
+    run(folder, "--loss", "align", "--data", toy_tree, "--steps", 20, "--warmup", 2, "--batch-tokens", 512, "--out", "run", *QUICK)
     return folder / "run/last.pt"
 
 
-@pytest.mark.parametrize("argv", [["--task", "gqa"], ["--task", "nlvr2", "--model", "lxmert", "--form", "pair-mlp", "--no-cased"], ["--task", "vqa", "--model", "lxmert", "--no-cased"]])
+@pytest.mark.parametrize("argv", [["--task", "gqa"], ["--task", "nlvr2", "--model", "lxmert", "--nlvr2-head", "pair-mlp", "--no-cased"], ["--task", "vqa", "--model", "lxmert", "--no-cased"]])
 def test_fine_tuning_from_two_streams(toy_tree, tmp_path, aligned, argv):
-    done = run(tmp_path, *argv, "--init", aligned, "--data", toy_tree, "--out", "o", *SMALL, "--units", 512, *QUICK)
+    done = run(tmp_path, *argv, "--init", aligned, "--data", toy_tree, "--out", "o", *SMALL, "--batch-tokens", 512, *QUICK)
     assert f"{argv[1]}/accuracy" in last_line(done)
     assert "text_layers" not in done.stdout.split("missing")[1].splitlines()[0]
 
@@ -412,7 +412,7 @@ def test_evaluation_of_checkpoints(toy_tree, tmp_path, aligned):
     assert val["gqa/grounding"] > 0
     evaluated(tmp_path, "--task", "figures", "--ckpt", aligned, aligned, "--data", toy_tree, "--out", "f")
     assert len(list((tmp_path / "f").glob("map_*.png"))) == 4
-    run(tmp_path, "--loss", "maf", "--data", toy_tree, "--steps", 5, "--units", 32, "--out", "m", *QUICK)
+    run(tmp_path, "--loss", "maf", "--data", toy_tree, "--steps", 5, "--batch-tokens", 32, "--out", "m", *QUICK)
     found = json.loads(evaluated(tmp_path, "--task", "grounding", "--ckpt", "m/last.pt", "--data", toy_tree).stdout.splitlines()[-1])
     assert found["grounding/accuracy"] <= found["grounding/upper bound"] <= 100 and found["grounding/whole image"] < 10
     assert "does not ground phrases" in evaluated(tmp_path, "--task", "grounding", "--ckpt", aligned, "--data", toy_tree, expect=1).stderr
@@ -424,16 +424,16 @@ def test_guesses_by_hand():
     """Two discs and a square; the larger disc is chosen among equals."""
     boxes = np.array([[0, 0, 10, 10], [40, 40, 60, 60], [45, 45, 55, 55]], np.float32)
     vectors = {"red": np.array([0.0, 1]), "disc": np.array([1.0, 0]), "square": np.array([0.6, 0.8]), "circle": np.array([0.95, 0.3])}
-    found = evaluate.guesses(["red", "circle"], ["disc", "disc", "square"], boxes, (100, 100), vectors, np.random.default_rng(0))
+    found = evaluate.table_5(["red", "circle"], ["disc", "disc", "square"], boxes, (100, 100), vectors, np.random.default_rng(0))
     assert found["center-obj"].tolist() == boxes[1].tolist() and found["max-obj"].tolist() == boxes[1].tolist()
     assert found["whole image"].tolist() == [0, 0, 100, 100]
     assert found["direct match"].tolist() == boxes[1].tolist()      # nothing matches: the largest of all
     assert found["glove-max"].tolist() == boxes[1].tolist() and found["glove-avg"].tolist() == boxes[2].tolist()
-    assert evaluate.guesses(["square"], ["disc", "disc", "square"], boxes, (100, 100), vectors, np.random.default_rng(0))["direct match"].tolist() == boxes[2].tolist()
+    assert evaluate.table_5(["square"], ["disc", "disc", "square"], boxes, (100, 100), vectors, np.random.default_rng(0))["direct match"].tolist() == boxes[2].tolist()
 
 
 def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
-    _, _, tokenizer, _ = prepared(toy_tree, "--loss", "align", "--units", 512)
+    _, _, tokenizer, _ = prepared(toy_tree, "--loss", "align", "--batch-tokens", 512)
     texts = [t for t in data.gqa(toy_tree, "val_balanced")[0] if t.pointers]
     pairs = data.Pairs(texts, data.RegionStore(toy_tree / "regions/vg"), tokenizer)
 
@@ -474,8 +474,8 @@ def test_gqa_needs_the_entailed_predictions():
 
 @pytest.mark.parametrize("argv, told", [
     (["--loss", "aling"], "did you mean align?"), (["--loss", "align", "--recipe", "toy"], "words point at boxes"), (["--loss", "maf", "--recipe", "toy"], "--loss maf, which chooses"),
-    (["--recipe", "toy-align", "--model", "uniter"], "is not for --model uniter"), (["--recipe", "toy-pretrain", "--model", "lxmert", "--pretrain", "mlm+mrckl"], "--pretrain together"),
-    (["--model", "lxmert", "--size", "large"], "Wanted: toy, base"), (["--loss", "maf", "--use", "label+colour"], "'colour' is not known"), (["--loss", "align", "--answers-from", "2"], "0 to 1")])
+    (["--recipe", "toy-align", "--model", "uniter"], "is not for --model uniter"), (["--recipe", "toy-pretrain", "--model", "lxmert", "--pretrain", "mlm+mrckl"], "--pretrain multitask"),
+    (["--model", "lxmert", "--size", "large"], "Wanted: toy, base"), (["--loss", "maf", "--region-inputs", "label+colour"], "'colour' is not known"), (["--loss", "align", "--answers-start", "2"], "0 to 1")])
 def test_settings_that_cannot_be(toy_tree, tmp_path, argv, told):
     done = run(tmp_path, *argv, "--data", toy_tree, expect=1)
     assert told in done.stderr and "Traceback" not in done.stderr
@@ -495,5 +495,5 @@ def test_cut_files_are_told(toy_tree, tmp_path, broken, told):
 def test_a_detector_of_other_names_is_told(toy_tree, tmp_path):
     tree = copied(toy_tree, tmp_path, "vg")
     (tree / "vg/objects_vocab.txt").write_text("disc\nsquare\n")
-    done = run(tmp_path, "--loss", "align", "--data", tree, "--steps", 5, "--units", 512, *QUICK, expect=1)
+    done = run(tmp_path, "--loss", "align", "--data", tree, "--steps", 5, "--batch-tokens", 512, *QUICK, expect=1)
     assert "only 2 names" in done.stderr and "Traceback" not in done.stderr

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import data
+import toy
 from conftest import ROOT, shared
 from data import DataError, PairBatches, Pairs, RankingBatches, RegionStore, WordPiece
 
@@ -55,7 +56,7 @@ def test_tokenizer_without_third_party_data(toy):
 
 def test_same_seed_same_bytes(tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        data.make_toy(tmp_path / name, seed=seed, scenes=60)
+        toy.make_toy(tmp_path / name, seed=seed, scenes=60)
     a, b, c = (digest(tmp_path / n) for n in "abc")
     assert a == b
     assert sum(a[k] != c.get(k) for k in a) > len(a) / 2
@@ -66,12 +67,12 @@ def test_splits_share_no_scene_and_captions_are_true(toy):
     assert not images["train"] & images["val"] and not images["val"] & images["test"] and all(images.values())
     rng = np.random.default_rng(0)
     for _ in range(200):
-        things = data.draw_scene(rng)
-        text = data.spoken(data.describe(rng, things))
-        for how in data.RELATIONS:
+        things = toy.draw_scene(rng)
+        text = toy.spoken(toy.describe(rng, things))
+        for how in toy.RELATIONS:
             if f" {how} " in text:
                 a, b = (next(t for t in things if f"{t.colour} {t.shape}" in side) for side in text.replace(" to the", "").split(f" {how} "))
-                assert data.relation(a, b) == how, text
+                assert toy.relation(a, b) == how, text
 
 
 def test_winoground_pairs_are_swaps(toy):
@@ -80,22 +81,22 @@ def test_winoground_pairs_are_swaps(toy):
 
 
 def test_toy_is_left_alone_or_made_again(tmp_path):
-    data.make_toy(tmp_path / "toy", scenes=60)
+    toy.make_toy(tmp_path / "toy", scenes=60)
     before = (tmp_path / "toy/toy.json").stat().st_mtime_ns
-    data.ensure_toy(tmp_path / "toy")
+    toy.ensure_toy(tmp_path / "toy")
     assert (tmp_path / "toy/toy.json").stat().st_mtime_ns == before
     (tmp_path / "toy/nlvr").mkdir()
     (tmp_path / "toy/toy.json").write_text(json.dumps({"version": 0, "seed": 4, "scenes": 70}))
-    data.ensure_toy(tmp_path / "toy")
+    toy.ensure_toy(tmp_path / "toy")
     made = json.loads((tmp_path / "toy/toy.json").read_text())
-    assert made == {"version": data.TOY_VERSION, "seed": 4, "scenes": 70} and (tmp_path / "toy/nlvr").exists()
+    assert made == {"version": toy.TOY_VERSION, "seed": 4, "scenes": 70} and (tmp_path / "toy/nlvr").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
     mine = tmp_path / "mine"
     mine.mkdir()
-    data.ensure_toy(mine)
+    toy.ensure_toy(mine)
     assert list(mine.iterdir()) == []
     with pytest.raises(DataError, match="exists already"):
-        data.make_toy(mine)
+        toy.make_toy(mine)
 
 
 def test_killed_toy_leaves_nothing(tmp_path):
@@ -228,8 +229,8 @@ def test_negatives_are_mismatched(pairs):
     captions, images, _ = stream.whole(0)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        assert (data.other(rng, pairs.images, images) != images).all()
-        assert (pairs.image[data.other_caption(rng, pairs, images)] != images).all()
+        assert (data.mismatched_images(rng, pairs.images, images) != images).all()
+        assert (pairs.image[data.mismatched_captions(rng, pairs, images)] != images).all()
 
 
 def test_hardest_negatives_come_from_the_candidates(pairs):

@@ -172,7 +172,7 @@ def test_extraction_makes_a_store(extracted, photos, weights_file):
     assert len(store) == 50 and store.classes == 8 and "50 images" in done and not Path(f"{out}.parts").exists() and (4 <= store.n_regions).all() and (store.n_regions <= 12).all()
     path = sorted(photos.iterdir())[7]
     pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy())
-    x = parts.resized_picture(pixels, 96, 160)
+    x = parts.resize_for_detector(pixels, 96, 160)
     seen = load_detector(weights_file)(x[None], torch.tensor([x.shape[1:]]), torch.tensor([[180 / x.shape[1], 240 / x.shape[2]]]), (4, 12))[0]
     i = np.array([store.index[path.stem]])
     np.testing.assert_allclose(store.read(i, "boxes")[0], seen.boxes.clamp(min=0), atol=2e-3)
@@ -219,13 +219,13 @@ def test_bad_pictures_are_left_out_and_listed(toy_tree, weights_file, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     good.save(folder / "turned.jpg", exif=exif)
-    Image.new("RGB", (1, 1)).save(folder / "pixel.png"), Image.new("RGB", (4000, 9)).save(folder / "narrow.png"), Image.new("1", (40_000, 5_000)).save(folder / "huge.png")
+    Image.new("RGB", (1, 1)).save(folder / "pixel.png"), Image.new("RGB", (4000, 9)).save(folder / "fc2.png"), Image.new("1", (40_000, 5_000)).save(folder / "huge.png")
     (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:900]), (folder / "empty.jpg").write_bytes(b""), (folder / "page.jpg").write_bytes(b"<html>")
     done = extract(folder, weights_file, tmp_path / "out")
     store, skipped = RegionStore(tmp_path / "out"), (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert set(store.image_ids) == {"a", "grey", "cmyk", "palette", "deep", "turned", "pixel"} and "5 pictures left out" in done
     assert store.wh[store.index["turned"]].tolist() == [180, 240] and store.wh[store.index["a"]].tolist() == [240, 180]
-    for name in ("narrow", "huge", "cut", "empty", "page"):
+    for name in ("fc2", "huge", "cut", "empty", "page"):
         assert sum(name in line for line in skipped) == 1, skipped
 
 
@@ -294,7 +294,7 @@ def test_photos_to_training_to_evaluation(toy_tree, weights_file, tmp_path):
         (tree / name).symlink_to(toy_tree / name)
     for name in ("coco", "winoground"):
         extract(toy_tree / {"coco": "coco", "winoground": "winoground/images"}[name], weights_file, tree / "regions" / name)
-    done = run(tmp_path, "--recipe", "toy-pretrain", "--data", tree, "--pretrain", "mlm+itm+mrckl", "--steps", 8, "--warmup", 2, "--units", 512, "--out", "x", *QUICK)
+    done = run(tmp_path, "--recipe", "toy-pretrain", "--data", tree, "--pretrain", "mlm+itm+mrckl", "--steps", 8, "--warmup", 2, "--batch-tokens", 512, "--out", "x", *QUICK)
     assert "winoground/group" in last_line(done)
     photo = next((toy_tree / "coco/val2014").iterdir())
     look = lambda *more: evaluate.run_task(evaluate.make_parser().parse_args(["--image", str(photo), "--text", "a red circle on the left", "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(tree),
@@ -309,7 +309,7 @@ def test_photos_to_training_to_evaluation(toy_tree, weights_file, tmp_path):
 @pytest.mark.parametrize("recipe", ["toy-pretrain", "toy-albef"])
 def test_one_photo_without_a_detector(toy_tree, tmp_path, recipe):
     args = ["--vision", "patches", "--resolution", 32] if recipe == "toy-pretrain" else ["--queue", 8]
-    run(tmp_path, "--recipe", recipe, "--data", toy_tree, "--steps", 3, "--warmup", 1, "--units", 256 if recipe == "toy-pretrain" else 4, *args, "--out", "x", *QUICK)
+    run(tmp_path, "--recipe", recipe, "--data", toy_tree, "--steps", 3, "--warmup", 1, "--batch-tokens", 256 if recipe == "toy-pretrain" else 4, *args, "--out", "x", *QUICK)
     photo = next((toy_tree / "coco/val2014").iterdir())
     how = ["--image", str(photo), "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree), "--out", str(tmp_path / "figures")]
     seen = evaluate.run_task(evaluate.make_parser().parse_args([*how, "--text", "a red circle"]))

@@ -19,7 +19,7 @@ import losses
 import model as model_parts
 import train
 from conftest import shared
-from model import Albef, Lxmert, Maf, Uniter, load_detector, load_pretrained, our_name, start_rank_from_match
+from model import Albef, Lxmert, Maf, Uniter, load_detector, load_pretrained, translate_name, init_rank_from_match
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
@@ -166,7 +166,7 @@ def uniter(z, prefix="", extra=(), more_words=0, **settings):
     for other in extra:
         weights.update(tensors(z, other))
     model = Uniter(config["vocab_size"] + more_words, config["img_dim"], config.get("img_label_dim", 5), width=config["hidden_size"],
-                   layers=config["num_hidden_layers"], heads=config["num_attention_heads"], inner=config["intermediate_size"],
+                   layers=config["num_hidden_layers"], heads=config["num_attention_heads"], mlp_dim=config["intermediate_size"],
                    positions=config["max_position_embeddings"], types=settings.pop("types", config["type_vocab_size"]), **settings)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(weights, f"{folder}/uniter.pt")
@@ -190,7 +190,7 @@ def inputs(z, prefix="in/", text=None, feat=None):
 
 
 def parameter(model, official):
-    name = {"feat_regress.weight": "region_embedding.feature.weight"}.get(official, our_name(official, model))
+    name = {"feat_regress.weight": "region_embedding.feature.weight"}.get(official, translate_name(official, model))
     return dict(model.named_parameters())[name]
 
 
@@ -318,7 +318,7 @@ def test_uniter_ranking_head():
     loss = losses.ranking(out.rank.view(-1, int(z["itm_rank/in/sample_size"])))
     close(loss.detach(), z["itm_rank/out/loss"].mean(), 2e-5, 1e-5)
     assert model.rank.weight.untyped_storage().data_ptr() != model.match.weight.untyped_storage().data_ptr()
-    start_rank_from_match(model)
+    init_rank_from_match(model)
     close(model.rank.weight.detach(), z["itm_rank/sd/itm_output.weight"][1:], 0)
 
 
@@ -349,7 +349,7 @@ def load_weights(model, weights):
 def lxmert(z, rename=lambda name: name):
     c = json.loads(str(z["config"]))
     model = Lxmert(c["vocab_size"], c["visual_feat_dim"], c["obj_id_num"], c["attr_id_num"], width=c["hidden_size"], heads=c["num_attention_heads"],
-                   layers=(c["l_layers"], c["r_layers"], c["x_layers"]), inner=c["intermediate_size"], positions=c["max_position_embeddings"],
+                   layers=(c["l_layers"], c["r_layers"], c["x_layers"]), mlp_dim=c["intermediate_size"], positions=c["max_position_embeddings"],
                    types=c["type_vocab_size"], head="answers", answers=z["out/qa_scores"].shape[1])
     report = load_weights(model, {rename(k): v for k, v in tensors(z, "sd/").items()})
     assert not report.unused and set(report.missing) <= {"rank.weight", "rank.bias"}, report
@@ -436,8 +436,8 @@ def albef(z):
     """The model with its momentum copy as the file says: 0.9 of the student."""
     c = json.loads(str(z["config_json"]))
     b, width = c["bert"], c["vision_width"]
-    model = Albef(b["vocab_size"], width=b["hidden_size"], inner=b["intermediate_size"], heads=b["num_attention_heads"], layers=b["num_hidden_layers"], fusion=b["num_hidden_layers"] - b["fusion_layer"],
-                  vision=dict(width=width, layers=c["vision_depth"], heads=c["vision_heads"], inner=int(width * c["mlp_ratio"])), embed=c["embed_dim"], queue=c["queue_size"],
+    model = Albef(b["vocab_size"], width=b["hidden_size"], mlp_dim=b["intermediate_size"], heads=b["num_attention_heads"], layers=b["num_hidden_layers"], fusion=b["num_hidden_layers"] - b["fusion_layer"],
+                  vision=dict(width=width, layers=c["vision_depth"], heads=c["vision_heads"], mlp_dim=int(width * c["mlp_ratio"])), embed=c["embed_dim"], queue=c["queue_size"],
                   positions=b["max_position_embeddings"], resolution=c["image_res"], patch=c["patch_size"], temperature=0.3)
     report = load_weights(model, tensors(z, "sd/"))
     assert not report.unused and all(n.startswith("teacher.") for n in report.missing), report
@@ -457,7 +457,7 @@ def albef_batch(x, **more):
 
 def albef_losses(monkeypatch, model, x, alpha, loss="none", **more):
     texts_then_images = iter((x["neg_text_idx"], x["neg_image_idx"]))
-    monkeypatch.setattr(train, "drawn", lambda weights, luck: next(texts_then_images))
+    monkeypatch.setattr(train, "sample_rows", lambda weights, luck: next(texts_then_images))
     monkeypatch.setattr(train, "normalised", lambda pixels: pixels)         # the file's pictures are
     cfg = train.make_config("toy-amc", loss=loss, distill=alpha, warmup=1)
     return train.objective_albef(cfg, model, albef_batch(x) | more)
@@ -474,12 +474,12 @@ def test_albef_states_features_and_similarities():
         close(words, out["text_embeds"], 5e-5)
         states, P = student.fuse(words, mask, image)
         close(states, out["fusion_embeds"], 5e-5)
-        written_out, P = student.fuse(words, mask, image, explain=True)
+        written_out, P = student.fuse(words, mask, image, need_gradcam=True)
         close(written_out, out["fusion_embeds"], 5e-5)
         close(P.sum(-1), torch.ones(P.shape[:-1]), 1e-5)
-        model.follow(0.995)
+        model.update_teacher(0.995)
         for name, theirs in tensors(z, "out/ema/").items():
-            close(dict(model.named_parameters())[our_name(name, model)], theirs, 1e-6)
+            close(dict(model.named_parameters())[translate_name(name, model)], theirs, 1e-6)
         teacher = model.teacher
         for part, f in (("", student.features(image, words)), ("_m", teacher.features(teacher.vision(x["image"]), teacher.read(x["input_ids"], mask)))):
             for side, ours in zip(("image", "text"), f):
@@ -499,8 +499,8 @@ def test_albef_states_features_and_similarities():
 
 
 def model_position(model, image):
-    from model import resized_position
-    return resized_position(model.student.vision.position, (image.shape[-1] // model.student.vision.patch.kernel_size[0]) ** 2)
+    from model import resize_position
+    return resize_position(model.student.vision.position, (image.shape[-1] // model.student.vision.patch.kernel_size[0]) ** 2)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
@@ -524,7 +524,7 @@ def official_gradients(model, gradients):
     """(our name, gradient) of each official one; a ViT's q, k, v come as one."""
     for name, g in gradients.items():
         parts = [(re.sub(r"(?<=attn\.)qkv\.", f"to_{p}.", name), piece) for p, piece in zip("qkv", g.chunk(3))] if ".attn.qkv." in name else [(name, g)]
-        yield from ((our_name(n, model), piece) for n, piece in parts if "decoder." not in n)
+        yield from ((translate_name(n, model), piece) for n, piece in parts if "decoder." not in n)
 
 
 def test_amc_heat_maps_and_losses(monkeypatch):
@@ -536,7 +536,7 @@ def test_amc_heat_maps_and_losses(monkeypatch):
     A = losses.gradcam(P, (P * out["attn_grad"]).sum((1, 2, 3)), mask)[boxed].detach()
     close(A, out["gradcam_raw"].flatten(1), 1e-7)
     close(losses.unit_range(A, c["eps"]), out["gradcam_norm"].flatten(1), 1e-5)
-    heat = train.heat_maps(A, c["mask_size"])
+    heat = train.resize_heat(A, c["mask_size"])
     close(heat, out["gradcam_resized"], 1e-5)
     M = x["mask"][boxed].float()
     close(losses.amc_mean(heat, M), out["loss_gcam_mean"][0], 1e-5)
@@ -570,7 +570,7 @@ def test_amc_differentiates_the_matched_score(monkeypatch):
     weights, z = golden("albef_small"), golden("amc")
     x, model = tensors(z, "in/"), albef(weights)
     mask, student = x["attention_mask"].bool(), model.student
-    states, P = student.fuse(student.read(x["input_ids"], mask), mask, student.vision(x["image"]), explain=True)
+    states, P = student.fuse(student.read(x["input_ids"], mask), mask, student.vision(x["image"]), need_gradcam=True)
     match = model.match(states[:, 0])
     close(match.detach(), z["out/itm_logits_pos"], 2e-5)
     close(P.detach(), z["out/attn_map"], 2e-5)
@@ -583,7 +583,7 @@ def test_amc_evaluation_points_and_boxes():
     """A heat map at the picture's own size, its hottest place, and the detector's box that holds most of it."""
     weights, z = golden("albef_small"), golden("amc")
     x, model = tensors(z, "in/"), albef(weights)
-    A = evaluate.heat(model, {"image": x["image"], "text": x["input_ids"], "text_mask": x["attention_mask"].bool()})
+    A = evaluate.heat_map(model, {"image": x["image"], "text": x["input_ids"], "text_mask": x["attention_mask"].bool()})
     close(A, z["eval/gradcam"].reshape(len(A), -1), 1e-7)
     for b, (h, w) in enumerate(z["eval/sizes_hw"]):
         full = evaluate.at_size(A[b:b + 1], (int(w), int(h)))[0]
@@ -631,10 +631,10 @@ def same_detections(found, z, c, prefix, i=None):
 def test_detector_step_by_step():
     z = golden("frcnn_small")
     model, c = detector(z)
-    pictures = [model_parts.resized_picture(torch.tensor(z[f"image/{i}"]), c["min_size"], c["max_size"]) for i in range(2)]
+    pictures = [model_parts.resize_for_detector(torch.tensor(z[f"image/{i}"]), c["min_size"], c["max_size"]) for i in range(2)]
     x = torch.tensor(z["pre/images"])
     for picture, whole, size, raw in zip(pictures, x, z["pre/sizes"], z["pre/raw_sizes"]):
-        assert picture.shape[1:] == tuple(size) and tuple(size) == model_parts.resized_size(*raw.tolist(), c["min_size"], c["max_size"])
+        assert picture.shape[1:] == tuple(size) and tuple(size) == model_parts.detector_size(*raw.tolist(), c["min_size"], c["max_size"])
         close(picture, whole[:, :size[0], :size[1]], 2e-3)
     sizes, scales = torch.tensor(z["pre/sizes"]), torch.tensor(z["pre/scales_yx"])
     with torch.no_grad():
@@ -644,7 +644,7 @@ def test_detector_step_by_step():
         three = model.backbone["res3"](two.clone())
         for name, ours in (("res2", two), ("res3", three)):
             close(ours[:, ::ours.shape[1] // z[f"feat/{name}"].shape[1]], z[f"feat/{name}"], 2e-4)
-        four = model.look(x)
+        four = model.backbone_features(x)
         close(four, z["feat/res4"], 2e-4)
         head = model.proposal_generator["rpn_head"]
         h = head["conv"](four).relu()
@@ -657,7 +657,7 @@ def test_detector_step_by_step():
         for i, ours in enumerate(proposals):
             close(ours, z[f"rpn/proposals{i}"], 5e-3)
         assert [len(p) for p in proposals] == z["roi/counts"].tolist()
-        features, classes, attributes, deltas = model.describe(four, proposals)
+        features, classes, attributes, deltas = model.describe_regions(four, proposals)
         rois = torch.cat([torch.cat([torch.full((len(p), 1), float(i)) for i, p in enumerate(proposals)]), torch.cat(proposals)], dim=1)
         pooled = model_parts.roi_pool(four, rois, c["pool"], c["pool_scale"])
         close(pooled[torch.tensor(z["roi/pooled_index"])], z["roi/pooled"], 2e-4)
@@ -667,7 +667,7 @@ def test_detector_step_by_step():
             close(ours, z[f"roi/{name}"], 5e-4)
         close(classes.softmax(1), z["roi/cls_probs"], 1e-4)
         for i, rows in enumerate(torch.arange(len(features)).split([len(p) for p in proposals])):
-            own = model_parts.clip_boxes(model_parts.decoded(proposals[i][:, None], deltas[rows].view(len(rows), -1, 4), (10.0, 10.0, 5.0, 5.0)), z["pre/sizes"][i].tolist())
+            own = model_parts.clip_boxes(model_parts.decode_boxes(proposals[i][:, None], deltas[rows].view(len(rows), -1, 4), (10.0, 10.0, 5.0, 5.0)), z["pre/sizes"][i].tolist())
             close(own.flatten(1), z["roi/boxes_all"][rows.numpy()], 5e-3)
     how = dict(regions=(c["min_detections"], c["max_detections"]), before=c["rpn_pre_nms"], after=c["rpn_post_nms"], thresholds=c["nms_thresholds"])
     whole = model(x, sizes, scales, **how)
@@ -691,7 +691,7 @@ def test_detector_thresholds(case):
     z = golden("frcnn_small")
     x = tensors(z, f"nms_loop/{case}/")
     boxes = model_parts.clip_boxes(x["boxes"].view(len(x["boxes"]), -1, 4), x["image_hw"].tolist())
-    keep, classes, used = model_parts.best_boxes(boxes, x["probs"], x["min_max"].tolist(), x["thresholds"].tolist())
+    keep, classes, used = model_parts.select_boxes(boxes, x["probs"], x["min_max"].tolist(), x["thresholds"].tolist())
     assert used == pytest.approx(float(x["threshold_used"]))
     if used > 0:                                    # else theirs raises; ours returns what there is
         assert keep.tolist() == x["keep"].tolist() and classes.tolist() == x["out_classes"].tolist()
@@ -716,12 +716,12 @@ def test_detector_anchors_decoding_and_sizes():
     for case in ("rpn", "class_specific"):
         x = tensors(z, f"box_decode/{case}/")
         boxes, deltas = (x["boxes"], x["deltas"]) if case == "rpn" else (x["boxes"][:, None], x["deltas"].view(len(x["boxes"]), -1, 4))
-        close(model_parts.decoded(boxes, deltas, x["weights"].tolist()).flatten(1), x["output"], 1e-3, 1e-5)
+        close(model_parts.decode_boxes(boxes, deltas, x["weights"].tolist()).flatten(1), x["output"], 1e-3, 1e-5)
         assert float(x["clamp"]) == pytest.approx(model_parts.CLAMP)
-    assert [model_parts.resized_size(*hw, *z["resize_sizes/min_max"].tolist()) for hw in z["resize_sizes/in_hw"].tolist()] == [tuple(hw) for hw in z["resize_sizes/out_hw"].tolist()]
+    assert [model_parts.detector_size(*hw, *z["resize_sizes/min_max"].tolist()) for hw in z["resize_sizes/in_hw"].tolist()] == [tuple(hw) for hw in z["resize_sizes/out_hw"].tolist()]
     for case in ("up", "down", "clip", "square", "half"):
         x = tensors(z, f"resize/{case}/")
-        size = model_parts.resized_size(*x["image"].shape[:2], *x["min_max"].tolist())
+        size = model_parts.detector_size(*x["image"].shape[:2], *x["min_max"].tolist())
         assert size == tuple(x["size_hw"].tolist())
         close(torch.tensor(x["image"].shape[:2]) / torch.tensor(size), x["scale_yx"], 1e-5)
 
@@ -920,7 +920,7 @@ def test_nlvr2_pair_attention_inside():
 def test_box_overlap():
     """The authors' IoU of x y w h boxes: right edge x + w - 1, one shared pixel is none."""
     x = tensors(golden("uniter_heads"), "re/iou/")
-    torch.testing.assert_close(torch.from_numpy(data.iou(x["box1"].numpy(), x["box2"].numpy())), x["iou"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(data.box_overlap(x["box1"].numpy(), x["box2"].numpy())), x["iou"], atol=1e-12, rtol=0)
 
 
 def test_recall_against_the_authors_where_theirs_is_right():
@@ -945,7 +945,7 @@ def test_vqa_evaluation():
         assert data.normalise_answer(n["text"]) == n["both"], n
     facts = [data.Answers(q["human_answers"], q["question_type"], q["answer_type"]) for q in z["questions"]]
     for q, f in zip(z["questions"], facts):
-        assert evaluate.vqa_accuracy(q["prediction"], f.said) == pytest.approx(q["accuracy"], abs=1e-9), q
+        assert evaluate.vqa_accuracy(q["prediction"], f.given) == pytest.approx(q["accuracy"], abs=1e-9), q
     ours = evaluate.vqa_scores([q["prediction"] for q in z["questions"]], facts)
     assert ours["vqa/accuracy"] == pytest.approx(z["overall"], abs=0.0051)                          # theirs is rounded to two digits
     for kind in ("per_question_type", "per_answer_type"):
@@ -959,7 +959,7 @@ def test_bert_stack_on_real_weights():
     z, root = np.load(shared("golden/minilm.npz")), Path(package.__file__).parent / "model"
     config = json.loads(str(z["config_json"]))
     model = Uniter(config["vocab_size"], 8, 2, width=config["hidden_size"], layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
-                   inner=config["intermediate_size"]).eval()
+                   mlp_dim=config["intermediate_size"]).eval()
     report = load_pretrained(model, root / "model.safetensors")
     assert {n for n in report.unused} <= {"embeddings.position_ids"} and not [n for n in report.missing if n.startswith(("layers", "text_embedding", "pooler"))]
     tokenizer = data.WordPiece(root / "vocab.txt", lower=True)

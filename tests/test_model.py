@@ -11,7 +11,7 @@ import torch
 import losses
 from model import SIZES, Attention, CheckpointError, Uniter, load_pretrained, read_checkpoint, read_safetensors
 
-TINY = dict(width=32, layers=2, heads=4, inner=64)
+TINY = dict(width=32, layers=2, heads=4, mlp_dim=64)
 
 
 def tiny(**changes):
@@ -104,7 +104,7 @@ def as_bert(model, gamma=True):
             _, i, rest = name.split(".", 2)
             for ours, theirs in (("attention.to_q", "attention.self.query"), ("attention.to_k", "attention.self.key"), ("attention.to_v", "attention.self.value"),
                                  ("attention.to_out", "attention.output.dense"), ("attention_norm", "attention.output.LayerNorm"),
-                                 ("widen", "intermediate.dense"), ("narrow", "output.dense"), ("mlp_norm", "output.LayerNorm")):
+                                 ("fc1", "intermediate.dense"), ("fc2", "output.dense"), ("mlp_norm", "output.LayerNorm")):
                 if rest.startswith(ours + "."):
                     rest = rest.replace(ours, theirs, 1)
                     break

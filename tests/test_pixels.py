@@ -13,7 +13,7 @@ import losses
 import train
 from conftest import QUICK, last_line, run, same, weights
 from data import DataError, Pairs, Patches, PatchStore, PictureBatches, Text, WordPiece, open_picture
-from model import Albef, PatchStem, build, load_pretrained, resized_position
+from model import Albef, PatchStem, build, load_pretrained, resize_position
 
 WHITE = (255, 255, 255)
 
@@ -32,7 +32,7 @@ def tokenizer(toy_tree):
 def albef(toy_tree, tmp_path_factory):
     """A barely trained ALBEF, and what its run printed."""
     folder = tmp_path_factory.mktemp("albef")
-    done = run(folder, "--recipe", "toy-albef", "--data", toy_tree, "--steps", 6, "--warmup", 2, "--units", 8, "--queue", 20, "--out", "run", *QUICK)
+    done = run(folder, "--recipe", "toy-albef", "--data", toy_tree, "--steps", 6, "--warmup", 2, "--batch-tokens", 8, "--queue", 20, "--out", "run", *QUICK)
     return folder / "run/last.pt", done
 
 
@@ -40,7 +40,7 @@ def albef(toy_tree, tmp_path_factory):
 
 def test_normalised_pixels_are_the_patches(store):
     pixels = store.pixels(np.array([5]))
-    x, patches = data.normalised(torch.from_numpy(pixels)), torch.from_numpy(store.read(np.array([5])).astype(np.float32))
+    x, patches = data.normalize_pixels(torch.from_numpy(pixels)), torch.from_numpy(store.read(np.array([5])).astype(np.float32))
     torch.testing.assert_close(x[0, :, :16, 16:32].permute(1, 2, 0).flatten(), patches[0, 1], atol=2e-3, rtol=1e-3)
 
 
@@ -50,10 +50,10 @@ def test_patches_are_the_picture_cut_up(toy_tree, store):
     features = store.read(np.array([3, 4]))
     assert features.shape == (2, 16, 3 * 16 * 16) and features.dtype == np.float16 and store.n_regions[3] == 16
     boxes = store.relative_boxes(np.array([3]))[0]
-    pixels = (features[0].astype(float).reshape(16, 16, 16, 3) * data.DEVIATION + data.MEAN) * 255
+    pixels = (features[0].astype(float).reshape(16, 16, 16, 3) * data.PIXEL_STD + data.PIXEL_MEAN) * 255
     for n, (x1, y1, x2, y2) in enumerate((boxes * 64).astype(int)):
         assert (x2 - x1, y2 - y1) == (16, 16) and (x1, y1) == (16 * (n % 4), 16 * (n // 4))
-        assert np.abs(pixels[n] - whole[y1:y2, x1:x2]).mean() < 6           # JPEG decoded at a smaller size, half precision
+        assert np.abs(pixels[n] - whole[y1:y2, x1:x2]).mean() < 6           # JPEG decode_boxes at a smaller size, half precision
     assert store.size(3) == (240, 180)
 
 
@@ -287,7 +287,7 @@ def test_twenty_steps_of_amc(toy_tree, albef, tmp_path, loss, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "pointing_games", lambda *a, **k: {})
     monkeypatch.setattr(evaluate, "heat_figures", lambda *a, **k: [])
-    run(tmp_path, "--recipe", "toy-amc", "--loss", loss, "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 20, "--warmup", 2, "--units", 8, "--log-every", 1, "--out", "x", *QUICK)
+    run(tmp_path, "--recipe", "toy-amc", "--loss", loss, "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 20, "--warmup", 2, "--batch-tokens", 8, "--log-every", 1, "--out", "x", *QUICK)
     log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     for name in {"itc", "itm", "mlm", loss} - {"none"}:
         values = [r[name] for r in log if name in r]
@@ -297,21 +297,21 @@ def test_twenty_steps_of_amc(toy_tree, albef, tmp_path, loss, monkeypatch):
 def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
     """Thirty updates on one batch: through the second derivative the heat moves into the boxes."""
     monkeypatch.chdir(tmp_path)
-    cfg = train.make_config("toy-amc", data=str(toy_tree), init=str(albef[0]), queue=20, units=8, steps=40, warmup=1, lr=1e-3, precision="fp32")
-    place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
-    loaded = train.load_streams(cfg, place, tokenizer)
-    model, batch = train.build_model(cfg, place, tokenizer, loaded), loaded.train[0][0]
-    optimizer = train.make_optimizer(cfg, model)
+    cfg = train.make_config("toy-amc", data=str(toy_tree), init=str(albef[0]), queue=20, batch_tokens=8, steps=40, warmup=1, lr=1e-3, precision="fp32")
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    loaded = train.load_streams(cfg, runtime, tokenizer)
+    model, batch = train.build_model(cfg, runtime, tokenizer, loaded), loaded.train[0][0]
+    optimizer = train.build_optimizer(cfg, model)
     assert all(p.requires_grad for g in optimizer.param_groups for p in g["params"])
-    values = [train.update(cfg, place, model, optimizer, loaded.train, step, [batch])[0]["amc"].item() for step in range(1, 31)]
+    values = [train.train_step(cfg, runtime, model, optimizer, loaded.train, step, [batch])[0]["amc"].item() for step in range(1, 31)]
     assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3]), values
 
 
 def test_two_processes_are_one_with_the_doubled_batch(toy_tree, albef, tmp_path):
     """Queue, negatives, contrast, matching and words: to the last digits the same weights, teacher and queue. (AMC's mean pools over a process's pairs.)"""
     args = ["--recipe", "toy-amc", "--loss", "amc-max", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 4, "--warmup", 1, *QUICK]
-    run(tmp_path, *args, "--units", 12, "--out", "one")
-    run(tmp_path, *args, "--units", 6, "--out", "two", processes=2)
+    run(tmp_path, *args, "--batch-tokens", 12, "--out", "one")
+    run(tmp_path, *args, "--batch-tokens", 6, "--out", "two", processes=2)
     # a key's bias moves all scores of a row alike: its gradient is rounding, which Adam makes large
     one, two = ({k: v for k, v in weights(tmp_path / name).items() if not k.endswith("to_k.bias")} for name in ("one", "two"))
     same(one, two, rtol=0, atol=2e-5)
@@ -319,7 +319,7 @@ def test_two_processes_are_one_with_the_doubled_batch(toy_tree, albef, tmp_path)
 
 
 def test_resume_is_bit_for_bit(toy_tree, albef, tmp_path):
-    args = ["--loss", "amc", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 6, "--warmup", 2, "--units", 8, "--save-every", 3, "--dropout", 0.1, *QUICK]
+    args = ["--loss", "amc", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 6, "--warmup", 2, "--batch-tokens", 8, "--save-every", 3, "--dropout", 0.1, *QUICK]
     run(tmp_path, *args, "--out", "whole")
     run(tmp_path, *args, "--out", "cut", expect=None)
     import shutil
@@ -333,9 +333,9 @@ def test_resume_is_bit_for_bit(toy_tree, albef, tmp_path):
 def test_drawing_follows_the_weights():
     w = torch.tensor([[0.0, 0.3, 0.1], [0.2, 0.0, 0.0], [0.0, 0.0, 1e-30]])
     luck = torch.linspace(0, 0.9999, 4001)
-    picked = train.drawn(w[:1].expand(4001, 3), luck)
+    picked = train.sample_rows(w[:1].expand(4001, 3), luck)
     assert (picked == 1).float().mean().item() == pytest.approx(0.75, abs=1e-3) and not (picked == 0).any()
-    assert train.drawn(w, torch.tensor([0.5, 0.99, 0.0])).tolist() == [1, 0, 2]
+    assert train.sample_rows(w, torch.tensor([0.5, 0.99, 0.0])).tolist() == [1, 0, 2]
 
 
 def test_momentum_and_queue_by_hand():
@@ -345,7 +345,7 @@ def test_momentum_and_queue_by_hand():
     with torch.no_grad():
         for p in now:
             p.add_(1.0)
-    model.follow(0.9)
+    model.update_teacher(0.9)
     for old, new, student in zip(start, model.teacher.parameters(), now):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * student)
     before = model.image_queue.clone()
@@ -358,7 +358,7 @@ def test_momentum_and_queue_by_hand():
 def test_official_checkpoints(tmp_path, kind):
     """By their published names: DeiT fills the ViT, BERT text and fusion, and the momentum copy starts from them; ALBEF's positions are resized."""
     torch.manual_seed(0)
-    tiny = dict(vocab=40, width=16, layers=4, fusion=2, heads=2, inner=32, embed=8, vision=dict(width=24, layers=2, heads=2, inner=48), queue=6, positions=20)
+    tiny = dict(vocab=40, width=16, layers=4, fusion=2, heads=2, mlp_dim=32, embed=8, vision=dict(width=24, layers=2, heads=2, mlp_dim=48), queue=6, positions=20)
     model = Albef(**tiny, resolution=64, patch=16)
     if kind == "deit":
         file = {"cls_token": torch.randn(1, 1, 24), "pos_embed": torch.randn(1, 5, 24), "patch_embed.proj.weight": torch.randn(24, 3, 16, 16), "patch_embed.proj.bias": torch.randn(24),
@@ -368,7 +368,7 @@ def test_official_checkpoints(tmp_path, kind):
         report = load_pretrained(model, tmp_path / "x.pth")
         assert sorted(report.unused) == ["head.bias", "head.weight"], report
         torch.testing.assert_close(model.student.vision.layers[1].attention.to_k.weight, file["blocks.1.attn.qkv.weight"][24:48])
-        torch.testing.assert_close(model.teacher.vision.position, resized_position(file["pos_embed"], 16))
+        torch.testing.assert_close(model.teacher.vision.position, resize_position(file["pos_embed"], 16))
     elif kind == "bert":
         file = {"bert.embeddings.word_embeddings.weight": torch.randn(40, 16), "bert.embeddings.LayerNorm.gamma": torch.randn(16), "bert.encoder.layer.1.attention.self.query.weight": torch.randn(16, 16),
                 "bert.encoder.layer.3.attention.self.value.bias": torch.randn(16), "bert.encoder.layer.3.output.dense.weight": torch.randn(16, 32), "cls.predictions.transform.dense.weight": torch.randn(16, 16),
@@ -384,7 +384,7 @@ def test_official_checkpoints(tmp_path, kind):
         torch.save(other.state_dict(), tmp_path / "x.pt")
         report = load_pretrained(model, tmp_path / "x.pt")
         assert set(report.unused) == {"image_queue", "text_queue"}
-        torch.testing.assert_close(model.student.vision.position, resized_position(other.student.vision.position, 16))
+        torch.testing.assert_close(model.student.vision.position, resize_position(other.student.vision.position, 16))
 
 
 def test_pointing_by_hand(toy_tree, tokenizer, tmp_path, monkeypatch):
@@ -392,13 +392,13 @@ def test_pointing_by_hand(toy_tree, tokenizer, tmp_path, monkeypatch):
     config = dict(data=str(toy_tree), regions=str(toy_tree / "regions"), vision="patches", resolution=64, patch=8, max_words=24)
 
     def told(place):
-        def explained(model, texts, store, tokenizer, max_words, **how):
+        def gradcam(model, texts, store, tokenizer, max_words, **how):
             for t in texts:
                 A = torch.zeros(180, 240)
                 x, y = place(t.target[0])
                 A[int(y), int(x)] = 1
                 yield t, store.index[t.image], A
-        monkeypatch.setattr(evaluate, "explained", explained)
+        monkeypatch.setattr(evaluate, "gradcam", gradcam)
         return evaluate.pointing_games(None, toy_tree, tokenizer, config)
     middle, corner, edge = told(lambda b: (b[0] + b[2] / 2, b[1] + b[3] / 2)), told(lambda b: (0, 0)), told(lambda b: (b[0], b[1]))
     for name in ("flickr30k", "flickr30k/people", "refcoco+/testA", "refcoco+/testB/clean"):
@@ -423,7 +423,7 @@ def test_referit(tmp_path, toy_tree, tokenizer, monkeypatch):
 @pytest.mark.parametrize("typed, told", [
     (["--loss", "amc", "--recipe", "toy"], "needs texts with boxes"),
     (["--recipe", "toy-albef", "--loss", "cacr"], "--model albef"),
-    (["--recipe", "toy-albef", "--units", "1"], "no negative"),
+    (["--recipe", "toy-albef", "--batch-tokens", "1"], "no negative"),
     (["--recipe", "toy-amc", "--triplets", "boxes"], "did you mean box"),
     (["--vision", "patches", "--task", "re"], "not for --task re"),
 ])
@@ -446,7 +446,7 @@ def patched(toy_tree, tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("patched"), {}
     for model, tasks in (("uniter", "mlm+itm+mrfr+mrc+mrckl+wra"), ("lxmert", "mlm+itm+mrfr")):
         done = run(folder, "--recipe", "toy-pretrain", "--vision", "patches", "--resolution", 32, "--model", model, "--init", "none", "--pretrain", tasks, "--data", toy_tree, "--steps", 20,
-                   "--warmup", 5, "--units", 256, "--out", model, *QUICK)
+                   "--warmup", 5, "--batch-tokens", 256, "--out", model, *QUICK)
         assert "winoground/group" in last_line(done)
         found[model] = folder / model / "last.pt"
     return found
@@ -456,7 +456,7 @@ def patched(toy_tree, tmp_path_factory):
 @pytest.mark.parametrize("loss", ["cacr", "iais", "iais-released", "iais-distributed", "wra"])
 def test_alignment_losses_on_patches(toy_tree, patched, tmp_path, model, loss):
     run(tmp_path, "--recipe", "toy", "--vision", "patches", "--resolution", 32, "--model", model, "--init", patched[model], "--data", toy_tree, "--loss", loss, "--steps", 20, "--warmup", 2,
-        "--units", 256, "--candidates", 6, "--log-every", 1, "--out", "x", *QUICK)
+        "--batch-tokens", 256, "--candidates", 6, "--log-every", 1, "--out", "x", *QUICK)
     log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     values = [r[loss] for r in log if loss in r]
     assert len(values) == 20 and np.isfinite(values).all() and any(values)
@@ -465,7 +465,7 @@ def test_alignment_losses_on_patches(toy_tree, patched, tmp_path, model, loss):
 @pytest.mark.parametrize("loss", ["none", "align"])
 def test_all_of_kervadecs_supervision_on_patches(toy_tree, tmp_path, loss):
     """Patches have colours for classes and no names, so a pointer's target is its box alone."""
-    done = run(tmp_path, "--recipe", "toy-align", "--loss", loss, "--vision", "patches", "--resolution", 32, "--data", toy_tree, "--steps", 20, "--warmup", 5, "--units", 512, "--log-every", 1,
+    done = run(tmp_path, "--recipe", "toy-align", "--loss", loss, "--vision", "patches", "--resolution", 32, "--data", toy_tree, "--steps", 20, "--warmup", 5, "--batch-tokens", 512, "--log-every", 1,
                "--out", "x", *QUICK)
     log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     for name in {"class", "feature", "answers", loss} - {"none"}:
@@ -489,13 +489,13 @@ def test_nlvr_as_pictures(toy_tree, patched, tmp_path):
                 picture.paste((0, 153, 255, 255), (10 * i, 5, 10 * i + 20, 25))
                 picture.save(tree / f"nlvr/{split}/images/3/{split}-{i}-0-{k}.png")
         (tree / f"nlvr/{split}/{split}.json").write_text("\n".join(lines))
-    done = run(tmp_path, "--task", "nlvr", "--vision", "patches", "--resolution", 32, "--init", patched["uniter"], "--data", tree, "--steps", 3, "--warmup", 1, "--units", 256, "--out", "x", *QUICK)
+    done = run(tmp_path, "--task", "nlvr", "--vision", "patches", "--resolution", 32, "--init", patched["uniter"], "--data", tree, "--steps", 3, "--warmup", 1, "--batch-tokens", 256, "--out", "x", *QUICK)
     assert last_line(done)["nlvr/majority"] == 50.0
 
 
 @pytest.mark.parametrize("task", ["vqa", "ve", "nlvr2"])
 def test_downstream_tasks_on_patches(toy_tree, patched, tmp_path, task):
-    done = run(tmp_path, "--task", task, "--vision", "patches", "--resolution", 32, "--init", patched["uniter"], "--data", toy_tree, "--steps", 4, "--warmup", 1, "--units", 512, "--out", "x", *QUICK)
+    done = run(tmp_path, "--task", task, "--vision", "patches", "--resolution", 32, "--init", patched["uniter"], "--data", toy_tree, "--steps", 4, "--warmup", 1, "--batch-tokens", 512, "--out", "x", *QUICK)
     assert any(k.startswith(f"{task}/accuracy") for k in last_line(done))
     from evaluate import main                                               # noqa: F401
     numbers = evaluate.run_task(evaluate.make_parser().parse_args(["--task", task, "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree)]))
@@ -513,9 +513,9 @@ def test_gradcam_of_one_and_two_streams(kind, monkeypatch):
     text_mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     batch = {"text": torch.randint(1, 40, (B, N_L)), "text_mask": text_mask, "regions": torch.randn(B, N_V, 48).double(), "boxes": torch.rand(B, N_V, 4).double(),
              "region_mask": torch.ones(B, N_V, dtype=torch.bool)}
-    out = model(**batch, heads=("match",), explain=True)
+    out = model(**batch, heads=("match",), need_gradcam=True)
     assert torch.allclose(out.match, model(**batch, heads=("match",)).match, atol=1e-9)
-    P, cut = out.explained
+    P, cut = out.gradcam
     A, G = losses.gradcam(P, out.match[:, 1], text_mask, cut=cut), torch.autograd.grad(out.match[:, 1].sum(), P, retain_graph=True)[0]
     expected, first = torch.zeros(B, N_V).double(), [0, 0] if kind == "lxmert" else [5, 3]               # column of the first patch
     for b in range(B):
@@ -536,7 +536,7 @@ def test_gradcam_of_one_and_two_streams(kind, monkeypatch):
             return P
         monkeypatch.setattr(torch.Tensor, "softmax", nudged)
         with torch.no_grad():
-            scores.append(model(**batch, heads=("match",), explain=True).match[:, 1].sum().item())
+            scores.append(model(**batch, heads=("match",), need_gradcam=True).match[:, 1].sum().item())
     monkeypatch.undo()
     assert (scores[0] - scores[1]) / 2e-4 == pytest.approx(G[at].item(), rel=1e-4)
 
@@ -545,7 +545,7 @@ def test_gradcam_of_one_and_two_streams(kind, monkeypatch):
                and not (kind == "lxmert" and (not name.startswith("cross_layers") or ".text." in name or ".region." in name)))
     if kind == "uniter":
         with pytest.raises(ValueError, match="too few"):
-            model(**batch, maps=(1,), explain=True)
+            model(**batch, maps=(1,), need_gradcam=True)
 
 
 def test_boxes_of_matched_texts(toy_tree):
@@ -570,7 +570,7 @@ def test_boxes_of_matched_texts(toy_tree):
 @pytest.mark.parametrize("loss", ["amc", "amc-mean", "amc-max", "amc-cosine", "amc+cacr"])
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
 def test_amc_on_patches(toy_tree, patched, tmp_path, model, loss):
-    done = run(tmp_path, "--loss", loss, "--model", model, "--resolution", 32, "--init", patched[model], "--data", toy_tree, "--pretrain", "itm", "--steps", 20, "--warmup", 2, "--units", 256,
+    done = run(tmp_path, "--loss", loss, "--model", model, "--resolution", 32, "--init", patched[model], "--data", toy_tree, "--pretrain", "itm", "--steps", 20, "--warmup", 2, "--batch-tokens", 256,
                "--log-every", 1, "--eval-every", 20, "--out", "x", *QUICK)
     log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     for name in loss.split("+"):

@@ -20,14 +20,14 @@ from conftest import QUICK, ROOT, run, run_and_kill, same, shared, weights
 from data import DataError, JoinedStore, PairBatches, Pairs, RankingBatches, RegionStore, TaskBatches
 from model import read_checkpoint
 
-TASKS = [("vqa",), ("vcr",), ("nlvr2",), ("nlvr2", "--form", "pair"), ("nlvr2", "--form", "triplet"), ("ve",), ("ve", "--task-loss", "ce"),
+TASKS = [("vqa",), ("vcr",), ("nlvr2",), ("nlvr2", "--nlvr2-head", "pair"), ("nlvr2", "--nlvr2-head", "triplet"), ("ve",), ("ve", "--task-loss", "ce"),
          ("re",), ("re", "--task-loss", "rank"), ("re", "--dataset", "refcoco+", "--head", "region-mlp"), ("re", "--dataset", "refcocog"),
-         ("retrieval",), ("retrieval", "--candidates", 0, "--mine-every", 8, "--mine-from", 6), ("retrieval", "--dataset", "coco")]
+         ("retrieval",), ("retrieval", "--candidates", 0, "--mine-every", 8, "--mine-pool", 6), ("retrieval", "--dataset", "coco")]
 
 
 def configured(toy_tree, *argv):
     cfg = train.parse(["--data", str(toy_tree), "--precision", "fp32", "--init", "none", "--workers", "0", *map(str, argv)])
-    return cfg, train.find_place(cfg), train.load_tokenizer(cfg)
+    return cfg, train.setup_runtime(cfg), train.load_tokenizer(cfg)
 
 
 def load(toy_tree, name, split, **more):
@@ -142,9 +142,9 @@ def test_pretraining_sees_no_evaluation_image(toy_tree):
 
 
 def test_photo_numbers():
-    assert data.photo_id("http://farm3.staticflickr.com/2567/3907012345_abc0_z.jpg") == "3907012345"
-    assert data.photo_id("http://static.flickr.com/2723/4385058960_b0f291553e.jpg") == "4385058960"
-    assert data.photo_id("http://example.org/1/4385058960_b0f291553e.jpg") == data.photo_id(None) == ""
+    assert data.flickr_photo("http://farm3.staticflickr.com/2567/3907012345_abc0_z.jpg") == "3907012345"
+    assert data.flickr_photo("http://static.flickr.com/2723/4385058960_b0f291553e.jpg") == "4385058960"
+    assert data.flickr_photo("http://example.org/1/4385058960_b0f291553e.jpg") == data.flickr_photo(None) == ""
 
 
 def test_vcr_texts_have_their_types_and_tags(toy_tree):
@@ -185,7 +185,7 @@ def test_joined_store_is_its_parts_side_by_side(toy_tree):
 @pytest.mark.parametrize("task", ["mlm", "mrfr"])
 def test_conditional_and_joint_masking(toy_tree, task):
     """Conditional masking leaves the other modality whole; joint masking hides both and still asks for one."""
-    cfg, place, tokenizer = configured(toy_tree, "--recipe", "toy-pretrain")
+    cfg, runtime, tokenizer = configured(toy_tree, "--recipe", "toy-pretrain")
     pairs = Pairs(data.coco(toy_tree, "val2014"), RegionStore(toy_tree / "regions/coco"), tokenizer)
     one, both = (PairBatches(pairs, task, 512, 0, mask_rate=0.4, joint=joint) for joint in (False, True))
     captions, images, _ = one.whole(0)
@@ -199,8 +199,8 @@ def test_conditional_and_joint_masking(toy_tree, task):
 
 
 def test_masking_leaves_every_separator(toy_tree):
-    cfg, place, tokenizer = configured(toy_tree, "--recipe", "vcr-pretrain", "--mask-rate", "1.0")
-    streams = train.load_streams(cfg, place, tokenizer)
+    cfg, runtime, tokenizer = configured(toy_tree, "--recipe", "vcr-pretrain", "--mask-rate", "1.0")
+    streams = train.load_streams(cfg, runtime, tokenizer)
     batch = streams.train[0][0]
     text = batch["input"]["text"].flatten()
     assert not (batch["word_targets"] == tokenizer.sep).any() and (text == tokenizer.sep).sum() >= 2 * len(batch["names"])
@@ -223,15 +223,15 @@ def test_task_batches_are_the_examples_once_an_epoch(toy_tree):
 @pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
 def test_hidden_is_hidden(toy_tree, name):
     """A control's output does not move when what it may not see does."""
-    cfg, place, tokenizer = configured(toy_tree, "--task", name)
-    streams = train.load_streams(cfg, place, tokenizer)
-    model, batch = train.build_model(cfg, place, tokenizer, streams).eval(), streams.train[0][0]
+    cfg, runtime, tokenizer = configured(toy_tree, "--task", name)
+    streams = train.load_streams(cfg, runtime, tokenizer)
+    model, batch = train.build_model(cfg, runtime, tokenizer, streams).eval(), streams.train[0][0]
     for hide, keys in (("text", ["text"]), ("regions", ["regions", "boxes"])):
         other = batch | {"input": {k: v.flip(0) if k in keys else v for k, v in batch["input"].items()}}
         if hide == "text":                          # other words, as many
             other["input"]["text"] = torch.where(batch["input"]["text"] > 4, batch["input"]["text"].roll(1), batch["input"]["text"])
         with torch.no_grad():
-            a, b = (model(**data.blind(x, hide)["input"], heads=("task",)).scores for x in (batch, other))
+            a, b = (model(**data.ablate_modality(x, hide)["input"], heads=("task",)).scores for x in (batch, other))
         torch.testing.assert_close(a, b)
         with torch.no_grad():
             assert not torch.equal(model(**batch["input"], heads=("task",)).scores, model(**other["input"], heads=("task",)).scores)
@@ -242,8 +242,8 @@ def test_hidden_is_hidden(toy_tree, name):
 @pytest.mark.parametrize("argv", TASKS, ids=lambda a: "-".join(map(str, a)))
 def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
-    cfg, place, _ = configured(toy_tree, "--task", *argv, "--init", pretrained[0], "--steps", 20, "--warmup", 2, "--units", 256, "--log-every", 1)
-    numbers = train.train(cfg, place)
+    cfg, runtime, _ = configured(toy_tree, "--task", *argv, "--init", pretrained[0], "--steps", 20, "--warmup", 2, "--batch-tokens", 256, "--log-every", 1)
+    numbers = train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
     values = [r[cfg.task if cfg.task != "retrieval" else "rank"] for r in log if "norm" in r]
     assert len(values) == 20 and all(np.isfinite(values))
@@ -259,11 +259,11 @@ def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
 
 @pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
 def test_training_lowers_the_loss_of_each_task(toy_tree, name):
-    cfg, place, tokenizer = configured(toy_tree, "--task", name, "--steps", 200, "--warmup", 1, "--lr", 3e-4, "--units", 256, "--head-lr", 1)
-    streams = train.load_streams(cfg, place, tokenizer)
-    model = train.build_model(cfg, place, tokenizer, streams)
-    optimizer, batch = train.make_optimizer(cfg, model), streams.train[0][0]
-    values = [train.update(cfg, place, model, optimizer, streams.train, 1, [batch])[0][name].item() for _ in range(160)]
+    cfg, runtime, tokenizer = configured(toy_tree, "--task", name, "--steps", 200, "--warmup", 1, "--lr", 3e-4, "--batch-tokens", 256, "--head-lr", 1)
+    streams = train.load_streams(cfg, runtime, tokenizer)
+    model = train.build_model(cfg, runtime, tokenizer, streams)
+    optimizer, batch = train.build_optimizer(cfg, model), streams.train[0][0]
+    values = [train.train_step(cfg, runtime, model, optimizer, streams.train, 1, [batch])[0][name].item() for _ in range(160)]
     assert values[-1] < 0.7 * values[0], values[::10]
     hits = train.right_answers(cfg, model.eval(), batch).float().mean()
     assert hits > 0.6
@@ -271,8 +271,8 @@ def test_training_lowers_the_loss_of_each_task(toy_tree, name):
 
 def test_alignment_losses_run_on_downstream_tasks(toy_tree, pretrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg, place, _ = configured(toy_tree, "--task", "vqa", "--loss", "cacr+wra", "--init", pretrained[0], "--steps", 3, "--warmup", 1, "--units", 256, "--log-every", 1)
-    train.train(cfg, place)
+    cfg, runtime, _ = configured(toy_tree, "--task", "vqa", "--loss", "cacr+wra", "--init", pretrained[0], "--steps", 3, "--warmup", 1, "--batch-tokens", 256, "--log-every", 1)
+    train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(r["cacr"]) and np.isfinite(r["wra"]) for r in log if "norm" in r)
 
@@ -280,24 +280,24 @@ def test_alignment_losses_run_on_downstream_tasks(toy_tree, pretrained, tmp_path
 def test_second_stage_and_all_corpora_then_vcr(toy_tree, pretrained, tmp_path, monkeypatch):
     """Four corpora, then VCR's second stage from that, then VCR itself: vocabulary and types grow on the way and stay."""
     monkeypatch.chdir(tmp_path)
-    short = ("--size", "toy", "--steps", 4, "--warmup", 1, "--units", 256, "--accumulate", 1)
-    cfg, place, _ = configured(toy_tree, "--recipe", "uniter-pretrain-all", *short, "--out", "first")
-    numbers = train.train(cfg, place)
+    short = ("--size", "toy", "--steps", 4, "--warmup", 1, "--batch-tokens", 256, "--accumulate", 1)
+    cfg, runtime, _ = configured(toy_tree, "--recipe", "uniter-pretrain-all", *short, "--out", "first")
+    numbers = train.train(cfg, runtime)
     assert {"val/mlm", "val/vg/mlm", "val/cc3m/itm", "val/sbu/mrckl"} <= set(numbers)
-    cfg, place, _ = configured(toy_tree, "--recipe", "vcr-pretrain", *short, "--init", "first/last.pt", "--out", "second")
-    train.train(cfg, place)
+    cfg, runtime, _ = configured(toy_tree, "--recipe", "vcr-pretrain", *short, "--init", "first/last.pt", "--out", "second")
+    train.train(cfg, runtime)
     second = read_checkpoint("second/last.pt")
     assert second.sizes["types"] == 4 and second.sizes["vocab"] == read_checkpoint("first/last.pt").sizes["vocab"] + 81
-    cfg, place, _ = configured(toy_tree, "--task", "vcr", *short, "--init", "second/last.pt", "--out", "third")
-    assert "vcr/q_ar" in train.train(cfg, place)
+    cfg, runtime, _ = configured(toy_tree, "--task", "vcr", *short, "--init", "second/last.pt", "--out", "third")
+    assert "vcr/q_ar" in train.train(cfg, runtime)
 
 
 def test_heads_learn_faster_when_asked(toy_tree):
-    cfg, place, tokenizer = configured(toy_tree, "--task", "vqa", "--head-lr", 10)
-    streams = train.load_streams(cfg, place, tokenizer)
-    model = train.build_model(cfg, place, tokenizer, streams)
-    optimizer = train.make_optimizer(cfg, model)
-    train.update(cfg, place, model, optimizer, streams.train, cfg.warmup, [streams.train[0][0]])
+    cfg, runtime, tokenizer = configured(toy_tree, "--task", "vqa", "--head-lr", 10)
+    streams = train.load_streams(cfg, runtime, tokenizer)
+    model = train.build_model(cfg, runtime, tokenizer, streams)
+    optimizer = train.build_optimizer(cfg, model)
+    train.train_step(cfg, runtime, model, optimizer, streams.train, cfg.warmup, [streams.train[0][0]])
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert all(rates[id(p)] == pytest.approx(cfg.lr * (10 if name.startswith("task_head") else 1)) for name, p in model.named_parameters())
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
@@ -305,19 +305,19 @@ def test_heads_learn_faster_when_asked(toy_tree):
 
 def test_head_of_another_task_stays_at_its_start(toy_tree, pretrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    short = ("--steps", 2, "--warmup", 1, "--units", 256)
-    cfg, place, _ = configured(toy_tree, "--task", "vqa", *short, "--init", pretrained[0])
-    train.train(cfg, place)
-    cfg, place, _ = configured(toy_tree, "--task", "ve", *short, "--init", f"{cfg.out}/last.pt")
-    assert "ve/accuracy" in train.train(cfg, place)
+    short = ("--steps", 2, "--warmup", 1, "--batch-tokens", 256)
+    cfg, runtime, _ = configured(toy_tree, "--task", "vqa", *short, "--init", pretrained[0])
+    train.train(cfg, runtime)
+    cfg, runtime, _ = configured(toy_tree, "--task", "ve", *short, "--init", f"{cfg.out}/last.pt")
+    assert "ve/accuracy" in train.train(cfg, runtime)
 
 
 # ------------------------------------------------------------------------------------------- retrieval and its mining
 
 def small_retrieval(toy_tree):
-    cfg, place, tokenizer = configured(toy_tree, "--task", "retrieval")
-    streams = train.load_streams(cfg, place, tokenizer)
-    return train.build_model(cfg, place, tokenizer, streams).eval(), data.Pairs(data.flickr30k(toy_tree, "test"), streams.store, tokenizer)
+    cfg, runtime, tokenizer = configured(toy_tree, "--task", "retrieval")
+    streams = train.load_streams(cfg, runtime, tokenizer)
+    return train.build_model(cfg, runtime, tokenizer, streams).eval(), data.Pairs(data.flickr30k(toy_tree, "test"), streams.store, tokenizer)
 
 
 def test_all_pairs_are_the_pairs_one_by_one_and_features_are_read_once(toy_tree, tmp_path, monkeypatch):
@@ -360,7 +360,7 @@ def test_retrieval_goes_on_after_a_kill(toy_tree, tmp_path):
 
 def test_mining_keeps_the_hardest(toy_tree):
     model, _ = small_retrieval(toy_tree)
-    cfg, place, tokenizer = configured(toy_tree, "--task", "retrieval")
+    cfg, runtime, tokenizer = configured(toy_tree, "--task", "retrieval")
     store = RegionStore(toy_tree / "regions/flickr30k")
     stream = RankingBatches(Pairs(data.flickr30k(toy_tree, "train"), store, tokenizer), 600, 0, negatives=2, mined=True)
     captions, images = stream.drawn(np.random.default_rng(0), 128)
@@ -383,8 +383,8 @@ def test_mining_keeps_the_hardest(toy_tree):
 
 
 def test_mining_resumes_to_the_same_bits(toy_tree, pretrained, tmp_path):
-    args = ["--task", "retrieval", "--data", toy_tree, "--init", pretrained[0], "--candidates", 0, "--mine-every", 4, "--mine-from", 6, "--negatives", 2, "--steps", 8,
-            "--warmup", 2, "--units", 256, "--save-every", 3, *QUICK]
+    args = ["--task", "retrieval", "--data", toy_tree, "--init", pretrained[0], "--candidates", 0, "--mine-every", 4, "--mine-pool", 6, "--negatives", 2, "--steps", 8,
+            "--warmup", 2, "--batch-tokens", 256, "--save-every", 3, *QUICK]
     run(tmp_path, *args, "--out", "whole")
     run_and_kill(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
@@ -410,8 +410,8 @@ def test_nlvr2_metrics_against_the_official_script(tmp_path):
 @pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2"])
 def test_submission_files(toy_tree, pretrained, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    cfg, place, _ = configured(toy_tree, "--task", name, "--init", pretrained[0], "--steps", 2, "--warmup", 1, "--units", 256)
-    train.train(cfg, place)
+    cfg, runtime, _ = configured(toy_tree, "--task", name, "--init", pretrained[0], "--steps", 2, "--warmup", 1, "--batch-tokens", 256)
+    train.train(cfg, runtime)
     file = tmp_path / f"submit.{'json' if name == 'vqa' else 'csv'}"
     split = {"vqa": "val2014", "vcr": "val", "nlvr2": "test1"}[name]
     done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", name, "--ckpt", f"{cfg.out}/last.pt", "--data", str(toy_tree), "--split", split,
@@ -467,7 +467,7 @@ def edited(toy_tree, tmp_path, file, change, lines=False):
 
 
 def banner(tree, pretrained, tmp_path, *argv, expect=0):
-    return run(tmp_path, "--data", tree, "--init", pretrained[0], "--steps", 1, "--warmup", 1, "--units", 256, *QUICK, "--task", *argv, expect=expect)
+    return run(tmp_path, "--data", tree, "--init", pretrained[0], "--steps", 1, "--warmup", 1, "--batch-tokens", 256, *QUICK, "--task", *argv, expect=expect)
 
 
 def test_vqa_questions_without_annotations_are_counted(toy_tree, pretrained, tmp_path):
@@ -540,7 +540,7 @@ def test_pickles_with_more_than_plain_containers_are_refused(toy_tree, tmp_path,
     tree = shutil.copytree(toy_tree, tmp_path / "toy")
     (tree / "refer/refcoco/refs(unc).p").write_bytes(content)
     with pytest.raises(DataError, match="no pickle of plain lists"):
-        data.refs(tree, "refcoco")
+        data.read_refs(tree, "refcoco")
     assert not os.path.exists("/tmp/nanoalign_was_here")
 
 
@@ -551,9 +551,9 @@ def test_python2_pickles_are_read(tmp_path):
     record = [{"ref_id": 5, "sent": "caf\xe9"}]
     for protocol in (0, 2):
         (folder / "refs(unc).p").write_bytes(pickle.dumps(record, protocol=protocol))
-        assert data.refs(tmp_path, "refcoco") == record
+        assert data.read_refs(tmp_path, "refcoco") == record
     (folder / "refs(unc).p").write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'a cup'\np3\nsa.")
-    assert data.refs(tmp_path, "refcoco") == [{"sent": "a cup"}]
+    assert data.read_refs(tmp_path, "refcoco") == [{"sent": "a cup"}]
 
 
 @pytest.mark.parametrize("task, file", [("vqa", "vqa2/v2_OpenEnded_mscoco_train2014_questions.json"), ("vqa", "vqa2/v2_mscoco_train2014_annotations.json"),
@@ -582,7 +582,7 @@ def test_evaluating_a_model_of_another_task(toy_tree, pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("argv, match", [(["--task", "re", "--dataset", "refcocoo"], "did you mean refcoco"), (["--task", "vqa", "--task-loss", "rank"], "not for --task vqa"),
-                                         (["--corpora", "coco+vgg"], "did you mean vg"), (["--corpora", "coco+vcr"], "vcr alone"), (["--mine-every", "5"], "choose one"), (["--hide", "text"], "not for --task retrieval"), (["--head-lr", "0"], "more than 0")])
+                                         (["--corpora", "coco+vgg"], "did you mean vg"), (["--corpora", "coco+vcr"], "vcr alone"), (["--mine-every", "5"], "choose one"), (["--ablate", "text"], "not for --task retrieval"), (["--head-lr", "0"], "more than 0")])
 def test_wrong_settings(argv, match):
     with pytest.raises(train.UserError, match=match):
         train.parse(argv)
@@ -591,8 +591,8 @@ def test_wrong_settings(argv, match):
 def test_an_official_fine_tuned_checkpoint_is_judged_as_it_comes(toy_tree, pretrained, tmp_path, monkeypatch):
     """Weights alone, under the authors' names, with nothing but --size and the task."""
     monkeypatch.chdir(tmp_path)
-    cfg, place, _ = configured(toy_tree, "--task", "vqa", "--init", pretrained[0], "--steps", 3, "--warmup", 1, "--units", 256)
-    numbers = train.train(cfg, place)
+    cfg, runtime, _ = configured(toy_tree, "--task", "vqa", "--init", pretrained[0], "--steps", 3, "--warmup", 1, "--batch-tokens", 256)
+    numbers = train.train(cfg, runtime)
     names = {"text_embedding.word": "uniter.embeddings.word_embeddings", "task_head": "vqa_output", "pooler": "uniter.pooler.dense"}
     official = {}
     for name, tensor in read_checkpoint(f"{cfg.out}/last.pt").model.items():

@@ -17,7 +17,7 @@ from model import CheckpointError, read_checkpoint
 from train import UserError, alignment_weight, lr_at, make_config, parse
 
 def toy_run(toy_tree, pretrained, *more):
-    return ["--recipe", "toy", "--data", toy_tree, "--init", pretrained[0], "--warmup", 2, "--units", 256, "--candidates", 6, *QUICK, *more]
+    return ["--recipe", "toy", "--data", toy_tree, "--init", pretrained[0], "--warmup", 2, "--batch-tokens", 256, "--candidates", 6, *QUICK, *more]
 
 
 def test_pretraining_runs_every_task(pretrained):
@@ -28,12 +28,12 @@ def test_pretraining_runs_every_task(pretrained):
     assert {"mlm", "itm"} & set().union(*log) and (checkpoint.parent / "figures/curve.png").exists()
 
 
-@pytest.mark.parametrize("loss", [*(a for a in train.ALIGNMENTS if a not in train.OWN_RECIPES), "cacr+wra", "none"])       # the others: test_align.py, test_pixels.py
+@pytest.mark.parametrize("loss", [*(a for a in train.LOSSES if a not in train.OWN_RECIPES), "cacr+wra", "none"])       # the others: test_align.py, test_pixels.py
 def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = parse([*map(str, toy_run(toy_tree, pretrained, "--loss", loss, "--steps", 20, "--log-every", 1))])
-    place = train.find_place(cfg)
-    numbers = train.train(cfg, place)
+    runtime = train.setup_runtime(cfg)
+    numbers = train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
     for name in loss.split("+"):
         if name != "none":
@@ -47,12 +47,12 @@ def test_training_lowers_the_loss(toy_tree, task, tmp_path, monkeypatch):
     """Twenty updates on one batch: a sign error or a cut gradient would show."""
     monkeypatch.chdir(tmp_path)
     cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain=task, steps=20, warmup=1, lr=1e-4 if task == "itm" else 1e-3,
-                      units=512, precision="fp32")
-    place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
-    loaded = train.load_streams(cfg, place, tokenizer)
-    model, streams = train.build_model(cfg, place, tokenizer, loaded), loaded.train
-    optimizer, batch = train.make_optimizer(cfg, model), streams[0][0]
-    values = [train.update(cfg, place, model, optimizer, streams, 1, [batch])[0][task].item() for _ in range(40)]
+                      batch_tokens=512, precision="fp32")
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    loaded = train.load_streams(cfg, runtime, tokenizer)
+    model, streams = train.build_model(cfg, runtime, tokenizer, loaded), loaded.train
+    optimizer, batch = train.build_optimizer(cfg, model), streams[0][0]
+    values = [train.train_step(cfg, runtime, model, optimizer, streams, 1, [batch])[0][task].item() for _ in range(40)]
     assert values[-1] < 0.9 * values[0], values
 
 
@@ -72,8 +72,8 @@ def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
 def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
     """The first run of a recipe makes its pre-training too; kill -9 hits either, anywhere. NANOALIGN_KILLS=20 kills twenty times."""
     kills, rng = int(os.environ.get("NANOALIGN_KILLS", 2)), np.random.default_rng(int(os.environ.get("NANOALIGN_KILL_SEED", 0)))
-    code = (f"import train; train.RECIPES['toy-pretrain'].update(steps={30 * kills}, warmup=5, units=512, save_every=4, eval_every=30)\n"
-            f"train.RECIPES['toy'].update(steps={20 * kills}, warmup=5, units=256, save_every=3, eval_every=20, dropout=0.1)\ntrain.main()")
+    code = (f"import train; train.RECIPES['toy-pretrain'].update(steps={30 * kills}, warmup=5, batch_tokens=512, save_every=4, eval_every=30)\n"
+            f"train.RECIPES['toy'].update(steps={20 * kills}, warmup=5, batch_tokens=256, save_every=3, eval_every=20, dropout=0.1)\ntrain.main()")
     command = [sys.executable, "-c", code, "--loss", "cacr+wra", "--data", str(toy_tree), "--resume", *QUICK]
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
     start = lambda folder: subprocess.Popen(command, cwd=tmp_path / folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -105,8 +105,8 @@ def test_two_processes_are_one_with_the_doubled_batch(toy_tree, pretrained, tmp_
     if kind in ("vcr", "nlvr2"):                    # several rows an example
         args = ["--task", kind, "--data", toy_tree, "--init", pretrained[0], "--steps", 6, "--warmup", 2, *QUICK]
     units = 30 if kind == "few" else 256            # few: one group at a time, so the second process has nothing to do
-    run(tmp_path, *args, "--units", 2 * units, "--out", "one")
-    run(tmp_path, *args, "--units", units, "--out", "two", processes=2)
+    run(tmp_path, *args, "--batch-tokens", 2 * units, "--out", "one")
+    run(tmp_path, *args, "--batch-tokens", units, "--out", "two", processes=2)
     same(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
 
 
@@ -144,7 +144,7 @@ def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
     module = torch.nn.Module()
     module.w = w
     cfg = make_config("toy", lr=p["lr"], beta2=p["betas"][1], eps=p["eps"], weight_decay=p["weight_decay"])
-    optimizer, path = train.make_optimizer(cfg, module), [w.detach()[0].numpy().copy()]
+    optimizer, path = train.build_optimizer(cfg, module), [w.detach()[0].numpy().copy()]
     for _ in range(len(z["opt/torch_adamw_same_settings"]) - 1):
         optimizer.zero_grad()
         (0.5 * w @ A @ w.mT - w @ b).sum().backward()
@@ -162,7 +162,7 @@ def test_bertadam_is_the_authors(scheduled):
     wanted, module = z["opt/bertadam_scheduled" if scheduled else "opt/bertadam_constant_lr"], torch.nn.Module()
     module.w = torch.nn.Parameter(torch.tensor(z["opt/w0"]))        # a vector: LXMERT decays those too
     cfg = make_config("toy", lr=p["lr"], beta2=p["b2"], eps=p["e"], weight_decay=p["weight_decay"], optimizer="bertadam")
-    optimizer, path = train.make_optimizer(cfg, module), [module.w.detach().numpy().copy()]
+    optimizer, path = train.build_optimizer(cfg, module), [module.w.detach().numpy().copy()]
     for step in range(1, len(wanted)):
         optimizer.zero_grad()
         (0.5 * module.w @ A @ module.w - module.w @ b).backward()
@@ -195,10 +195,10 @@ def test_the_two_differences_make_the_authors_adamw(decay):
 def test_accumulation_is_the_larger_batch_in_pieces(toy_tree, tmp_path, monkeypatch):
     """The gradient of two batches accumulated is the gradient of a mean over both."""
     monkeypatch.chdir(tmp_path)
-    cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain="mlm", units=256, steps=2, warmup=1, precision="fp32", clip=0)
-    place, tokenizer = train.find_place(cfg), train.load_tokenizer(cfg)
-    loaded = train.load_streams(cfg, place, tokenizer)
-    model, streams = train.build_model(cfg, place, tokenizer, loaded), loaded.train
+    cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain="mlm", batch_tokens=256, steps=2, warmup=1, precision="fp32", clip=0)
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    loaded = train.load_streams(cfg, runtime, tokenizer)
+    model, streams = train.build_model(cfg, runtime, tokenizer, loaded), loaded.train
     batches, grads = [streams[0][0], streams[0][1]], []
     for some in (batches, batches[:1], batches[1:]):
         seen = {}
@@ -207,7 +207,7 @@ def test_accumulation_is_the_larger_batch_in_pieces(toy_tree, tmp_path, monkeypa
         class Peek(torch.optim.SGD):
             def step(self):
                 keep(model)
-        train.update(cfg, place, model, Peek(model.parameters(), lr=0.0), streams, 1, some)
+        train.train_step(cfg, runtime, model, Peek(model.parameters(), lr=0.0), streams, 1, some)
         grads.append(seen)
     n = [train.counts(b)[""] for b in batches]
     for name in grads[0]:
@@ -294,7 +294,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(toy_tree, pret
         return real(scores, margin) * float("nan") if poison == "loss" else real(scores, margin) + (scores.sum() * 0).sqrt()
     monkeypatch.setattr(train.losses, "ranking", ranking)
     with pytest.raises(train.NonFinite, match="step 5") as error:
-        train.train(cfg, train.find_place(cfg))
+        train.train(cfg, train.setup_runtime(cfg))
     assert "caption" in str(error.value) and "image" in str(error.value)
     saved = read_checkpoint(tmp_path / "run/last.pt")
     assert saved.step == 4 and all(torch.isfinite(v).all() for v in saved.model.values())
