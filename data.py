@@ -1881,7 +1881,7 @@ def vcr_choices(data, split, stats, parts=("qa",), choices=True):
         for record in read_json_lines(path, "VCR's annotations"):
             where = f"{path}, {record.get('annot_id')}"
             image = Path(field(record, "img_fn", where, str)).stem
-            rows, target = vcr_rows(record, part, where, stats if part == parts[0] else Counter())
+            rows, target = vcr_rows(record, part, where, stats)
             for j, row in enumerate(rows if choices else [rows[target]]):
                 yield Record(image, row, f"{record.get('annot_id')}/{part}/{j}", target)
 
@@ -2444,6 +2444,7 @@ class IndexWriter:
         self.id_bytes.extend(record.id.encode())
         self.id_starts.append(len(self.id_bytes))
         self.answered.append(target is not None)
+        self.counts["without a matching region"] += target == -1
         scores = target if isinstance(target, dict) else {} if target is None else {target: 1.0}
         self.target.extend(scores)
         self.score.extend(scores.values())
@@ -2688,11 +2689,12 @@ class Index:
         return len(self.starts) - 1
 
     def __str__(self):
-        counts, what = self.meta["counts"], {}
-        what["left out: no features"] = counts["missing"]
-        what["truncated: too long"] = counts.get("truncated")
-        what["empty"] = counts.get("empty")
-        notes = "".join(f", {n:,} texts {name}" for name, n in what.items() if n)
+        counts, notes = self.meta["counts"], ""
+        if counts["missing"]:
+            kind = "examples" if self.group > 1 else "texts"
+            notes += f", {counts['missing'] // self.group:,} {kind} left out: no features"
+        for name in ("truncated", "empty", "without a matching region"):
+            notes += f", {counts[name]:,} texts {name}" if counts.get(name) else ""
         examples = f"; {len(self) // self.group:,} examples" if self.group > 1 else ""
         images = len(self.store if self.images is None else self.images)
         return f"{self.name}: {len(self):,} texts, {images:,} images{notes}{examples}"

@@ -137,11 +137,11 @@ class Config:
     )
     size: str = opt("base", "model size", tuple(SIZES))
     init: str = opt("", "start from a checkpoint file, or a recipe to run first, or none")
-    out: str = opt("", "folder of the run (default: out/ and what was typed)")
+    out: str = opt("", "folder of the run; out/ and what was typed unless given")
     seed: int = opt(0, "redraws weights, batches, masks and negatives")
 
     data: str = opt("data/toy", "the data tree; data/toy is made on first use", group="data")
-    regions: str = opt("", "folder of the region stores (default: DATA/regions)")
+    regions: str = opt("", "folder of the region stores; DATA/regions unless given")
     vision: str = opt("regions", "a detector's regions, or patches", ("regions", "patches"))
     resolution: int = opt(
         0, "patches: pixels of a side; 0: 64 for --size toy, else 256 [AMC sec. 4.1]"

@@ -95,6 +95,24 @@ def pretrained(toy_tree, tmp_path_factory):
     return folder / "run/last.pt", done
 
 
+def prepared_run(cfg, tokenizer):
+    """What train.train() makes of the settings before it loads data."""
+    import dataclasses
+
+    import train
+    settings = dataclasses.asdict(cfg)
+    multitask = cfg.task == "pretrain" and "multitask" in cfg.pretrain
+    settings["answer_list"] = (train.all_answers if multitask else train.TASKS[cfg.task].answers)(cfg.data)
+    return train.Run(None, tokenizer, settings, {}, train.vision_of(settings))
+
+
+def read(reader, *args, **options):
+    """All records of a reader, and what it counted."""
+    from collections import Counter
+    stats = Counter()
+    return list(reader(*args, stats, **options)), stats
+
+
 def weights(folder):
     from model import read_checkpoint
     return read_checkpoint(folder / "last.pt").model
@@ -103,3 +121,8 @@ def weights(folder):
 def same(a, b, **tolerance):
     for name in a:
         torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)), msg=lambda m: f"{name}: {m}")
+
+
+def ids_of(store):
+    """The names of a store's images."""
+    return [store.image_id(i) for i in range(len(store))]

@@ -171,7 +171,7 @@ def test_a_share_of_a_batch_is_that_share(together):
     """Two processes' batches hold, together, what one process's holds: pairs, masks, answers and soft targets."""
     _, _, _, streams = together
     whole = streams.train[1]
-    parts = [TogetherBatches(whole.pairs, whole.units, whole.seed, p, 2, whole.mask_rate, whole.corpus, whole.answers, whole.names, whole.align) for p in (0, 1)]
+    parts = [Batches("multitask", whole.index, whole.units, whole.seed, p, 2, whole.mask_rate, whole.corpus, whole.answers, whole.names, whole.align) for p in (0, 1)]
     for k in range(3):
         one, two = whole[k], [p[k] for p in parts]
         assert sorted(one["names"]) == sorted(two[0]["names"] + two[1]["names"])
@@ -206,10 +206,10 @@ def test_soft_targets_lie_where_the_words_point(together):
     for k in range(5):
         batch = stream[k]
         captions = stream.whole(k)[0]
-        place, word, box, row = stream.pairs.pointers(captions)
+        place, word, box, row = stream.index.pointers(captions)
         keep = batch["match"].numpy()[row]
         images = stream.whole(k)[1]
-        own = torch.from_numpy(stream.pairs.store.read(images, "boxes")[row[keep]])
+        own = torch.from_numpy(stream.index.store.read(images, "boxes")[row[keep]])
         overlap = losses.box_iou(torch.from_numpy(box[keep])[:, None], own).masked_fill(~batch["input"]["region_mask"][torch.from_numpy(row[keep])], 0)
         if len(overlap) == len(batch["alignment"]):
             some = overlap.amax(1) > 0.5
@@ -220,7 +220,7 @@ def test_soft_targets_lie_where_the_words_point(together):
 def test_pointers_land_on_their_words(together):
     """The pieces at a pointer's place are those of the word that the sentence has there, whatever was cut."""
     for stream in together[3].train:
-        pairs, k = stream.pairs, np.arange(0, len(stream.pairs.texts), 7)
+        pairs, k = stream.index, np.arange(0, len(stream.index.texts), 7)
         place, word, box, row = pairs.pointers(k)
         text, names = pairs.text(k)[0].ravel()[place], list(pairs.pointed_words)
         said = [pairs.tokenizer.pieces[i] for i in text]            # the toy's words are one piece each; a word's "?" points with it
@@ -256,7 +256,7 @@ def test_phrase_batches_hold_every_image_once_and_own_points_at_it(toy_tree):
     batch = stream[0]
     assert batch["own"].tolist() == list(range(16)) and len(batch["input"]["labels"]) == 16
     assert torch.equal(batch["word_mask"], batch["input"]["phrases"] > 0) and (batch["word_mask"].any(-1) == batch["phrase_mask"]).all()
-    half = PhraseBatches(stream.phrases, 16, 0, 1, 2)[0]
+    half = Batches("maf", stream.phrases, 16, 0, 1, 2)[0]
     assert half["own"].tolist() == list(range(1, 16, 2)) and torch.equal(half["input"]["labels"], batch["input"]["labels"])
     g = stream.phrases.groundings[stream.whole(0)[0][3]]
     said = [[words.names[i - 2] for i in row if i > 1] for row in batch["input"]["phrases"][3].tolist()]
@@ -435,7 +435,7 @@ def test_guesses_by_hand():
 def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
     _, _, tokenizer, _ = prepared(toy_tree, "--loss", "align", "--batch-tokens", 512)
     texts = [t for t in data.gqa(toy_tree, "val_balanced")[0] if t.pointers]
-    pairs = data.Pairs(texts, data.RegionStore(toy_tree / "regions/vg"), tokenizer)
+    pairs = make_index(texts, data.RegionStore(toy_tree / "regions/vg"), tokenizer)
 
     def attention(perfect):
         def fake(model, pairs, captions, autocast=None):

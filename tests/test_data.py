@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import data
-import toy
-from conftest import ROOT, shared
-from data import DataError, PairBatches, Pairs, RankingBatches, RegionStore, WordPiece
+import toy as world
+from conftest import ROOT, ids_of, read, shared
+from data import Batches, DataError, RegionStore, WordPiece, make_index
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def toy(toy_tree):
 
 @pytest.fixture(scope="session")
 def pairs(toy):
-    return Pairs(data.coco(toy, "train2014"), RegionStore(toy / "regions/coco"), WordPiece(toy / "bert-base-cased/vocab.txt", lower=False))
+    return make_index(read(data.coco_captions, toy, "train2014")[0], RegionStore(toy / "regions/coco"), WordPiece(toy / "bert-base-cased/vocab.txt", lower=False))
 
 
 def digest(folder):
@@ -56,51 +56,52 @@ def test_tokenizer_without_third_party_data(toy):
 
 def test_same_seed_same_bytes(tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        toy.make_toy(tmp_path / name, seed=seed, scenes=60)
+        world.make_toy(tmp_path / name, seed=seed, scenes=60)
     a, b, c = (digest(tmp_path / n) for n in "abc")
     assert a == b
     assert sum(a[k] != c.get(k) for k in a) > len(a) / 2
 
 
 def test_splits_share_no_scene_and_captions_are_true(toy):
-    images = {s: {c.image for c in data.flickr30k(toy, s)} for s in ("train", "val", "test")}
+    images = {s: {c.image for c in read(data.karpathy_captions, toy, s, dataset="flickr30k")[0]} for s in ("train", "val", "test")}
     assert not images["train"] & images["val"] and not images["val"] & images["test"] and all(images.values())
     rng = np.random.default_rng(0)
     for _ in range(200):
-        things = toy.draw_scene(rng)
-        text = toy.spoken(toy.describe(rng, things))
-        for how in toy.RELATIONS:
+        things = world.draw_scene(rng)
+        text = world.spoken(world.describe(rng, things))
+        for how in world.RELATIONS:
             if f" {how} " in text:
                 a, b = (next(t for t in things if f"{t.colour} {t.shape}" in side) for side in text.replace(" to the", "").split(f" {how} "))
-                assert toy.relation(a, b) == how, text
+                assert world.relation(a, b) == how, text
 
 
 def test_winoground_pairs_are_swaps(toy):
-    for e in data.winoground(toy):
-        assert sorted(e.captions[0].split()) == sorted(e.captions[1].split()) and e.captions[0] != e.captions[1]
+    records, _ = read(data.winoground_examples, toy, "")
+    for a, b in zip(records[::2], records[1::2]):
+        assert sorted(a.text.split()) == sorted(b.text.split()) and a.text != b.text
 
 
 def test_toy_is_left_alone_or_made_again(tmp_path):
-    toy.make_toy(tmp_path / "toy", scenes=60)
+    world.make_toy(tmp_path / "toy", scenes=60)
     before = (tmp_path / "toy/toy.json").stat().st_mtime_ns
-    toy.ensure_toy(tmp_path / "toy")
+    world.ensure_toy(tmp_path / "toy")
     assert (tmp_path / "toy/toy.json").stat().st_mtime_ns == before
     (tmp_path / "toy/nlvr").mkdir()
     (tmp_path / "toy/toy.json").write_text(json.dumps({"version": 0, "seed": 4, "scenes": 70}))
-    toy.ensure_toy(tmp_path / "toy")
+    world.ensure_toy(tmp_path / "toy")
     made = json.loads((tmp_path / "toy/toy.json").read_text())
-    assert made == {"version": toy.TOY_VERSION, "seed": 4, "scenes": 70} and (tmp_path / "toy/nlvr").exists()
+    assert made == {"version": world.TOY_VERSION, "seed": 4, "scenes": 70} and (tmp_path / "toy/nlvr").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
     mine = tmp_path / "mine"
     mine.mkdir()
-    toy.ensure_toy(mine)
+    world.ensure_toy(mine)
     assert list(mine.iterdir()) == []
     with pytest.raises(DataError, match="exists already"):
-        toy.make_toy(mine)
+        world.make_toy(mine)
 
 
 def test_killed_toy_leaves_nothing(tmp_path):
-    code = f"import data, os, time\ndata.toy_winoground = lambda *a: os.kill(os.getpid(), 9)\ndata.make_toy({str(tmp_path / 'toy')!r}, scenes=60)"
+    code = f"import sys; sys.path.insert(0, 'tests')\nimport toy, os\ntoy.toy_winoground = lambda *a: os.kill(os.getpid(), 9)\ntoy.make_toy({str(tmp_path / 'toy')!r}, scenes=60)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
     assert not (tmp_path / "toy").exists()
 
@@ -123,9 +124,9 @@ def row(image, n=36, width=8, w=640, h=480, kind="lxmert", seed=0):
 def test_pack_tsv(tmp_path, kind):
     rows = [row(f"img{i}", n=36 if kind == "lxmert" else 10 + i, kind=kind, seed=i) for i in range(5)]
     (tmp_path / "f.tsv").write_text("\n".join(r[0] for r in rows) + "\n")
-    data.pack(tmp_path / "f.tsv", tmp_path / "store")
+    data.pack([tmp_path / "f.tsv"], tmp_path / "store")
     store = RegionStore(tmp_path / "store")
-    assert store.image_ids == [f"img{i}" for i in range(5)] and store.wh.tolist() == [[640, 480]] * 5
+    assert ids_of(store) == [f"img{i}" for i in range(5)] and store.wh.tolist() == [[640, 480]] * 5
     got = store.read(np.array([3, 1]))
     for b, i in enumerate((3, 1)):
         np.testing.assert_array_equal(got[b, :len(rows[i][2])], rows[i][2].astype(np.float16))
@@ -141,16 +142,16 @@ def test_pack_uniter_npz(tmp_path):
     probs = np.random.default_rng(0).dirichlet(np.ones(6), 20).astype(np.float16)
     for name in ("coco_train2014_000000000007", "flickr30k_000000001234"):
         np.savez(tmp_path / f"npz/{name}.npz", features=np.ones((20, 8), np.float16), norm_bb=boxes, conf=conf, soft_labels=probs)
-    data.pack(tmp_path / "npz", tmp_path / "store", tmp_path / "jpg")
+    data.pack([tmp_path / "npz"], tmp_path / "store", tmp_path / "jpg")
     store = RegionStore(tmp_path / "store")
-    assert store.image_ids == ["COCO_train2014_000000000007", "1234"] and store.wh.tolist() == [[200, 100], [1, 1]]
-    assert store.n_regions.tolist() == [12, 12] and store.classes == 6                      # those above 0.2, at least 10
+    assert ids_of(store) == ["COCO_train2014_000000000007", "1234"] and store.wh.tolist() == [[200, 100], [1, 1]]
+    assert store.n_regions(np.arange(len(store))).tolist() == [12, 12] and store.classes == 6                      # those above 0.2, at least 10
     np.testing.assert_allclose(store.boxes[0], [20, 20, 100, 60], rtol=1e-2)
 
 
 def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
     (tmp_path / "f.tsv").write_text("\n".join(row(f"img{i}", seed=i)[0] for i in range(40)) + "\n")
-    data.pack(tmp_path / "f.tsv", tmp_path / "whole")
+    data.pack([tmp_path / "f.tsv"], tmp_path / "whole")
     writer = data.StoreWriter
     monkeypatch.setattr(data, "StoreWriter", lambda *a: writer(*a, every=7))
     add, count = writer.add, [0]
@@ -163,16 +164,16 @@ def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "add", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            data.pack(tmp_path / "f.tsv", tmp_path / "pieces")
-    data.pack(tmp_path / "f.tsv", tmp_path / "pieces")
+            data.pack([tmp_path / "f.tsv"], tmp_path / "pieces")
+    data.pack([tmp_path / "f.tsv"], tmp_path / "pieces")
     assert count[0] > 40 and digest(tmp_path / "whole") == digest(tmp_path / "pieces")
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
 
 def test_at_most_five_percent_is_padding(toy, pairs):
-    flickr = Pairs(data.flickr30k(toy, "train"), RegionStore(toy / "regions/flickr30k"), pairs.tokenizer)
-    for stream in (PairBatches(pairs, "mlm", 1024, 0), PairBatches(pairs, "itm", 1024, 0), RankingBatches(flickr, 1536, 0)):
+    flickr = make_index(read(data.karpathy_captions, toy, "train", dataset="flickr30k")[0], RegionStore(toy / "regions/flickr30k"), pairs.tokenizer)
+    for stream in (Batches("mlm", pairs, 1024, 0), Batches("itm", pairs, 1024, 0), Batches("rank", flickr, 1536, 0)):
         real = paid = 0
         for k in range(20):
             batch = stream[k]
@@ -184,15 +185,15 @@ def test_at_most_five_percent_is_padding(toy, pairs):
 
 
 def test_a_batch_is_a_function_of_seed_and_number(pairs):
-    a, b, other = PairBatches(pairs, "mlm", 512, 3), PairBatches(pairs, "mlm", 512, 3), PairBatches(pairs, "mlm", 512, 4)
+    a, b, other = Batches("mlm", pairs, 512, 3), Batches("mlm", pairs, 512, 3), Batches("mlm", pairs, 512, 4)
     a[0], a[100]
     assert torch.equal(a[5]["input"]["text"], b[5]["input"]["text"]) and a[5]["names"] != other[5]["names"]
 
 
 @pytest.mark.parametrize("task", ["mlm", "itm", "mrckl"])
 def test_parts_make_up_the_whole_batch(pairs, task):
-    whole = PairBatches(pairs, task, 512, 0)[7]
-    parts = [PairBatches(pairs, task, 512, 0, part, 2)[7] for part in (0, 1)]
+    whole = Batches(task, pairs, 512, 0)[7]
+    parts = [Batches(task, pairs, 512, 0, part, 2)[7] for part in (0, 1)]
     assert sorted(whole["names"]) == sorted(parts[0]["names"] + parts[1]["names"])
     for key, of in (("word_targets", "mlm"), ("region_probs", "mrckl")):
         if task == of:
@@ -201,13 +202,13 @@ def test_parts_make_up_the_whole_batch(pairs, task):
 
 
 def test_an_epoch_holds_every_caption_once(pairs):
-    stream = PairBatches(pairs, "mlm", 512, 0)
-    seen = np.concatenate([captions for captions, _, _ in stream.plan(0)])
-    assert sorted(seen) == list(range(len(pairs.texts)))
+    columns, batches = Batches("mlm", pairs, 512, 0).plan(0)
+    seen = np.concatenate([captions for captions in (columns[0][rows] for rows in batches)])
+    assert sorted(seen) == list(range(len(pairs)))
 
 
 def test_mlm_masks_as_bert(pairs):
-    stream, tok = PairBatches(pairs, "mlm", 4096, 0), pairs.tokenizer
+    stream, tok = Batches("mlm", pairs, 4096, 0), pairs.tokenizer
     masked = kept = total = 0
     for k in range(10):
         b = stream[k]
@@ -223,9 +224,9 @@ def test_mlm_masks_as_bert(pairs):
 
 def test_negatives_are_mismatched(pairs):
     for k in range(5):
-        b = PairBatches(pairs, "itm", 1024, 0)[k]
+        b = Batches("itm", pairs, 1024, 0)[k]
         assert 0.2 < b["match"].float().mean() < 0.8
-    stream = RankingBatches(pairs, 2048, 0, negatives=4)
+    stream = Batches("rank", pairs, 2048, 0, negatives=4)
     captions, images, _ = stream.whole(0)
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -235,11 +236,11 @@ def test_negatives_are_mismatched(pairs):
 
 def test_hardest_negatives_come_from_the_candidates(pairs):
     for k, same in ((0, "captions"), (1, "images")):                  # a caption with other images, then an image with other captions
-        stream = RankingBatches(pairs, 512, 0, negatives=2, candidates=9, alternate=True)
+        stream = Batches("rank", pairs, 512, 0, negatives=2, candidates=9, alternate=True)
         captions, images = stream[k]["candidates"]
         assert captions.shape[1] == 9
         assert (np.ptp(captions if same == "captions" else images, axis=1) == 0).all()
-        chosen = stream.choose(captions[:, :2], images[:, :2])
+        chosen = data.collate_negatives(pairs, captions[:, :2], images[:, :2])
         assert chosen["order"].shape == captions[:, :2].shape and sum(len(b["text"]) for b in chosen["negatives"]) == captions[:, :2].size
 
 
@@ -250,21 +251,23 @@ def test_real_nlvr(tmp_path_factory, toy):
     folder = tmp_path_factory.mktemp("real")
     with tarfile.open(shared("real/nlvr.tar.gz")) as tar:
         tar.extractall(folder, filter="data", members=[m for m in tar if m.name.endswith(".json") or "/dev/images/1/" in m.name])
-    dev, test = data.nlvr(folder, "dev"), data.nlvr(folder, "test")
-    assert (len(dev), sum(e.label for e in dev), len(test), sum(e.label for e in test)) == (989, 547, 990, 556)
-    pairs, labels = data.nlvr_pairs(folder, "dev", WordPiece(toy / "bert-base-cased/vocab.txt", lower=False))
-    assert len(pairs.texts) == len(labels) == 5934 and pairs.store.image_ids[3] == f"{dev[0].id}-3"
+    dev, test = (read(data.nlvr_presentations, folder, split, orders=1)[0] for split in ("dev", "test"))
+    assert (len(dev), sum(e.target for e in dev), len(test), sum(e.target for e in test)) == (989, 547, 990, 556)
+    records, _ = read(data.nlvr_presentations, folder, "dev")
+    tokenizer = WordPiece(toy / "bert-base-cased/vocab.txt", lower=False)
+    pairs = make_index(records, data.NlvrStore(folder, "dev"), tokenizer)
+    assert len(pairs) == 5934 and pairs.store.image_id(3) == f"{dev[0].id[:-2]}-3"
     first, k3 = pairs.store.relative_boxes(np.array([0]))[0] * [400, 100, 400, 100], pairs.store.relative_boxes(np.array([3]))[0] * [400, 100, 400, 100]
     assert first[1].round().tolist() == [80, 80, 100, 100]             # box 0 shows the first item at 80, 80
-    n = [len(b) for b in dev[0].boxes]
-    assert k3[1].round()[0] == dev[0].boxes[1][0][3] and sum(n) + 3 == len(first)           # order 3 shows boxes 1, 2, 0
-    pictures, colours = data.find_pictures(folder, "nlvr"), {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
-    shown = [e for e in dev if f"{e.id}-0" in pictures][:10]
+    n = [len(b) for b in dev[0].note]
+    assert k3[1].round()[0] == dev[0].note[1][0][3] and sum(n) + 3 == len(first)           # order 3 shows boxes 1, 2, 0
+    pictures, colours = dict(data.walk_pictures(folder, "nlvr")), {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
+    shown = [e for e in dev if e.id in pictures][:10]
     for e in shown:                                 # the pictures themselves, in each order, have every item's colour where its middle is said to be
         for k, order in enumerate(itertools.permutations(range(3))):
-            pixels = np.array(Image.open(pictures[f"{e.id}-{k}"]).convert("RGB")).astype(int)
+            pixels = np.array(Image.open(pictures[f"{e.id[:-2]}-{k}"]).convert("RGB")).astype(int)
             for at, b in enumerate(order):
-                for _, colour, size, x, y in e.boxes[b]:
+                for _, colour, size, x, y in e.note[b]:
                     assert abs(pixels[min(y + size // 2 + 2, 99), 150 * at + min(x + size // 2, 99)] - colours[colour]).sum() < 60, (e.id, k)
     assert len(shown) == 10
 
@@ -295,7 +298,7 @@ def test_bad_stores(toy, tmp_path):
     broken.flush()
     store = RegionStore(folder)
     image = int(np.searchsorted(store.offsets, 3, side="right") - 1)
-    assert store.image_ids[image] in fails("nan or inf", store.read, np.array([image]))
+    assert ids_of(store)[image] in fails("nan or inf", store.read, np.array([image]))
 
 
 @pytest.mark.parametrize("box", [(100, 10, 50, 40), (10, 10, 900, 40), (-30, 10, 50, 40), (float("nan"), 1, 2, 3)])
@@ -304,7 +307,7 @@ def test_bad_boxes(toy, tmp_path, box):
     boxes = np.lib.format.open_memmap(folder / "boxes.npy", mode="r+")
     boxes[2] = box
     boxes.flush()
-    fails("bad boxes", RegionStore, folder)
+    fails("bad boxes", RegionStore(folder).check_rows)
 
 
 def test_bad_tsv(tmp_path):
@@ -314,19 +317,19 @@ def test_bad_tsv(tmp_path):
     for bad, match in ((line[:1000] + "\n", "columns"), ("\t".join(cells[:-1] + [half]), "bytes of features"),
                        ("\t".join(cells[:8] + [cells[8][:40]] + cells[9:]), "expected"), ("\t".join([cells[0], "x"] + cells[2:]), "whole number"), ("", "holds no")):
         (tmp_path / "f.tsv").write_text(bad)
-        fails(match, data.pack, tmp_path / "f.tsv", tmp_path / "store")
+        fails(match, data.pack, [tmp_path / "f.tsv"], tmp_path / "store")
         assert not (tmp_path / "store").exists()
 
 
 def test_tsv_rows_of_another_width(tmp_path):
     (tmp_path / "f.tsv").write_text(row("a", width=8)[0] + "\n" + row("b", width=6)[0] + "\n")
-    assert "b" in fails("features is", data.pack, tmp_path / "f.tsv", tmp_path / "store")
+    assert "b" in fails("features is", data.pack, [tmp_path / "f.tsv"], tmp_path / "store")
 
 
 def test_bad_npz(tmp_path):
     (tmp_path / "npz").mkdir()
     (tmp_path / "npz/a.npz").write_bytes(b"PK half a file")
-    fails("cannot be read", data.pack, tmp_path / "npz", tmp_path / "store")
+    fails("cannot be read", data.pack, [tmp_path / "npz"], tmp_path / "store")
 
 
 def test_bad_captions(toy, tmp_path, pairs):
@@ -335,22 +338,23 @@ def test_bad_captions(toy, tmp_path, pairs):
     path = tree / "coco/annotations/captions_train2014.json"
     text = path.read_text()
     path.write_text(text[:len(text) // 2])
-    fails("not whole JSON", data.coco, tree, "train2014")
+    fails("not whole JSON", read, data.coco_captions, tree, "train2014")
     path.write_text(text.replace('"caption"', '"captoin"'))
-    assert "captoin" in fails("no field 'caption'", data.coco, tree, "train2014")
-    fails("is missing", data.coco, tmp_path / "nowhere", "train2014")
-    captions = data.coco(toy, "train2014")
-    stray = [*captions, data.Text("COCO_train2014_999999999999", "a cat", "9")]
-    assert "--skip-missing" in fails("has captions but no features", Pairs, stray, pairs.store, pairs.tokenizer)
-    kept = Pairs(stray, pairs.store, pairs.tokenizer, skip_missing=True)
-    assert kept.dropped == 1 and "left out" in str(kept)
+    assert "captoin" in fails("no field 'caption'", read, data.coco_captions, tree, "train2014")
+    fails("is missing", read, data.coco_captions, tmp_path / "nowhere", "train2014")
+    captions, _ = read(data.coco_captions, toy, "train2014")
+    stray = [*captions, data.Record("COCO_train2014_999999999999", "a cat", "9")]
+    assert "--skip-missing" in fails("has captions but no features", make_index, stray, pairs.store, pairs.tokenizer)
+    kept = make_index(stray, pairs.store, pairs.tokenizer, skip_missing=True)
+    assert kept.meta["counts"]["missing"] == 1 and "left out" in str(kept)
 
 
 def test_empty_and_endless_captions_are_kept_and_counted(pairs):
-    odd = [data.Text(pairs.store.image_ids[0], text, str(i)) for i, text in enumerate(("", "red " * 10_000, "a red circle"))]
-    p = Pairs(odd, pairs.store, pairs.tokenizer)
-    assert (p.empty, p.cut) == (1, 1) and p.n_words.tolist() == [2, 62, 5]
-    assert "1 texts cut" in str(p) and "1 texts empty" in str(p)
+    odd = [data.Record(ids_of(pairs.store)[0], text, str(i)) for i, text in enumerate(("", "red " * 10_000, "a red circle"))]
+    p = make_index(odd, pairs.store, pairs.tokenizer)
+    assert (p.meta["counts"]["empty"], p.meta["counts"]["truncated"]) == (1, 1)
+    assert p.n_words(np.arange(3)).tolist() == [2, 62, 5]
+    assert "1 texts truncated" in str(p) and "1 texts empty" in str(p)
 
 
 def test_vocabulary_without_mask(tmp_path):
@@ -358,10 +362,10 @@ def test_vocabulary_without_mask(tmp_path):
     fails(r"has no \[MASK\]", WordPiece, tmp_path / "vocab.txt", True)
 
 
-@pytest.mark.parametrize("argv, match", [(["pack", "nothing.tsv", "--out", "x"], "is missing"), (["toy", "--out", "README.md"], "exists already"),
-                                         (["toy", "--out", "x", "--scenes", "3"], "at least 60"), (["toy", "--out", "x", "--seed", "-2"], "--seed -2")])
-def test_command_line_errors_are_one_message(argv, match):
-    run = subprocess.run([sys.executable, "data.py", *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+@pytest.mark.parametrize("script, argv, match", [("data.py", ["pack", "nothing.tsv", "--out", "x"], "is missing"), ("tests/toy.py", ["--out", "README.md"], "exists already"),
+                                                 ("tests/toy.py", ["--out", "x", "--scenes", "3"], "at least 60"), ("tests/toy.py", ["--out", "x", "--seed", "-2"], "--seed -2")])
+def test_command_line_errors_are_one_message(script, argv, match):
+    run = subprocess.run([sys.executable, script, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
     assert run.returncode == 1 and match in run.stderr and "Traceback" not in run.stderr
 
 

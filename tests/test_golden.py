@@ -452,14 +452,14 @@ def albef_batch(x, **more):
     labels = x["mlm_labels"].flatten()
     masked = (labels >= 0).nonzero()[:, 0]
     return dict(pixels=x["image"], text=x["input_ids"], text_mask=x["attention_mask"].bool(), masked_text=x["mlm_input_ids"], masked_words=masked, word_targets=labels[masked],
-                own=torch.arange(len(x["image"])), number=1, draw=torch.zeros(2, len(x["image"])), boxed=torch.zeros(0, dtype=torch.int64), **more)
+                own=torch.arange(len(x["image"])), number=1, u=torch.zeros(2, len(x["image"])), boxed=torch.zeros(0, dtype=torch.int64), counts={"": len(x["image"])}, **more)
 
 
 def albef_losses(monkeypatch, model, x, alpha, loss="none", **more):
     texts_then_images = iter((x["neg_text_idx"], x["neg_image_idx"]))
     monkeypatch.setattr(train, "sample_rows", lambda weights, luck: next(texts_then_images))
-    monkeypatch.setattr(train, "normalised", lambda pixels: pixels)         # the file's pictures are
-    cfg = train.make_config("toy-amc", loss=loss, distill=alpha, warmup=1)
+    monkeypatch.setattr(train, "normalize_pixels", lambda pixels: pixels)         # the file's pictures are
+    cfg = train.make_config("toy-amc", loss=loss, distill_weight=alpha, warmup=1)
     return train.objective_albef(cfg, model, albef_batch(x) | more)
 
 
@@ -544,7 +544,7 @@ def test_amc_heat_maps_and_losses(monkeypatch):
     close(losses.amc(heat, M), out["amc_total"][0], 1e-5)
 
     model.queue_ptr.fill_(c["queue_ptr_start"])
-    found = albef_losses(monkeypatch, model, x, 0.4, "amc+amc-mean+amc-max", boxed=boxed, region=x["mask"][boxed].bool())
+    found = albef_losses(monkeypatch, model, x, 0.4, "amc+amc-mean+amc-max", boxed=boxed, region_target=x["mask"][boxed].bool())
     for ours, theirs in (("amc", "amc_total"), ("amc-mean", "loss_gcam_mean"), ("amc-max", "loss_gcam_max"), ("itc", "loss_ita_a04"), ("itm", "loss_itm")):
         close(found[ours].detach(), out[theirs].squeeze(), 1e-5, 1e-5)
     close(found["mlm"].detach(), 0.6 * out["mlm_hard"] + 0.4 * out["mlm_distill_albef_dimlast"], 0, 1e-5)      # theirs softmaxes over positions, a slip

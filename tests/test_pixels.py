@@ -71,7 +71,7 @@ def test_colours_of_patches(tmp_path):
 def test_every_picture_of_the_tree_is_found(toy_tree):
     for name in ("coco", "flickr30k", "vg", "gqa", "winoground", "nlvr2", "cc3m_train", "cc3m_val", "sbu"):
         stored = data.RegionStore(toy_tree / "regions" / name)
-        assert set(stored.image_ids) <= set(data.find_pictures(toy_tree, name)), name
+        assert set(ids_of(stored)) <= set(data.find_pictures(toy_tree, name)), name
     with pytest.raises(DataError, match="no pictures of refclef"):
         data.find_pictures(toy_tree / "nowhere", "refclef")
 
@@ -87,7 +87,7 @@ def test_regions_cut_out(toy_tree):
     crops = data.open_store(Patches(str(toy_tree), 64, 16), "vg_crops")
     boxes = {f"{name}/{k}": box for name, k, box in data.vg_regions(toy_tree)}
     wide = []
-    for name, (left, top, right, bottom) in zip(crops.image_ids, crops.windows):
+    for name, (left, top, right, bottom) in zip(ids_of(crops), crops.windows):
         x, y, w, h = boxes[name]
         assert -1e-6 <= left <= x + 1e-6 and right + 1e-6 >= x + w and -1e-6 <= top <= y + 1e-6 and bottom + 1e-6 >= y + h and right <= 240 + 1e-6 and bottom <= 180 + 1e-6
         wide.append((right - left) / 240)
@@ -231,11 +231,11 @@ def test_web_captions(tmp_path, toy_tree):
 
 
 def test_flip_mirrors_the_box_and_the_words(toy_tree, tokenizer):
-    texts = [Text(i, "a red circle on the left", i, ((0.0, 0.25, 0.25, 0.5),)) for i in data.open_store(Patches(str(toy_tree), 64, 16), "vg").image_ids[:40]]
-    pairs = Pairs(texts, data.open_store(Patches(str(toy_tree), 64, 16), "vg"), tokenizer, 24, ends=False)
+    texts = [Record(i, "a red circle on the left", i, ((0.0, 0.25, 0.25, 0.5),)) for i in data.open_store(Patches(str(toy_tree), 64, 16), "vg").image_ids[:40]]
+    pairs = make_index(texts, data.open_store(Patches(str(toy_tree), 64, 16), "vg"), tokenizer, 24, ends=False)
     assert pairs.text(np.array([0]))[0][0, -1] == tokenizer("left")[0]
-    batch = PictureBatches(pairs, 40, 0, augment=("flip",))[0]
-    plain = PictureBatches(pairs, 40, 0)[0]
+    batch = Batches("albef", pairs, 40, 0, augment=("flip",))[0]
+    plain = Batches("albef", pairs, 40, 0)[0]
     left, right = tokenizer("left")[0], tokenizer("right")[0]
     flipped = (batch["text"] == right).any(1)
     assert 8 < flipped.sum() < 32 and not (batch["text"][flipped] == left).any() and (plain["text"] == left).any(1).all()
@@ -247,9 +247,9 @@ def test_flip_mirrors_the_box_and_the_words(toy_tree, tokenizer):
 
 
 def test_colours_change_only_where_asked(toy_tree, tokenizer, store):
-    texts = [Text(i, "a", i) for i in store.image_ids[:30]]
-    pairs = Pairs(texts, store, tokenizer, 24, ends=False)
-    plain, grey, jitter = (PictureBatches(pairs, 30, 0, augment=a)[0]["pixels"] for a in ((), ("grey",), ("jitter",)))
+    texts = [Record(i, "a", i) for i in ids_of(store)[:30]]
+    pairs = make_index(texts, store, tokenizer, 24, ends=False)
+    plain, grey, jitter = (Batches("albef", pairs, 30, 0, augment=a)[0]["pixels"] for a in ((), ("grey",), ("jitter",)))
     colourful = lambda x: x.float().std(dim=3).amax((1, 2)) > 5
     assert colourful(plain).all() and 1 <= (~colourful(grey)).sum() <= 14
     changed = (jitter != plain).flatten(1).any(1)
@@ -257,11 +257,11 @@ def test_colours_change_only_where_asked(toy_tree, tokenizer, store):
 
 
 def test_picture_batches_are_the_same_however_shared(toy_tree, tokenizer, store):
-    pairs = Pairs([Text(i, f"a red circle {'on the left ' * (n % 3)}", i, ((0, 0, 0.5, 0.5),) if n % 2 else None) for n, i in enumerate(store.image_ids[:24])], store, tokenizer, 24, ends=False)
+    pairs = make_index([Record(i, f"a red circle {'on the left ' * (n % 3)}", i, ((0, 0, 0.5, 0.5),) if n % 2 else None) for n, i in enumerate(ids_of(store)[:24])], store, tokenizer, 24, ends=False)
     how = dict(augment=("flip", "jitter", "grey"))
-    whole = PictureBatches(pairs, 12, 3, **how)[1]
+    whole = Batches("albef", pairs, 12, 3, **how)[1]
     for part in range(2):
-        mine = PictureBatches(pairs, 12, 3, part, 2, **how)[1]
+        mine = Batches("albef", pairs, 12, 3, part, 2, **how)[1]
         for name in ("text", "masked_text", "text_mask", "pixels", "own"):
             assert torch.equal(mine[name], whole[name][part::2]), name
         assert torch.equal(mine["draw"], whole["draw"]) and mine["names"] == whole["names"][part::2]
@@ -270,7 +270,7 @@ def test_picture_batches_are_the_same_however_shared(toy_tree, tokenizer, store)
         assert set(places) <= set(whole["masked_words"].tolist())
         assert [2 * b + part for b in mine["boxed"].tolist()] == [b for b in whole["boxed"].tolist() if b % 2 == part]
     with pytest.raises(DataError, match="24 texts for batches of 25"):
-        PictureBatches(pairs, 25, 0)
+        Batches("albef", pairs, 25, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- ALBEF and AMC
@@ -411,7 +411,7 @@ def test_referit(tmp_path, toy_tree, tokenizer, monkeypatch):
     Image.new("RGB", (100, 50)).save(tmp_path / "refclef/images/12.jpg")
     (tmp_path / "refclef/refclef_test_10k_unique.json").write_text(json.dumps([{"image": "images/12.jpg", "text": "tree on left", "bbox": [0, 0, 40, 50], "split": "test"}]))
     texts, _ = data.referit(tmp_path)
-    assert texts == [Text("12", "tree on left", "0", (0, 0, 40, 50))]
+    assert texts == [Record("12", "tree on left", "0", (0, 0, 40, 50))]
     monkeypatch.setattr(evaluate, "heat", lambda model, batch: torch.eye(4)[[1]].repeat(len(batch["text"]), 1))         # the right upper quarter
     model = build("albef", "toy", vocab=len(tokenizer), queue=4, resolution=32, patch=16)
     config = dict(data=str(tmp_path), regions=str(tmp_path / "regions"), vision="patches", resolution=32, patch=16, max_words=24)
@@ -551,8 +551,8 @@ def test_gradcam_of_one_and_two_streams(kind, monkeypatch):
 def test_boxes_of_matched_texts(toy_tree):
     """Which rows of a matching batch have a region, and what it covers; the same for any number of processes."""
     texts = [t._replace(target=(*t.target, (0.0, 0.0, 1.0, 1.0))) for t in data.vg_triplets(toy_tree, ("box", "region"), 0.01)[0]]       # two boxes: one is drawn
-    pairs = Pairs(texts, PatchStore(Patches(str(toy_tree), 32, 16), "vg"), WordPiece(toy_tree / "bert-base-cased/vocab.txt", lower=False))
-    whole, halves = data.PairBatches(pairs, "itm", 700, 5), [data.PairBatches(pairs, "itm", 700, 5, part, 2) for part in (0, 1)]
+    pairs = make_index(texts, PatchStore(Patches(str(toy_tree), 32, 16), "vg"), WordPiece(toy_tree / "bert-base-cased/vocab.txt", lower=False))
+    whole, halves = Batches("itm", pairs, 700, 5), [Batches("itm", pairs, 700, 5, part, 2) for part in (0, 1)]
     batch, parts = whole[3], [h[3] for h in halves]
     assert batch["boxed"].tolist() == batch["match"].nonzero()[:, 0].tolist() and 5 < len(batch["boxed"]) < len(batch["match"]) and train.counts(batch)["amc"] == len(batch["boxed"])
     by_name = {t.id: t for t in texts}
@@ -564,7 +564,7 @@ def test_boxes_of_matched_texts(toy_tree):
     for k, part in enumerate(parts):
         mine = [i for i, row in enumerate(batch["boxed"].tolist()) if row % 2 == k]
         assert torch.equal(part["region"], batch["region"][mine])
-    assert "boxed" not in data.PairBatches(pairs, "mlm", 700, 5)[0]
+    assert "boxed" not in Batches("mlm", pairs, 700, 5)[0]
 
 
 @pytest.mark.parametrize("loss", ["amc", "amc-mean", "amc-max", "amc-cosine", "amc+cacr"])

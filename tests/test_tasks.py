@@ -1,5 +1,6 @@
 """Downstream tasks: readers, the toy tree's balance, batches, twenty steps of each, evaluation, submission files, and bad input."""
 import csv
+import functools
 import json
 import os
 import pickle
@@ -16,8 +17,8 @@ import torch
 import data
 import evaluate
 import train
-from conftest import QUICK, ROOT, run, run_and_kill, same, shared, weights
-from data import DataError, JoinedStore, PairBatches, Pairs, RankingBatches, RegionStore, TaskBatches
+from conftest import QUICK, ROOT, ids_of, prepared_run, read, run, run_and_kill, same, shared, weights
+from data import Batches, DataError, JoinedStore, RegionStore, make_index
 from model import read_checkpoint
 
 TASKS = [("vqa",), ("vcr",), ("nlvr2",), ("nlvr2", "--nlvr2-head", "pair"), ("nlvr2", "--nlvr2-head", "triplet"), ("ve",), ("ve", "--task-loss", "ce"),
@@ -32,7 +33,18 @@ def configured(toy_tree, *argv):
 
 def load(toy_tree, name, split, **more):
     cfg, _, tokenizer = configured(toy_tree, "--task", name, *more.pop("argv", ()))
-    return evaluate.load_task(train.dataclasses.asdict(cfg), tokenizer, split, evaluate.answer_list_of(name, toy_tree), **more)
+    return evaluate.open_task(prepared_run(cfg, tokenizer), name, split, **more)
+
+
+def load_vcr(toy_tree, split, part):
+    """VCR's questions of one part, four choices (all: sixteen) an example."""
+    cfg, _, tokenizer = configured(toy_tree, "--task", "vcr")
+    reader = functools.partial(data.vcr_choices, parts=(part,))
+    return prepared_run(cfg, tokenizer).index(reader, split, "vcr", group=16 if part == "all" else 4)
+
+
+def examples(index):
+    return np.arange(len(index) // index.group)
 
 
 # -------------------------------------------------------------------------------------------- the toy tree's balance
@@ -40,11 +52,11 @@ def load(toy_tree, name, split, **more):
 def test_nothing_to_guess_from_the_text_or_the_picture_alone(toy_tree):
     """Each statement has its labels equally often, and so has each picture."""
     statements, pictures = defaultdict(Counter), defaultdict(Counter)
-    for e in data.nlvr2(toy_tree, "train"):
-        statements[e.id.split("-")[1], e.text][e.label] += 1
-        pictures[e.left][e.label] += 1
+    for e in read(data.nlvr2_pairs, toy_tree, "train", rows="triplet")[0]:
+        statements[e.id.split("-")[1], e.text][e.target] += 1
+        pictures[e.image[0]][e.target] += 1
     assert all(c[True] == c[False] for c in [*statements.values(), *pictures.values()])
-    texts, _ = data.snli_ve(toy_tree, "train")
+    texts, _ = read(data.entailment_pairs, toy_tree, "train")
     kinds, pictures = defaultdict(Counter), defaultdict(Counter)
     for t in texts:
         kinds[t.text.split(" is ")[0]][t.target] += 1
@@ -53,10 +65,10 @@ def test_nothing_to_guess_from_the_text_or_the_picture_alone(toy_tree):
     places = Counter((t.text.split(" is ")[1], t.target) for t in texts)
     for what in {p for p, _ in places}:
         assert max(places[what, i] for i in range(3)) < 1.4 * min(places[what, i] for i in range(3))
-    texts, _ = data.vcr(toy_tree, "train", "qa")
+    texts, _ = read(data.vcr_choices, toy_tree, "train", parts=("qa",))
     choices = [texts[i:i + 4] for i in range(0, len(texts), 4)]
     assert all(len({t.text for t in c}) == 4 for c in choices)
-    for part in (choices, [t[:1] for t in zip(*[iter(data.vcr(toy_tree, "train", "qar")[0])] * 4)]):
+    for part in (choices, [t[:1] for t in zip(*[iter(read(data.vcr_choices, toy_tree, "train", parts=("qar",))[0])] * 4)]):
         assert max(n := Counter(c[0].target for c in part).values()) - min(n) <= 4
     colours = Counter(c[c[0].target].text[1][1].split()[-2] for c in choices)
     offered = Counter(t.text[1][1].split()[-2] for t in texts)
@@ -64,20 +76,20 @@ def test_nothing_to_guess_from_the_text_or_the_picture_alone(toy_tree):
 
 
 def test_vqa_questions_come_in_complements(toy_tree):
-    texts, told = data.vqa(toy_tree, "train2014")
-    assert told == {"questions without annotations": 0} and len(texts) % 2 == 0
+    texts, stats = read(data.vqa_questions, toy_tree, "train2014")
+    assert stats["questions without annotations"] == 0 and len(texts) % 2 == 0
     for a, b in zip(texts[::2], texts[1::2]):
-        assert a.text == b.text and a.image != b.image and a.target.said[-1] != b.target.said[-1]
+        assert a.text == b.text and a.image != b.image and a.note.given[-1] != b.note.given[-1]
 
 
 def test_toy_labels_are_true(toy_tree):
     """Labels against the scenes as the annotated boxes tell them: referring expressions name one thing of the right shape."""
     store = RegionStore(toy_tree / "regions/refcoco_gt")
-    texts, _ = data.referring(toy_tree, "refcoco", "train")
+    texts, _ = read(data.referring_expressions, toy_tree, "train", dataset="refcoco")
     for t in texts[:200]:
-        image = np.array([store.index[t.image]])
+        image = store.finder()([t.image])
         boxes, row = store.read(image, "boxes")[0], store.read(image, "cls_id")[0]
-        x, y, w, h = t.target
+        x, y, w, h = t.boxes[0]
         i = int(np.abs(boxes - [x, y, x + w, y + h]).sum(1).argmin())
         named = [s for s in data.SHAPES if s in t.text]
         colour = [c for c in data.COLOURS if c in t.text]
@@ -92,21 +104,21 @@ def test_real_nlvr2(tmp_path):
     (tmp_path / "nlvr2").mkdir()
     for split, n, true, groups in (("dev", 6982, 3551, 2018), ("test1", 6967, 3558, 1995)):
         shutil.copy(shared(f"real/nlvr2/{split}.json.gz"), tmp_path / "nlvr2")
-        examples = data.nlvr2(tmp_path, split)
-        assert (len(examples), sum(e.label for e in examples)) == (n, true)
+        examples, _ = read(data.nlvr2_pairs, tmp_path, split, rows="triplet")
+        assert (len(examples), sum(e.target for e in examples)) == (n, true)
         assert len({tuple(np.array(e.id.split("-"))[[1, 3]]) for e in examples}) == groups
-    assert len({e.text for e in data.nlvr2(tmp_path, "dev")}) == 2004
+    assert len({e.text for e in read(data.nlvr2_pairs, tmp_path, "dev", rows="triplet")[0]}) == 2004
     (tmp_path / "nlvr2/balanced").mkdir()
     shutil.copy(shared("real/nlvr2/balanced_dev.json.gz"), tmp_path / "nlvr2/balanced")
-    assert len(data.nlvr2(tmp_path, "balanced/balanced_dev")) == 2300
+    assert len(read(data.nlvr2_pairs, tmp_path, "balanced/balanced_dev", rows="triplet")[0]) == 2300
 
 
 def test_real_refcoco_plus_boxes_and_answer_list(tmp_path):
     (tmp_path / "refer/refcoco+").mkdir(parents=True), (tmp_path / "vqa2").mkdir()
     for split, sentences in (("testA", 5726), ("testB", 4889)):
         shutil.copy(shared(f"real/phraseloc/refcoco+/annotation_{split}.json"), tmp_path / "refer/refcoco+")
-        texts, _ = data.referring(tmp_path, "refcoco+", split)
-        assert len(texts) == sentences and len({t.image for t in texts}) == 750 and all(len(t.target) == 4 and min(t.target[2:]) > 0 for t in texts)
+        texts, _ = read(data.referring_expressions, tmp_path, split, dataset="refcoco+")
+        assert len(texts) == sentences and len({t.image for t in texts}) == 750 and all(len(t.boxes[0]) == 4 and min(t.boxes[0][2:]) > 0 for t in texts)
         assert all(t.image.startswith("COCO_train2014_") for t in texts)
     shutil.copy(shared("real/lxmert_vqa/trainval_label2ans.json"), tmp_path / "vqa2")
     answers = data.answer_list(tmp_path)
@@ -128,16 +140,16 @@ def test_answer_list_by_the_published_rule(toy_tree, tmp_path):
 def test_pretraining_sees_no_evaluation_image(toy_tree):
     out = data.held_out(toy_tree)
     judged = {i["cocoid"] for i in data.karpathy_images(toy_tree, "coco")[0] if i["split"] != "train"}
-    judged |= {int(t.image[-12:]) for name in data.REFER for split in ("val", "testA", "testB", "test") for t in data.referring(toy_tree, name, split)[0]}
-    assert judged == out.coco and out.told["Karpathy val"] > 0 and out.told["refcocog val, test"] > 0
-    coco, told = data.corpus_coco(toy_tree, "train", out)
+    judged |= {int(t.image[-12:]) for name in data.REFER for split in ("val", "testA", "testB", "test") for t in read(data.referring_expressions, toy_tree, split, dataset=name)[0]}
+    assert judged == out.coco and out.counts["Karpathy val"] > 0 and out.counts["refcocog val, test"] > 0
+    coco, told = read(data.coco_corpus, toy_tree, "train")
     assert not {int(t.image[-12:]) for t in coco} & judged and told["images held out, also in Flickr30k"] == 2
-    assert {t.image for t in data.corpus_coco(toy_tree, "val", out)[0]} == {t.image for t in data.coco_karpathy(toy_tree, "val")}
+    assert {t.image for t in read(data.coco_corpus, toy_tree, "val")[0]} == {t.image for t in read(data.karpathy_captions, toy_tree, "val")[0]}
     images = data.vg_images(toy_tree)
-    for text in data.corpus_vg(toy_tree, "train", out)[0]:
+    for text in read(data.vg_descriptions, toy_tree, "train")[0]:
         assert images[int(text.image)]["coco_id"] not in judged
-    for corpus in (data.corpus_cc3m, data.corpus_sbu):
-        texts, told = corpus(toy_tree, "train", out)
+    for corpus in (data.cc3m_captions, data.sbu_captions):
+        texts, told = read(corpus, toy_tree, "train")
         assert told == {"images held out, also in Flickr30k": 1} and len(texts) > 5 and "3" not in {t.id for t in texts}
 
 
@@ -148,36 +160,40 @@ def test_photo_numbers():
 
 
 def test_vcr_texts_have_their_types_and_tags(toy_tree):
-    task = load(toy_tree, "vcr", "val", part="qar")
-    ids, mask = task.pairs.text(np.arange(4))
-    types, tokenizer = task.pairs.text(np.arange(4), "types")[0], task.pairs.tokenizer
+    index = load_vcr(toy_tree, "val", "qar")
+    ids, mask = index.text(np.arange(4))
+    types, tokenizer = index.text(np.arange(4), "types")[0], index.tokenizer
     seps = [np.flatnonzero(row == tokenizer.sep) for row in ids]
     for row, kind, where, real in zip(ids, types, seps, mask):
         assert len(where) == 3 and where[-1] == real.sum() - 1
-        assert (kind[:where[0]] == 0).all() and (kind[where[0]:where[1]] == 2).all() and (kind[where[1]:where[2] + 1] == 3).all()
-    people = [t for t in task.pairs.texts if "person_" in t.text[0][1]]
-    assert people and all(tokenizer(f"person_{i}") == [len(tokenizer) - 81 + i] for i in (0, 80))
-    cut = Pairs(task.pairs.texts[:4], task.pairs.store, tokenizer, max_words=5)
-    assert (cut.n_words == 7).all() and len(cut.types) == len(cut.tokens) and cut.cut == 4
-    assert len(task.target) * 4 == len(task.pairs.texts) and len(load(toy_tree, "vcr", "val", part="all").ids) == len(task.target)
+        assert (kind[: where[0]] == 0).all() and (kind[where[0] : where[1]] == 2).all()
+        assert (kind[where[1] : where[2] + 1] == 3).all()
+    records, _ = read(data.vcr_choices, toy_tree, "val", parts=("qar",))
+    assert any("person_" in r.text[0][1] for r in records)
+    assert all(tokenizer(f"person_{i}") == [len(tokenizer) - 81 + i] for i in (0, 80))
+    cut = make_index(records[:4], index.store, tokenizer, max_words=5, group=4)
+    assert (cut.n_words(np.arange(4)) == 7).all() and len(cut.types) == len(cut.tokens)
+    assert cut.meta["counts"]["truncated"] == 4
+    assert len(examples(index)) * 4 == len(index) == len(records)
+    assert len(examples(load_vcr(toy_tree, "val", "all"))) == len(examples(index))
 
 
 def test_joined_store_is_its_parts_side_by_side(toy_tree):
     left, right = RegionStore(toy_tree / "regions/vcr_gt"), RegionStore(toy_tree / "regions/vcr_det")
     a, b = np.array([3, 0, 5]), np.array([1, 4, 2])
-    joined = JoinedStore(["x", "y", "z"], [(left, a, 1), (right, b, np.array([2, 2, 1]))])
+    joined = JoinedStore([(left, a, 1), (right, b, np.array([2, 2, 1]))])
     order = np.array([2, 0])
     for column in ("features", "boxes", "cls_id"):
         got = joined.read(order, column)
         for row, i in zip(got, order):
-            n, m = left.n_regions[a[i]], right.n_regions[b[i]]
+            n, m = left.n_regions(a)[i], right.n_regions(b)[i]
             assert np.array_equal(row[:n], left.read(a[i:i + 1], column)[0]) and np.array_equal(row[n:n + m], right.read(b[i:i + 1], column)[0])
             assert not row[n + m:].any()
     types = joined.region_types(order)
     for row, i, second in zip(types, order, (1, 2)):
-        n, m = left.n_regions[a[i]], right.n_regions[b[i]]
+        n, m = left.n_regions(a)[i], right.n_regions(b)[i]
         assert row.tolist() == [1] * n + [second] * m + [0] * (len(row) - n - m)
-    assert joined.relative_boxes(order).max() <= 1 and (joined.n_regions == left.n_regions[a] + right.n_regions[b]).all()
+    assert joined.relative_boxes(order).max() <= 1 and (joined.n_regions(np.arange(3)) == left.n_regions(a) + right.n_regions(b)).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -186,8 +202,8 @@ def test_joined_store_is_its_parts_side_by_side(toy_tree):
 def test_conditional_and_joint_masking(toy_tree, task):
     """Conditional masking leaves the other modality whole; joint masking hides both and still asks for one."""
     cfg, runtime, tokenizer = configured(toy_tree, "--recipe", "toy-pretrain")
-    pairs = Pairs(data.coco(toy_tree, "val2014"), RegionStore(toy_tree / "regions/coco"), tokenizer)
-    one, both = (PairBatches(pairs, task, 512, 0, mask_rate=0.4, joint=joint) for joint in (False, True))
+    pairs = make_index(read(data.coco_captions, toy_tree, "val2014")[0], RegionStore(toy_tree / "regions/coco"), tokenizer)
+    one, both = (Batches(task, pairs, 512, 0, mask_rate=0.4, joint=joint) for joint in (False, True))
     captions, images, _ = one.whole(0)
     assert np.array_equal(both.whole(0)[0], captions)
     truth = torch.from_numpy(pairs.text(captions)[0])
@@ -200,7 +216,7 @@ def test_conditional_and_joint_masking(toy_tree, task):
 
 def test_masking_leaves_every_separator(toy_tree):
     cfg, runtime, tokenizer = configured(toy_tree, "--recipe", "vcr-pretrain", "--mask-rate", "1.0")
-    streams = train.load_streams(cfg, runtime, tokenizer)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     batch = streams.train[0][0]
     text = batch["input"]["text"].flatten()
     assert not (batch["word_targets"] == tokenizer.sep).any() and (text == tokenizer.sep).sum() >= 2 * len(batch["names"])
@@ -208,14 +224,14 @@ def test_masking_leaves_every_separator(toy_tree):
 
 def test_task_batches_are_the_examples_once_an_epoch(toy_tree):
     task = load(toy_tree, "nlvr2", "dev")
-    whole, halves = TaskBatches(task, 600, 0), [TaskBatches(task, 600, 0, part, 2) for part in (0, 1)]
+    whole, halves = Batches("examples", task, 600, 0), [Batches("examples", task, 600, 0, part, 2) for part in (0, 1)]
     names, k = [], 0
-    while len(names) < len(task.target):
+    while len(names) < len(examples(task)):
         names += whole[k]["names"]
         assert sorted(whole[k]["names"]) == sorted(halves[0][k]["names"] + halves[1][k]["names"])
         assert len(whole[k]["input"]["text"]) == 2 * len(whole[k]["names"]) and whole[k]["input"]["region_type"][::2].max() == 1
         k += 1
-    assert sorted(names) == sorted(task.ids)
+    assert sorted(names) == sorted(task.id(row) for row in range(0, len(task), 2))
     rows = whole[0]["input"]
     assert torch.equal(rows["text"][::2], rows["text"][1::2]) and set(rows["region_type"][1::2].unique().tolist()) <= {0, 2}
 
@@ -224,14 +240,14 @@ def test_task_batches_are_the_examples_once_an_epoch(toy_tree):
 def test_hidden_is_hidden(toy_tree, name):
     """A control's output does not move when what it may not see does."""
     cfg, runtime, tokenizer = configured(toy_tree, "--task", name)
-    streams = train.load_streams(cfg, runtime, tokenizer)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model, batch = train.build_model(cfg, runtime, tokenizer, streams).eval(), streams.train[0][0]
     for hide, keys in (("text", ["text"]), ("regions", ["regions", "boxes"])):
         other = batch | {"input": {k: v.flip(0) if k in keys else v for k, v in batch["input"].items()}}
         if hide == "text":                          # other words, as many
             other["input"]["text"] = torch.where(batch["input"]["text"] > 4, batch["input"]["text"].roll(1), batch["input"]["text"])
         with torch.no_grad():
-            a, b = (model(**data.ablate_modality(x, hide)["input"], heads=("task",)).scores for x in (batch, other))
+            a, b = (model(**data.ablate_modality(x | {"keep_regions": name == "re"}, hide)["input"], heads=("task",)).scores for x in (batch, other))
         torch.testing.assert_close(a, b)
         with torch.no_grad():
             assert not torch.equal(model(**batch["input"], heads=("task",)).scores, model(**other["input"], heads=("task",)).scores)
@@ -260,12 +276,12 @@ def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
 @pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
 def test_training_lowers_the_loss_of_each_task(toy_tree, name):
     cfg, runtime, tokenizer = configured(toy_tree, "--task", name, "--steps", 200, "--warmup", 1, "--lr", 3e-4, "--batch-tokens", 256, "--head-lr", 1)
-    streams = train.load_streams(cfg, runtime, tokenizer)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model = train.build_model(cfg, runtime, tokenizer, streams)
     optimizer, batch = train.build_optimizer(cfg, model), streams.train[0][0]
     values = [train.train_step(cfg, runtime, model, optimizer, streams.train, 1, [batch])[0][name].item() for _ in range(160)]
     assert values[-1] < 0.7 * values[0], values[::10]
-    hits = train.right_answers(cfg, model.eval(), batch).float().mean()
+    hits = train.hits_task(cfg, model.eval(), batch | {"of": name}).float().mean()
     assert hits > 0.6
 
 
@@ -294,7 +310,7 @@ def test_second_stage_and_all_corpora_then_vcr(toy_tree, pretrained, tmp_path, m
 
 def test_heads_learn_faster_when_asked(toy_tree):
     cfg, runtime, tokenizer = configured(toy_tree, "--task", "vqa", "--head-lr", 10)
-    streams = train.load_streams(cfg, runtime, tokenizer)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model = train.build_model(cfg, runtime, tokenizer, streams)
     optimizer = train.build_optimizer(cfg, model)
     train.train_step(cfg, runtime, model, optimizer, streams.train, cfg.warmup, [streams.train[0][0]])
@@ -316,13 +332,13 @@ def test_head_of_another_task_stays_at_its_start(toy_tree, pretrained, tmp_path,
 
 def small_retrieval(toy_tree):
     cfg, runtime, tokenizer = configured(toy_tree, "--task", "retrieval")
-    streams = train.load_streams(cfg, runtime, tokenizer)
-    return train.build_model(cfg, runtime, tokenizer, streams).eval(), data.Pairs(data.flickr30k(toy_tree, "test"), streams.store, tokenizer)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
+    return train.build_model(cfg, runtime, tokenizer, streams).eval(), make_index(read(data.karpathy_captions, toy_tree, "test", dataset="flickr30k")[0], streams.store, tokenizer)
 
 
 def test_all_pairs_are_the_pairs_one_by_one_and_features_are_read_once(toy_tree, tmp_path, monkeypatch):
     model, pairs = small_retrieval(toy_tree)
-    T, I = len(pairs.texts), len(pairs.images)
+    T, I = len(pairs), len(pairs.images)
     slow = evaluate.score_pairs(model, pairs, np.repeat(np.arange(T), I), np.tile(pairs.images, T)).reshape(T, I)
     reads, read = [], RegionStore.read
     monkeypatch.setattr(RegionStore, "read", lambda self, images, column="features": (reads.append(len(images)) if column == "features" else None, read(self, images, column))[1])
@@ -355,30 +371,31 @@ def test_retrieval_goes_on_after_a_kill(toy_tree, tmp_path):
     assert (again[:, 0] == 7.0).all()
     np.testing.assert_array_equal(again[:, 1:], whole[:, 1:])
     with pytest.raises(DataError, match="another file"):
-        evaluate.score_all(model, data.Pairs(data.flickr30k(toy_tree, "val")[:-3], pairs.store, pairs.tokenizer), keep=keep)
+        evaluate.score_all(model, make_index(read(data.karpathy_captions, toy_tree, "val", dataset="flickr30k")[0][:-3], pairs.store, pairs.tokenizer), keep=keep)
 
 
 def test_mining_keeps_the_hardest(toy_tree):
     model, _ = small_retrieval(toy_tree)
     cfg, runtime, tokenizer = configured(toy_tree, "--task", "retrieval")
     store = RegionStore(toy_tree / "regions/flickr30k")
-    stream = RankingBatches(Pairs(data.flickr30k(toy_tree, "train"), store, tokenizer), 600, 0, negatives=2, mined=True)
-    captions, images = stream.drawn(np.random.default_rng(0), 128)
-    assert (images != stream.pairs.image[:, None]).all() and images.shape == (len(stream.pairs.texts), 128)
+    stream = Batches("rank", make_index(read(data.karpathy_captions, toy_tree, "train", dataset="flickr30k")[0], store, tokenizer), 600, 0, negatives=2, mined=True)
+    captions, images = data.mining_candidates(stream.index, np.random.default_rng(0), 128)
+    assert (images != stream.index.image[:, None]).all() and images.shape == (len(stream.index), 128)
     scores = np.random.default_rng(1).random(images.shape, np.float32)
-    stream.remember(captions, images, scores)
+    hard = data.hardest_of(stream.index, captions, images, scores)
     best = scores.argmax(1)
-    assert np.array_equal(stream.hard_images[:, 0], images[np.arange(len(images)), best])
+    assert np.array_equal(hard.images[:, 0], images[np.arange(len(images)), best])
     one = int(images[0, 0])
     at = np.argwhere(images == one)
-    top = at[np.argsort(-scores[at[:, 0], at[:, 1]], kind="stable")][:, 0][:data.HARDEST]
-    assert stream.hard_captions[one].tolist() == [int(top[i % len(top)]) for i in range(data.HARDEST)]
+    top = at[np.argsort(-scores[at[:, 0], at[:, 1]], kind="stable")][:, 0][: data.HARDEST]
+    assert hard.captions[one].tolist() == [int(top[i % len(top)]) for i in range(data.HARDEST)]
     batch = stream[0]
     G = len(batch["names"])
-    whole = stream.with_hard(batch)
-    assert whole["order"].shape == (G, 4) and sum(len(b["text"]) for b in whole["negatives"]) == 4 * G
-    owners = stream.pairs.image[stream.hard_captions[stream.hard_captions >= 0]]
-    image_of_row = np.repeat(np.arange(len(stream.hard_captions)), (stream.hard_captions >= 0).sum(1))
+    whole = data.add_mined(stream.index, hard, batch)
+    assert whole["order"].shape == (G, 4)
+    assert sum(len(b["text"]) for b in whole["negatives"]) == 4 * G
+    owners = stream.index.image[hard.captions[hard.captions >= 0]]
+    image_of_row = np.repeat(np.arange(len(hard.captions)), (hard.captions >= 0).sum(1))
     assert (owners != image_of_row).all()
 
 
@@ -419,11 +436,11 @@ def test_submission_files(toy_tree, pretrained, tmp_path, monkeypatch, name):
     assert done.returncode == 0, done.stderr[-2000:]
     if name == "vqa":
         rows = json.loads(file.read_text())
-        assert {r["question_id"] for r in rows} == {int(t.id) for t in data.vqa(toy_tree, split)[0]} and all(isinstance(r["answer"], str) for r in rows)
+        assert {r["question_id"] for r in rows} == {int(t.id) for t in read(data.vqa_questions, toy_tree, split)[0]} and all(isinstance(r["answer"], str) for r in rows)
     else:
         rows = list(csv.reader(file.open()))
         if name == "nlvr2":
-            assert [r[0] for r in rows] == [e.id for e in data.nlvr2(toy_tree, split)] and {r[1] for r in rows} <= {"True", "False"}
+            assert [r[0] for r in rows] == [e.id for e in read(data.nlvr2_pairs, toy_tree, split, rows="triplet")[0]] and {r[1] for r in rows} <= {"True", "False"}
         else:
             assert len(rows[0]) == 21 and rows[0][:2] == ["annot_id", "answer_0"] and rows[0][-1] == "rationale_conditioned_on_a3_3"
             values = np.array([r[1:] for r in rows[1:]], float).reshape(len(rows) - 1, 5, 4)
@@ -436,19 +453,21 @@ def test_a_test_set_without_labels_can_be_answered(toy_tree, pretrained, tmp_pat
     tree = shutil.copytree(toy_tree, tmp_path / "toy")
     questions = json.loads((tree / "vqa2/v2_OpenEnded_mscoco_val2014_questions.json").read_text())
     store = tree / "regions/coco"
-    (store / "image_ids.txt").write_text((store / "image_ids.txt").read_text().replace("COCO_val2014", "COCO_test2015"))
+    ids = [name.replace(b"COCO_val2014", b"COCO_test2015") for name in np.load(store / "ids.npy").tolist()]
+    np.save(store / "ids.npy", np.array(ids))
     (tree / "vqa2/v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(questions))
     task = load(tree, "vqa", "test-dev2015")
-    assert task.target == [None] * len(questions["questions"])
+    assert not task.arrays["answered"].any() and len(task) == len(questions["questions"])
     with pytest.raises(DataError, match="no example with an answer"):
-        TaskBatches(task, 256, 0)
+        Batches("examples", task, 256, 0)
     records = [json.loads(line) for line in (tree / "vcr1/val.jsonl").read_text().splitlines()]
     for r in records:
         del r["answer_label"], r["rationale_label"]
     (tree / "vcr1/test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert load(tree, "vcr", "test", part="all").target == [None] * len(records)
+    unknown = load_vcr(tree, "test", "all")
+    assert not unknown.arrays["answered"].any() and len(examples(unknown)) == len(records)
     with pytest.raises(DataError, match="no answer_label"):
-        load(tree, "vcr", "test", part="qar")
+        load_vcr(tree, "test", "qar")
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -481,23 +500,23 @@ def test_nlvr2_missing_image_is_counted_or_an_error(toy_tree, pretrained, tmp_pa
     tree = edited(toy_tree, tmp_path, "nlvr2/train.json", lose, lines=True)
     stopped = banner(tree, pretrained, tmp_path, "nlvr2", expect=1)
     assert "train-9999-0-img0" in stopped.stderr and "--skip-missing" in stopped.stderr and "Traceback" not in stopped.stderr
-    assert "1 examples left out: an image has no features" in banner(tree, pretrained, tmp_path, "nlvr2", "--skip-missing").stdout
+    assert "1 examples left out: no features" in banner(tree, pretrained, tmp_path, "nlvr2", "--skip-missing").stdout
 
 
-def test_nlvr2_missing_image_counts_as_wrong_in_evaluation(toy_tree, tmp_path):
-    class Always:
-        target, told, ids = [True, True], {"examples left out: an image has no features": 2}, ["dev-0-0-0", "dev-0-1-0"]
-    evaluate_predict, evaluate.predict = evaluate.predict, lambda *a, **k: np.array([[0, 1], [0, 1.0]])
-    try:
-        assert evaluate.nlvr2(None, Always)[0]["nlvr2/accuracy"] == 50
-    finally:
-        evaluate.predict = evaluate_predict
+def test_nlvr2_missing_image_counts_as_wrong_in_evaluation(toy_tree, pretrained, tmp_path, monkeypatch):
+    index = load(toy_tree, "nlvr2", "dev")
+    right = np.eye(2)[index.target_numbers(examples(index))]
+    monkeypatch.setattr(evaluate, "predict", lambda *a, **k: right)
+    of = lambda: evaluate.evaluate_nlvr2(None, None, index, "dev")[0]["nlvr2/accuracy"]
+    assert of() == 100
+    index.meta["counts"]["missing"] = len(index)
+    assert of() == 50
 
 
 def test_vcr_tag_past_the_boxes_is_counted(toy_tree, pretrained, tmp_path):
     tree = edited(toy_tree, tmp_path, "vcr1/train.jsonl", lambda r: r[0]["question"].__setitem__(3, [17]), lines=True)
     assert "2 tags that point past the boxes, read as [UNK]" in banner(tree, pretrained, tmp_path, "vcr").stdout      # once for answers, once for reasons
-    texts, _ = data.vcr(tree, "train", "qa")
+    texts, _ = read(data.vcr_choices, tree, "train", parts=("qa",))
     assert texts[0].text[0] == (0, "What color is [UNK] ?")
 
 
@@ -506,13 +525,13 @@ def test_snli_ve_without_a_gold_label_is_counted(toy_tree, pretrained, tmp_path)
     assert "3 pairs left out: label '-'" in banner(tree, pretrained, tmp_path, "ve").stdout
     tree = edited(tree, tmp_path, "snli_ve/snli_ve_train.jsonl", lambda r: [{**x, "gold_label": "perhaps"} for x in r], lines=True)
     with pytest.raises(DataError, match="label 'perhaps', wanted one of"):
-        data.snli_ve(tree, "train")
+        read(data.entailment_pairs, tree, "train")
 
 
 def test_snli_ve_image_names_old_and_new(toy_tree, tmp_path):
     old = lambda records: [{"Flikr30kID": r.pop("Flickr30K_ID") + ".jpg", **r} for r in records]
     tree = edited(toy_tree, tmp_path, "snli_ve/snli_ve_dev.jsonl", old, lines=True)
-    assert [t.image for t in data.snli_ve(tree, "dev")[0]] == [t.image for t in data.snli_ve(toy_tree, "dev")[0]]
+    assert [t.image for t in read(data.entailment_pairs, tree, "dev")[0]] == [t.image for t in read(data.entailment_pairs, toy_tree, "dev")[0]]
 
 
 def test_expression_that_matches_no_region_is_counted_and_wrong(toy_tree, pretrained, tmp_path):
@@ -520,9 +539,10 @@ def test_expression_that_matches_no_region_is_counted_and_wrong(toy_tree, pretra
         for a in record["annotations"][-5:]:
             a["bbox"] = [0.0, 0.0, 2.0, 2.0]
     tree = edited(toy_tree, tmp_path, "refer/refcoco/instances.json", move)
-    assert "10 expressions whose box matches no region" in banner(tree, pretrained, tmp_path, "re").stdout
+    assert "10 texts without a matching region" in banner(tree, pretrained, tmp_path, "re").stdout
     task = load(tree, "re", "train")
-    assert task.target.count(-1) == 10 and not set(np.flatnonzero(np.array(task.target) == -1)) & set(TaskBatches(task, 256, 0).drawn)
+    wrong = set(np.flatnonzero(task.target_numbers(examples(task)) == -1))
+    assert len(wrong) == 10 and not wrong & set(data.answered_examples(task))
 
 
 def test_expression_about_an_unknown_object_is_counted(toy_tree, pretrained, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from conftest import QUICK, ROOT, last_line, run, run_and_kill, same, weights
+from conftest import QUICK, ROOT, last_line, prepared_run, run, run_and_kill, same, weights
 from model import CheckpointError, read_checkpoint
 from train import UserError, alignment_weight, lr_at, make_config, parse
 
@@ -28,7 +28,7 @@ def test_pretraining_runs_every_task(pretrained):
     assert {"mlm", "itm"} & set().union(*log) and (checkpoint.parent / "figures/curve.png").exists()
 
 
-@pytest.mark.parametrize("loss", [*(a for a in train.LOSSES if a not in train.OWN_RECIPES), "cacr+wra", "none"])       # the others: test_align.py, test_pixels.py
+@pytest.mark.parametrize("loss", [*(name for name, row in train.LOSSES.items() if row.recipe == "toy"), "cacr+wra", "none"])       # the others: test_align.py, test_pixels.py
 def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = parse([*map(str, toy_run(toy_tree, pretrained, "--loss", loss, "--steps", 20, "--log-every", 1))])
@@ -49,7 +49,7 @@ def test_training_lowers_the_loss(toy_tree, task, tmp_path, monkeypatch):
     cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain=task, steps=20, warmup=1, lr=1e-4 if task == "itm" else 1e-3,
                       batch_tokens=512, precision="fp32")
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
-    loaded = train.load_streams(cfg, runtime, tokenizer)
+    loaded = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model, streams = train.build_model(cfg, runtime, tokenizer, loaded), loaded.train
     optimizer, batch = train.build_optimizer(cfg, model), streams[0][0]
     values = [train.train_step(cfg, runtime, model, optimizer, streams, 1, [batch])[0][task].item() for _ in range(40)]
@@ -197,7 +197,7 @@ def test_accumulation_is_the_larger_batch_in_pieces(toy_tree, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain="mlm", batch_tokens=256, steps=2, warmup=1, precision="fp32", clip=0)
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
-    loaded = train.load_streams(cfg, runtime, tokenizer)
+    loaded = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model, streams = train.build_model(cfg, runtime, tokenizer, loaded), loaded.train
     batches, grads = [streams[0][0], streams[0][1]], []
     for some in (batches, batches[:1], batches[1:]):
@@ -209,7 +209,7 @@ def test_accumulation_is_the_larger_batch_in_pieces(toy_tree, tmp_path, monkeypa
                 keep(model)
         train.train_step(cfg, runtime, model, Peek(model.parameters(), lr=0.0), streams, 1, some)
         grads.append(seen)
-    n = [train.counts(b)[""] for b in batches]
+    n = [b["counts"][""] for b in batches]
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], (n[0] * grads[1][name] + n[1] * grads[2][name]) / sum(n), atol=1e-6, rtol=1e-4)
 
