@@ -202,7 +202,7 @@ def field(record, name, where, kind=object):
 
 
 def memory_mapped(folder, key, build):
-    """({name: memory-mapped array}, meta) of a folder of .npy files, shared by all processes.
+    """({name: memory-mapped array}, meta) of DATA/index/name, .npy files that all processes share.
 
     build() -> ({name: array}, meta dict) is called by one process while the others wait, and again
     where `key` (JSON) has changed or a file that build() read has. Delete the folder to force it.
@@ -233,9 +233,10 @@ def read_fresh_meta(folder, key):
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):
         return None
-    # names of files are relative to the folder, so that a copied or moved tree stays valid
+    # names of files are relative to the data tree, so that a copied or moved tree stays valid
+    tree = folder.parent.parent
     fresh = meta["key"] == json.loads(json.dumps(key)) and all(
-        file_stamp(folder / name) == stamp for name, stamp in meta["sources"].items()
+        file_stamp(tree / name) == stamp for name, stamp in meta["sources"].items()
     )
     return meta if fresh else None
 
@@ -252,7 +253,8 @@ def write_arrays(folder, key, build):
             np.save(beside / f"{name}.npy", values)
     except OSError as error:
         raise DataError(f"{beside} cannot be written: {error}\n  Free some space.") from None
-    names = {os.path.relpath(name, folder): stamp for name, stamp in sources.items()}
+    tree = folder.parent.parent
+    names = {os.path.relpath(name, tree): stamp for name, stamp in sources.items()}
     meta = meta | {"key": key, "sources": names}
     (beside / "meta.json").write_text(json.dumps(meta))
     shutil.rmtree(folder, ignore_errors=True)
@@ -913,8 +915,8 @@ class PatchStore:
 
     def stamps(self):
         """The folders that were looked into"""
-        base = Path(self.args[0]) / "index" / "x"
-        return {os.path.normpath(base / k): v for k, v in self.meta.get("sources", {}).items()}
+        tree = Path(self.args[0])
+        return {str(tree / name): stamp for name, stamp in self.meta["sources"].items()}
 
     def path(self, image):
         """Where the picture is"""

@@ -982,7 +982,12 @@ def pointing(run, split=""):
     patch: its middle inside the box)? In percent of the words for which some region does;
     "pointing/chance": of any region at all.
     """
-    index, hits, chance = pointed_questions(run, split or "val_balanced"), [], []
+    return pointing_scores(run, pointed_questions(run, split or "val_balanced"))
+
+
+def pointing_scores(run, index):
+    """pointing of these texts"""
+    hits, chance = [], []
     pointed = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
     for captions, batch, P in word_to_region(run, index, np.unique(pointed)):
         place, _, box, row = index.pointers(captions)

@@ -14,8 +14,8 @@ import data
 import evaluate
 import losses
 import train
-from conftest import QUICK, ROOT, last_line, run, run_and_kill, same, shared, weights
-from data import DataError, PhraseBatches, TogetherBatches
+from conftest import QUICK, ROOT, last_line, prepared_run, read, run, run_and_kill, same, shared, weights
+from data import Batches, DataError, make_index
 from model import Lxmert, Maf, Uniter, load_pretrained, read_checkpoint
 
 
@@ -23,7 +23,7 @@ def copied(toy_tree, tmp_path, *folders):
     """A tree whose other folders are links, so that a test may write into these."""
     tree = tmp_path / "tree"
     tree.mkdir()
-    for item in toy_tree.iterdir():
+    for item in (f for f in toy_tree.iterdir() if f.name != "index"):
         shutil.copytree(item, tree / item.name) if item.name in folders else (tree / item.name).symlink_to(item)
     return tree
 
@@ -31,7 +31,7 @@ def copied(toy_tree, tmp_path, *folders):
 def prepared(toy_tree, *argv):
     cfg = train.parse(["--data", str(toy_tree), "--precision", "fp32", "--init", "none", "--workers", "0", *map(str, argv)])
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
-    return cfg, runtime, tokenizer, train.load_streams(cfg, runtime, tokenizer)
+    return cfg, runtime, tokenizer, train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------------------- readers
@@ -73,16 +73,23 @@ def entities_tree(folder, sentences=SENTENCES, xml=XML, unrelated=""):
 
 
 def test_entities_with_every_quirk(tmp_path):
-    """Several boxes of a chain, one box of two chains, a scene, no box, two types, a phrase that names nothing, 1-based inclusive boxes."""
-    found, told = data.entities(entities_tree(tmp_path, unrelated="9 2"), "test")
-    first, second = found
-    assert first.text == "A girl holds a kite near the way to the beach ." and first.id == "9#0"
-    assert [(p.words, p.chain, p.first) for p in first.phrases] == [("A girl", "1", 0), ("a kite", "2", 3), ("the beach", "3", 9)]
-    assert first.boxes == {"1": [(0, 1, 10, 20), (29, 4, 40, 9)], "2": [(0, 1, 10, 20)]}
-    assert second.phrases[0].kinds == ("people", "animals")
-    assert told["phrases that name nothing (EN#0)"] == 1 and told["phrases without a box"] == 1 and told["boxes of no area"] == 1
-    found, told = data.entities(tmp_path, "train")
-    assert len(found) == 1 and told["captions left out: they do not belong to their image"] == 1
+    """Several boxes of a chain, one box of two chains, a scene, no box, two types, a phrase that
+    names nothing, 1-based inclusive boxes.
+    """
+    tree = entities_tree(tmp_path, unrelated="9 2")
+    (first, second), stats = read(data.entity_captions, tree, "test")
+    text, phrases = first.note
+    assert text == "A girl holds a kite near the way to the beach ." and first.id == "9#0"
+    assert first.text == ((0, "A girl"), (1, "a kite"), (2, "the beach"))
+    assert [(p.words, p.chain) for p in phrases] == [("A girl", "1"), ("a kite", "2"), ("the beach", "3")]
+    boxes = [[(0, 1, 10, 20), (29, 4, 40, 9)], [(0, 1, 10, 20)], []]
+    assert [p.boxes for p in phrases] == boxes
+    assert second.note[1][0].kinds == ("people", "animals")
+    assert stats["phrases that name nothing (EN#0)"] == 1 and stats["boxes of no area"] == 1
+    assert stats["phrases without a box"] == 1
+    records, stats = read(data.entity_captions, tmp_path, "train")
+    assert len(records) == 1
+    assert stats["captions left out: they do not belong to their image"] == 1
 
 
 @pytest.mark.parametrize("sentences, xml, told", [("[/EN#1/people A girl holds a kite .\n", XML, "Sentences/9.txt, line 1: brackets"), ("A girl] holds .\n", XML, "brackets"),
@@ -90,7 +97,7 @@ def test_entities_with_every_quirk(tmp_path):
                                                   (SENTENCES, XML.replace("<xmin>1</xmin>", ""), "9.xml is no annotation")])
 def test_entities_that_are_broken(tmp_path, sentences, xml, told):
     with pytest.raises(DataError, match=told):
-        data.entities(entities_tree(tmp_path, sentences, xml), "test")
+        read(data.entity_captions, entities_tree(tmp_path, sentences, xml), "test")
 
 
 def test_real_phrases_are_read_by_the_phraseloc_file():
@@ -110,7 +117,7 @@ def test_real_gqa_answers():
 
 def test_gqa_pointers_mean_what_they_name(toy_tree):
     """The words that point at an object of the scene graph are its colour and shape, or ask for it."""
-    texts, told = data.gqa(toy_tree, "train_all")
+    texts, told = read(data.gqa_questions, toy_tree, "train_all")
     scenes = json.loads((toy_tree / "gqa/train_sceneGraphs.json").read_text())
     assert not any(told.values())
     seen = Counter()
@@ -137,7 +144,7 @@ def test_gqa_pointers_that_lead_nowhere_are_counted(toy_tree, tmp_path):
     q = questions[pointed[1]]
     scenes[q["imageId"]]["objects"][list(q["annotations"]["question"].values())[0]]["w"] = 0
     path.write_text(json.dumps(questions)), graphs.write_text(json.dumps(scenes))
-    texts, told = data.gqa(tree, "train_balanced")
+    texts, told = read(data.gqa_questions, tree, "train_balanced")
     assert told["pointers left out: object not in the scene graph"] == 1 and told["pointers left out: a box of no area"] >= 1
     assert len(texts) == len(questions)
     done = run(tmp_path, "--loss", "align", "--data", tree, "--steps", 2, "--warmup", 0, "--batch-tokens", 512, "--out", "o", *QUICK)
@@ -145,7 +152,7 @@ def test_gqa_pointers_that_lead_nowhere_are_counted(toy_tree, tmp_path):
 
 
 def test_joined_descriptions_point_at_their_regions(toy_tree):
-    texts, told = data.joined_descriptions(toy_tree)
+    texts = list(data.joined_descriptions(toy_tree, Counter()))
     assert Counter(len(t.pointers) for t in texts).keys() == {1, 2, 3}
     regions = {i["id"]: {(r["x"], r["y"], r["x"] + r["width"], r["y"] + r["height"], r["phrase"]) for r in i["regions"]}
                for i in json.loads((toy_tree / "vg/region_descriptions.json").read_text())}
@@ -156,7 +163,8 @@ def test_joined_descriptions_point_at_their_regions(toy_tree):
             at = end + 1
         assert at == len(words) + 1
     assert sum(len(t.pointers) for t in texts) == sum(map(len, regions.values()))
-    left, told = data.joined_descriptions(toy_tree, out={texts[0].image})
+    told = Counter()
+    left = list(data.joined_descriptions(toy_tree, told, {texts[0].image}))
     assert texts[0].image not in {t.image for t in left} and told["descriptions left out: image held out"]
 
 
@@ -171,7 +179,7 @@ def test_a_share_of_a_batch_is_that_share(together):
     """Two processes' batches hold, together, what one process's holds: pairs, masks, answers and soft targets."""
     _, _, _, streams = together
     whole = streams.train[1]
-    parts = [Batches("multitask", whole.index, whole.units, whole.seed, p, 2, whole.mask_rate, whole.corpus, whole.answers, whole.names, whole.align) for p in (0, 1)]
+    parts = [Batches("multitask", whole.index, whole.size, whole.seed, p, 2, whole.corpus, **whole.options) for p in (0, 1)]
     for k in range(3):
         one, two = whole[k], [p[k] for p in parts]
         assert sorted(one["names"]) == sorted(two[0]["names"] + two[1]["names"])
@@ -191,7 +199,7 @@ def test_pairs_of_two_images_teach_no_answer_and_no_alignment(together):
             batch = stream[k]
             match = batch["match"].numpy()
             assert match[batch["answered"].numpy()].all() and 0.2 < match.mean() < 0.8
-            if stream.align:
+            if stream.soft_target:
                 assert match[batch["aligned_row"].numpy()].all() and len(batch["aligned"])
                 torch.testing.assert_close(batch["alignment"].sum(-1), torch.ones(len(batch["aligned"])), atol=1e-3, rtol=0)
                 assert not batch["alignment"][~batch["input"]["region_mask"][batch["aligned_row"]]].any()
@@ -220,13 +228,19 @@ def test_soft_targets_lie_where_the_words_point(together):
 def test_pointers_land_on_their_words(together):
     """The pieces at a pointer's place are those of the word that the sentence has there, whatever was cut."""
     for stream in together[3].train:
-        pairs, k = stream.index, np.arange(0, len(stream.index.texts), 7)
+        if "pointed" not in stream.index.arrays:
+            continue
+        pairs, k = stream.index, np.arange(0, len(stream.index), 7)
         place, word, box, row = pairs.pointers(k)
-        text, names = pairs.text(k)[0].ravel()[place], list(pairs.pointed_words)
+        text, names = pairs.text(k)[0].ravel()[place], [w.decode() for w in pairs.arrays["pointed_words"]]
         said = [pairs.tokenizer.pieces[i] for i in text]            # the toy's words are one piece each; a word's "?" points with it
         assert all(piece in (names[w], "?") for piece, w in zip(said, word)) and said.count("?") <= len(said) / 5
+        read_again = {}
+        reader = data.multitask_coco if pairs is together[3].train[0].index else data.multitask_vg
+        for record in reader(together[0].data, "train", Counter()):
+            read_again.setdefault(record.id, set()).update(tuple(p[2]) for p in record.pointers)
         for one, b in zip(row[:200], box):
-            assert tuple(b) in {tuple(p[2]) for p in pairs.texts[k[one]].pointers}
+            assert tuple(b) in read_again[pairs.id(k[one])]
 
 
 def test_answers_count_from_half_way(toy_tree):
@@ -251,16 +265,17 @@ def test_masked_regions_show_zeros_others_or_their_own(together):
 
 
 def test_phrase_batches_hold_every_image_once_and_own_points_at_it(toy_tree):
-    _, _, words, streams = prepared(toy_tree, "--loss", "maf", "--batch-tokens", 16)
+    _, _, words, streams = prepared(toy_tree, "--loss", "maf", "--batch-size", 16)
     stream = streams.train[0]
     batch = stream[0]
     assert batch["own"].tolist() == list(range(16)) and len(batch["input"]["labels"]) == 16
     assert torch.equal(batch["word_mask"], batch["input"]["phrases"] > 0) and (batch["word_mask"].any(-1) == batch["phrase_mask"]).all()
-    half = Batches("maf", stream.phrases, 16, 0, 1, 2)[0]
+    half = Batches("maf", stream.index, 16, 0, 1, 2, phrase_input=stream.phrase_input)[0]
     assert half["own"].tolist() == list(range(1, 16, 2)) and torch.equal(half["input"]["labels"], batch["input"]["labels"])
-    g = stream.phrases.groundings[stream.whole(0)[0][3]]
+    name = stream.index.id(stream.whole(0)[0][3])
+    notes = {r.id: r.note for r in read(data.entity_captions, toy_tree, "train")[0]}
     said = [[words.names[i - 2] for i in row if i > 1] for row in batch["input"]["phrases"][3].tolist()]
-    assert [" ".join(s) for s in said if s] == [p.words for p in g.phrases]
+    assert [" ".join(s) for s in said if s] == [p.words for p in notes[name][1]]
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -324,7 +339,7 @@ def test_maf_starts_as_told(start):
     h, v = model(torch.tensor([[[1, 2]]]), torch.tensor([[3, 4]]), torch.tensor([[5, 6]]), torch.rand(1, 2, 4))
     assert torch.equal(v, model.word(torch.tensor([[3, 4]]))) == (start == "zero")
     torch.testing.assert_close(model.project(h), h, atol=1e-3, rtol=0)
-    alone = Maf(10, 6, 4, use=("attribute",))(torch.tensor([[[1, 2]]]), torch.tensor([[3, 4]]), torch.tensor([[5, 6]]), torch.rand(1, 2, 4))[1]
+    alone = Maf(10, 6, 4, inputs=("attribute",))(torch.tensor([[[1, 2]]]), torch.tensor([[3, 4]]), torch.tensor([[5, 6]]), torch.rand(1, 2, 4))[1]
     assert alone.shape == (1, 2, 6) and alone.abs().sum() > 0
 
 
@@ -338,7 +353,7 @@ SMALL = ["--steps", 20, "--warmup", 2, "--log-every", 1]
     (["--loss", "maf"], "maf"), (["--loss", "maf", "--region-inputs", "label+attribute+feature", "--phrase-pooling", "average", "--attend-padding"], "maf"),
     (["--loss", "maf", "--region-inputs", "feature", "--init-w-f", "xavier", "--init-w-p", "xavier"], "maf")])
 def test_twenty_steps(toy_tree, tmp_path, argv, told):
-    done = run(tmp_path, *argv, "--data", toy_tree, "--out", "o", *SMALL, *QUICK, "--batch-tokens", 32 if "maf" in argv else 512, "--answers-start", 0)
+    done = run(tmp_path, *argv, "--data", toy_tree, "--out", "o", *SMALL, *QUICK, *(["--batch-size", 32] if "maf" in argv else ["--batch-tokens", 512]), "--answers-start", 0)
     log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(list(r.values())).all() for r in log) and any(told in r for r in log), log[-1]
     numbers = last_line(done)
@@ -346,7 +361,7 @@ def test_twenty_steps(toy_tree, tmp_path, argv, told):
     assert list((tmp_path / "o/figures").glob("*.png"))
 
 
-@pytest.mark.parametrize("loss", ["cacr", "iais", "iais-released", "iais-distributed", "wra"])
+@pytest.mark.parametrize("loss", ["cacr", "cacr-logits", "iais", "iais-released", "iais-distributed", "wra"])
 def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     """Pre-trained and ranked; the loss's gradient reaches the attention of the last cross layer."""
     done = run(tmp_path, "--model", "lxmert", "--loss", loss, "--data", toy_tree, "--init", "none", "--candidates", 8, "--out", "o", *SMALL, *QUICK, "--batch-tokens", 512)
@@ -363,7 +378,7 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     assert used is not None and used.abs().sum() > 0
 
 
-@pytest.mark.parametrize("argv", [["--loss", "align", "--batch-tokens", 512], ["--loss", "maf", "--batch-tokens", 32]])
+@pytest.mark.parametrize("argv", [["--loss", "align", "--batch-tokens", 512], ["--loss", "maf", "--batch-size", 32]])
 def test_two_processes_are_one(toy_tree, tmp_path, argv):
     """Negatives, counts and means included: two processes with n units each and one with 2n."""
     common = ["--data", toy_tree, "--steps", 4, "--warmup", 0, "--lr", 1e-4, "--answers-start", 0, "--eval-every", 4, *QUICK]
@@ -375,7 +390,7 @@ def test_two_processes_are_one(toy_tree, tmp_path, argv):
 
 @pytest.mark.parametrize("argv", [["--loss", "align", "--optimizer", "bertadam", "--schedule", "linear-from-0"], ["--loss", "maf"]])
 def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):
-    args = [*argv, "--data", toy_tree, "--steps", 8, "--warmup", 2, "--save-every", 2, "--batch-tokens", 64 if "maf" in argv else 512, *QUICK]
+    args = [*argv, "--data", toy_tree, "--steps", 8, "--warmup", 2, "--save-every", 2, *(["--batch-size", 64] if "maf" in argv else ["--batch-tokens", 512]), *QUICK]
     run(tmp_path, *args, "--out", "whole")
     run_and_kill(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
@@ -412,7 +427,7 @@ def test_evaluation_of_checkpoints(toy_tree, tmp_path, aligned):
     assert val["gqa/grounding"] > 0
     evaluated(tmp_path, "--task", "figures", "--ckpt", aligned, aligned, "--data", toy_tree, "--out", "f")
     assert len(list((tmp_path / "f").glob("map_*.png"))) == 4
-    run(tmp_path, "--loss", "maf", "--data", toy_tree, "--steps", 5, "--batch-tokens", 32, "--out", "m", *QUICK)
+    run(tmp_path, "--loss", "maf", "--data", toy_tree, "--steps", 5, "--batch-size", 32, "--out", "m", *QUICK)
     found = json.loads(evaluated(tmp_path, "--task", "grounding", "--ckpt", "m/last.pt", "--data", toy_tree).stdout.splitlines()[-1])
     assert found["grounding/accuracy"] <= found["grounding/upper bound"] <= 100 and found["grounding/whole image"] < 10
     assert "does not ground phrases" in evaluated(tmp_path, "--task", "grounding", "--ckpt", aligned, "--data", toy_tree, expect=1).stderr
@@ -434,11 +449,11 @@ def test_guesses_by_hand():
 
 def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
     _, _, tokenizer, _ = prepared(toy_tree, "--loss", "align", "--batch-tokens", 512)
-    texts = [t for t in data.gqa(toy_tree, "val_balanced")[0] if t.pointers]
+    texts = [t for t in read(data.gqa_questions, toy_tree, "val_balanced")[0] if t.pointers]
     pairs = make_index(texts, data.RegionStore(toy_tree / "regions/vg"), tokenizer)
 
     def attention(perfect):
-        def fake(model, pairs, captions, autocast=None):
+        def fake(run, pairs, captions):
             for c in captions:
                 one = np.array([c])
                 batch = {k: v.numpy() for k, v in pairs.batch(one, pairs.image[one]).items() if isinstance(v, torch.Tensor)}
@@ -451,10 +466,10 @@ def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
                 yield one, batch, P
         return fake
     monkeypatch.setattr(evaluate, "word_to_region", attention(True))
-    found = evaluate.pointing(None, pairs)
+    found = evaluate.pointing_scores(None, pairs)
     assert found["pointing/accuracy"] > 99 and 15 < found["pointing/chance"] < 60          # two pointers of one word may differ
     monkeypatch.setattr(evaluate, "word_to_region", attention(False))
-    assert evaluate.pointing(None, pairs)["pointing/accuracy"] < 12
+    assert evaluate.pointing_scores(None, pairs)["pointing/accuracy"] < 12
 
 
 def test_cell_map_keeps_the_attention():
@@ -474,8 +489,8 @@ def test_gqa_needs_the_entailed_predictions():
 
 @pytest.mark.parametrize("argv, told", [
     (["--loss", "aling"], "did you mean align?"), (["--loss", "align", "--recipe", "toy"], "words point at boxes"), (["--loss", "maf", "--recipe", "toy"], "--loss maf, which chooses"),
-    (["--recipe", "toy-align", "--model", "uniter"], "is not for --model uniter"), (["--recipe", "toy-pretrain", "--model", "lxmert", "--pretrain", "mlm+mrckl"], "--pretrain multitask"),
-    (["--model", "lxmert", "--size", "large"], "Wanted: toy, base"), (["--loss", "maf", "--region-inputs", "label+colour"], "'colour' is not known"), (["--loss", "align", "--answers-start", "2"], "0 to 1")])
+    (["--recipe", "toy-align", "--model", "uniter"], "is not for --model uniter"), (["--recipe", "toy-pretrain", "--model", "lxmert", "--pretrain", "mlm+mrckl"], "Wanted: mlm itm mrfr wra multitask"),
+    (["--model", "lxmert", "--size", "large"], "There are: toy, base"), (["--loss", "maf", "--region-inputs", "label+colour"], "'colour' is not known"), (["--loss", "align", "--answers-start", "2"], "0 to 1")])
 def test_settings_that_cannot_be(toy_tree, tmp_path, argv, told):
     done = run(tmp_path, *argv, "--data", toy_tree, expect=1)
     assert told in done.stderr and "Traceback" not in done.stderr

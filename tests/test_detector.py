@@ -19,7 +19,7 @@ from PIL import Image
 import data
 import evaluate
 import model as parts
-from conftest import QUICK, ROOT, last_line, run
+from conftest import QUICK, ROOT, ids_of, last_line, run
 from data import DataError, RegionStore
 from model import CheckpointError, Detector, load_detector
 
@@ -39,12 +39,12 @@ def arguments(images, detector, out, *more):
 
 
 def extract(images, detector, out, *more, fails=False):
-    """data.py extract in this process: what it printed, or the error it ended with."""
+    """evaluate.py extract in this process: what it printed, or the error it ended with."""
     said, threads = io.StringIO(), torch.get_num_threads()
     torch.set_num_threads(1)                        # as the processes of other tests, to the same bytes
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
-            data.main(arguments(images, detector, out, *more))
+            evaluate.main(arguments(images, detector, out, *more))
         assert not fails
     except SystemExit as stop:
         assert fails, stop.code
@@ -169,12 +169,12 @@ def files(folder):
 def test_extraction_makes_a_store(extracted, photos, weights_file):
     out, done = extracted
     store = RegionStore(out)
-    assert len(store) == 50 and store.classes == 8 and "50 images" in done and not Path(f"{out}.parts").exists() and (4 <= store.n_regions).all() and (store.n_regions <= 12).all()
+    assert len(store) == 50 and store.classes == 8 and "50 images" in done and not Path(f"{out}.parts").exists() and (4 <= np.diff(store.offsets)).all() and (np.diff(store.offsets) <= 12).all()
     path = sorted(photos.iterdir())[7]
     pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy())
     x = parts.resize_for_detector(pixels, 96, 160)
     seen = load_detector(weights_file)(x[None], torch.tensor([x.shape[1:]]), torch.tensor([[180 / x.shape[1], 240 / x.shape[2]]]), (4, 12))[0]
-    i = np.array([store.index[path.stem]])
+    i = np.array([store.finder()([path.stem])[0]])
     np.testing.assert_allclose(store.read(i, "boxes")[0], seen.boxes.clamp(min=0), atol=2e-3)
     np.testing.assert_allclose(store.read(i)[0], seen.features, atol=2e-3, rtol=1e-3)
     assert store.wh[i[0]].tolist() == [240, 180] and (store.read(i, "cls_id")[0] == seen.cls_id.numpy()).all()
@@ -183,7 +183,7 @@ def test_extraction_makes_a_store(extracted, photos, weights_file):
 def test_killed_anywhere_the_store_is_the_same(extracted, photos, weights_file, tmp_path):
     out, rng = tmp_path / "cut", np.random.default_rng(int(os.environ.get("NANOALIGN_KILL_SEED", 0)))
     for kill in range(int(os.environ.get("NANOALIGN_KILLS", 3))):
-        process = subprocess.Popen([sys.executable, str(ROOT / "data.py"), *arguments(photos, weights_file, out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *arguments(photos, weights_file, out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         began, wanted = time.time(), rng.integers(0, 4)
         while process.poll() is None and len(list(Path(f"{out}.parts").glob("*.npz"))) < wanted and time.time() - began < 60:
             time.sleep(0.01)
@@ -196,7 +196,7 @@ def test_killed_anywhere_the_store_is_the_same(extracted, photos, weights_file, 
 
 
 def test_several_processes_make_the_same_store(extracted, photos, weights_file, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "data.py"), *arguments(photos, weights_file, tmp_path / "two")],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "evaluate.py"), *arguments(photos, weights_file, tmp_path / "two")],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "two") == files(extracted[0])
@@ -205,7 +205,7 @@ def test_several_processes_make_the_same_store(extracted, photos, weights_file, 
 def test_batches_of_one_size_see_the_same(photos, weights_file, extracted, tmp_path):
     extract(photos, weights_file, tmp_path / "four", "--batch", 4)
     one, four = RegionStore(extracted[0]), RegionStore(tmp_path / "four")
-    assert ids_of(one) == ids_of(four) and (one.n_regions == four.n_regions).mean() > 0.95
+    assert ids_of(one) == ids_of(four) and (np.diff(one.offsets) == np.diff(four.offsets)).mean() > 0.95
     np.testing.assert_allclose(one.read(np.array([5]))[0], four.read(np.array([5]))[0], atol=2e-2)
 
 
@@ -224,7 +224,7 @@ def test_bad_pictures_are_left_out_and_listed(toy_tree, weights_file, tmp_path):
     done = extract(folder, weights_file, tmp_path / "out")
     store, skipped = RegionStore(tmp_path / "out"), (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert set(ids_of(store)) == {"a", "grey", "cmyk", "palette", "deep", "turned", "pixel"} and "5 pictures left out" in done
-    assert store.wh[store.index["turned"]].tolist() == [180, 240] and store.wh[store.index["a"]].tolist() == [240, 180]
+    assert store.wh[store.finder()(["turned"])[0]].tolist() == [180, 240] and store.wh[store.finder()(["a"])[0]].tolist() == [240, 180]
     for name in ("fc2", "huge", "cut", "empty", "page"):
         assert sum(name in line for line in skipped) == 1, skipped
 
@@ -260,7 +260,7 @@ def test_what_extraction_refuses(kind, photos, weights_file, tmp_path):
 def test_a_full_disk_keeps_the_finished_shards(photos, weights_file, extracted, tmp_path):
     """A file-size limit stands for the full disk."""
     out = tmp_path / "out"
-    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); import data; data.main({arguments(photos, weights_file, out)!r})"
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); import evaluate; evaluate.main({arguments(photos, weights_file, out)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and "could not be written" in done.stderr and not out.exists() and not list(Path(f"{out}.parts").glob("*.tmp")), done.stderr
     extract(photos, weights_file, out)
@@ -272,11 +272,11 @@ def test_memory_does_not_grow(toy_tree, weights_file, tmp_path):
     the process holds of the system (RSS) also tells of holes, and jumps by tens of MiB from machine to machine."""
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         pytest.skip("needs glibc 2.33 or later, which counts what is allocated")
-    code = ("import ctypes, sys, data; saved, used = data.save_shard, []\n"
+    code = ("import ctypes, sys, evaluate; saved, used = evaluate.save_shard, []\n"
             "class Info(ctypes.Structure): _fields_ = [(n, ctypes.c_size_t) for n in 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()]\n"
             "mallinfo2 = ctypes.CDLL(None).mallinfo2; mallinfo2.restype = Info\n"
             "def save(*args): saved(*args); info = mallinfo2(); used.append((info.uordblks + info.hblkhd) / 2 ** 20)\n"
-            "data.save_shard = save; data.main(sys.argv[1:]); print(used[len(used) // 2], used[-1])")
+            "evaluate.save_shard = save; evaluate.main(sys.argv[1:]); print(used[len(used) // 2], used[-1])")
     done = subprocess.run([sys.executable, "-c", code, *arguments(toy_tree / "coco/train2014", weights_file, tmp_path / "out", "--shard", 8)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
@@ -297,7 +297,7 @@ def test_photos_to_training_to_evaluation(toy_tree, weights_file, tmp_path):
     done = run(tmp_path, "--recipe", "toy-pretrain", "--data", tree, "--pretrain", "mlm+itm+mrckl", "--steps", 8, "--warmup", 2, "--batch-tokens", 512, "--out", "x", *QUICK)
     assert "winoground/group" in last_line(done)
     photo = next((toy_tree / "coco/val2014").iterdir())
-    look = lambda *more: evaluate.run_task(evaluate.make_parser().parse_args(["--image", str(photo), "--text", "a red circle on the left", "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(tree),
+    look = lambda *more: evaluate.run_benchmark(evaluate.make_parser().parse_args(["--image", str(photo), "--text", "a red circle on the left", "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(tree),
                                                                              "--out", str(tmp_path / "figures"), *more]))
     seen = look("--detector", str(weights_file), "--sides", "96", "160")
     assert 0 < seen["match"] < 1 and list(seen["words"])[:3] == ["0 a", "1 red", "2 circle"] and Image.open(seen["figure"]).width > 200
@@ -312,9 +312,9 @@ def test_one_photo_without_a_detector(toy_tree, tmp_path, recipe):
     run(tmp_path, "--recipe", recipe, "--data", toy_tree, "--steps", 3, "--warmup", 1, "--batch-tokens", 256 if recipe == "toy-pretrain" else 4, *args, "--out", "x", *QUICK)
     photo = next((toy_tree / "coco/val2014").iterdir())
     how = ["--image", str(photo), "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree), "--out", str(tmp_path / "figures")]
-    seen = evaluate.run_task(evaluate.make_parser().parse_args([*how, "--text", "a red circle"]))
+    seen = evaluate.run_benchmark(evaluate.make_parser().parse_args([*how, "--text", "a red circle"]))
     assert 0 < seen["match"] < 1 and Path(seen["figure"]).exists() and json.dumps(seen)
     with pytest.raises(DataError, match="without --text"):
-        evaluate.run_task(evaluate.make_parser().parse_args(how))
+        evaluate.run_benchmark(evaluate.make_parser().parse_args(how))
     with pytest.raises(DataError, match="neither --task nor --image"):
-        evaluate.run_task(evaluate.make_parser().parse_args(how[2:]))
+        evaluate.run_benchmark(evaluate.make_parser().parse_args(how[2:]))

@@ -11,8 +11,8 @@ import data
 import evaluate
 import losses
 import train
-from conftest import QUICK, last_line, run, same, weights
-from data import DataError, Pairs, Patches, PatchStore, PictureBatches, Text, WordPiece, open_picture
+from conftest import QUICK, ids_of, last_line, prepared_run, read, run, same, weights
+from data import Batches, DataError, PatchStore, Record, Vision, WordPiece, make_index, open_picture
 from model import Albef, PatchStem, build, load_pretrained, resize_position
 
 WHITE = (255, 255, 255)
@@ -20,7 +20,7 @@ WHITE = (255, 255, 255)
 
 @pytest.fixture(scope="module")
 def store(toy_tree):
-    return data.open_store(Patches(str(toy_tree), 64, 16), "coco")
+    return PatchStore(toy_tree, "coco", 64, 16)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tokenizer(toy_tree):
 def albef(toy_tree, tmp_path_factory):
     """A barely trained ALBEF, and what its run printed."""
     folder = tmp_path_factory.mktemp("albef")
-    done = run(folder, "--recipe", "toy-albef", "--data", toy_tree, "--steps", 6, "--warmup", 2, "--batch-tokens", 8, "--queue", 20, "--out", "run", *QUICK)
+    done = run(folder, "--recipe", "toy-albef", "--data", toy_tree, "--steps", 6, "--warmup", 2, "--batch-size", 8, "--queue", 20, "--out", "run", *QUICK)
     return folder / "run/last.pt", done
 
 
@@ -45,10 +45,10 @@ def test_normalised_pixels_are_the_patches(store):
 
 
 def test_patches_are_the_picture_cut_up(toy_tree, store):
-    with Image.open(store.paths[3]) as picture:
+    with Image.open(store.path(3)) as picture:
         whole = np.asarray(picture.convert("RGB").resize((64, 64), Image.BICUBIC), float)
     features = store.read(np.array([3, 4]))
-    assert features.shape == (2, 16, 3 * 16 * 16) and features.dtype == np.float16 and store.n_regions[3] == 16
+    assert features.shape == (2, 16, 3 * 16 * 16) and features.dtype == np.float16 and store.n_regions([3]).tolist() == [16]
     boxes = store.relative_boxes(np.array([3]))[0]
     pixels = (features[0].astype(float).reshape(16, 16, 16, 3) * data.PIXEL_STD + data.PIXEL_MEAN) * 255
     for n, (x1, y1, x2, y2) in enumerate((boxes * 64).astype(int)):
@@ -62,7 +62,7 @@ def test_colours_of_patches(tmp_path):
     picture = Image.new("RGB", (32, 32), (250, 3, 3))
     picture.paste((3, 3, 250), (0, 0, 4, 16))                               # a quarter of the first patch
     picture.save(tmp_path / "winoground/images/one.png")
-    store = PatchStore(Patches(str(tmp_path), 32, 16), "winoground")
+    store = PatchStore(tmp_path, "winoground", 32, 16)
     share, red, blue = store.read(np.array([0]), "cls_prob")[0], 1 + 7 * 64, 1 + 7
     assert share.shape == (4, 513) and share[0, blue] == pytest.approx(0.25) and share[0, red] == pytest.approx(0.75) and share[3, red] == 1 and not share[:, 0].any()
     assert store.read(np.array([0]), "cls_id").tolist() == [[red - 1] * 4] and (store.read(np.array([0]), "attr_id") == -1).all()
@@ -71,31 +71,31 @@ def test_colours_of_patches(tmp_path):
 def test_every_picture_of_the_tree_is_found(toy_tree):
     for name in ("coco", "flickr30k", "vg", "gqa", "winoground", "nlvr2", "cc3m_train", "cc3m_val", "sbu"):
         stored = data.RegionStore(toy_tree / "regions" / name)
-        assert set(ids_of(stored)) <= set(data.find_pictures(toy_tree, name)), name
+        assert set(ids_of(stored)) <= set(dict(data.walk_pictures(toy_tree, name))), name
     with pytest.raises(DataError, match="no pictures of refclef"):
-        data.find_pictures(toy_tree / "nowhere", "refclef")
+        PatchStore(toy_tree / "nowhere", "refclef", 64, 16)
 
 
 def test_a_store_too_large_to_keep_reads_the_same(toy_tree, store, monkeypatch):
     monkeypatch.setattr(PatchStore, "KEPT", 0)
-    again = data.open_store(store.patches, "coco")
+    again = PatchStore(*store.args)
     assert again.kept is None and (again.read(np.arange(5)) == store.read(np.arange(5))).all()
 
 
 def test_regions_cut_out(toy_tree):
     """A crop's window holds its region; the whole picture and the region alone are the two ends."""
-    crops = data.open_store(Patches(str(toy_tree), 64, 16), "vg_crops")
+    crops = data.CropStore(toy_tree, "vg_crops", 64, 16)
     boxes = {f"{name}/{k}": box for name, k, box in data.vg_regions(toy_tree)}
     wide = []
-    for name, (left, top, right, bottom) in zip(ids_of(crops), crops.windows):
+    for name, (left, top, right, bottom) in zip(ids_of(crops), crops.arrays["windows"]):
         x, y, w, h = boxes[name]
         assert -1e-6 <= left <= x + 1e-6 and right + 1e-6 >= x + w and -1e-6 <= top <= y + 1e-6 and bottom + 1e-6 >= y + h and right <= 240 + 1e-6 and bottom <= 180 + 1e-6
         wide.append((right - left) / 240)
     assert min(wide) < 0.3 and max(wide) > 0.9
-    texts, _ = data.corpus_crops(toy_tree, "train", data.held_out(toy_tree))
-    assert all(t.image in crops.index for t in texts)
+    texts, _ = read(data.vg_crops, toy_tree, "train")
+    assert (crops.finder()([t.image for t in texts]) >= 0).all()
     with pytest.raises(DataError, match="--vision patches"):
-        data.open_store(toy_tree / "regions", "vg_crops")
+        Vision(toy_tree, toy_tree / "regions").open("vg_crops")
 
 
 @pytest.mark.parametrize("kind", ["grey", "palette", "cmyk", "16 bits", "transparent", "one pixel", "rotated", "grey 16 rgb"])
@@ -141,7 +141,7 @@ def test_a_picture_held_sideways_has_its_own_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "winoground/images/a.jpg", exif=exif)
-    assert PatchStore(Patches(str(tmp_path), 32, 16), "winoground").size(0) == (20, 40)
+    assert PatchStore(tmp_path, "winoground", 32, 16).size(0) == (20, 40)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "page", "bomb"])
@@ -166,7 +166,7 @@ def test_a_bad_picture_stops_a_run_with_its_name(toy_tree, tmp_path):
     done = run(tmp_path, "--recipe", "toy-pretrain", "--vision", "patches", "--init", "none", "--data", tree, "--steps", 2, "--out", "x", *QUICK, expect=1)
     assert "cannot be read as a picture" in done.stderr and ".jpg" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(DataError, match="multiple of --patch"):
-        data.open_store(Patches(str(toy_tree), 50, 16), "coco")
+        PatchStore(toy_tree, "coco", 50, 16)
 
 
 def test_stem_sees_what_a_patch_shows():
@@ -190,7 +190,8 @@ def test_stem_sees_what_a_patch_shows():
 # ------------------------------------------------------------------------------------------------------------ readers
 
 def small_vg(tmp_path, objects):
-    (tmp_path / "vg").mkdir()
+    (tmp_path / "vg").mkdir(), (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/dataset_coco.json").write_text('{"images": [{"cocoid": 77, "split": "test"}]}')
     dump = lambda name, record: (tmp_path / f"vg/{name}.json").write_text(json.dumps(record))
     dump("image_data", [{"image_id": 1, "url": "x/VG_100K/1.jpg", "width": 90, "height": 90, "coco_id": None, "flickr_id": None}])
     dump("attributes", [{"image_id": 1, "attributes": objects}])
@@ -202,16 +203,16 @@ def small_vg(tmp_path, objects):
 def test_triplets(tmp_path):
     dog = lambda x, y, **more: {"names": ["dog"], "x": x, "y": y, "w": 30, "h": 30, **more}
     small_vg(tmp_path, [dog(0, 0, attributes=["brown", "wet"]), dog(55, 30), {"names": ["cat"], "x": 30, "y": 55, "w": 30, "h": 30}, dog(0, 0) | {"w": 5, "h": 5}])
-    texts, told = data.vg_triplets(tmp_path)
-    found = [(t.text, tuple(round(90 * v) for v in t.target[0])) for t in texts]
+    texts, told = read(data.vg_triplets, tmp_path, "train")
+    found = [(t.text, tuple(round(90 * v) for v in t.boxes[0])) for t in texts]
     first, second = (0, 0, 30, 30), (55, 30, 85, 60)
     assert found == [("a dog runs", (0, 0, 90, 45)), ("brown dog", first), ("wet dog", first), ("dog", second), ("cat", (30, 55, 60, 85)),
                      ("dog on the right", second), ("bottom dog", second), ("dog at the top left", first)]
     assert told == {"texts: region descriptions": 1, "boxes left out: outside their image, or of no area": 1, "boxes left out: too small": 5,
                     "texts: objects with attributes": 2, "texts: objects": 2, "texts: prompts of place": 3}
-    assert [t.text for t in data.vg_triplets(tmp_path, ("region",))[0]] == ["a dog runs"] and not data.vg_triplets(tmp_path, out={"1"})[0]
-    everything, _ = data.vg_triplets(tmp_path, ("box",), smallest=0)
-    assert {"dog on the left", "top dog"} <= {t.text for t in everything if t.target[0] == pytest.approx((0, 0, 5 / 90, 5 / 90))}
+    assert [t.text for t in read(data.vg_triplets, tmp_path, "train", kinds=("region",))[0]] == ["a dog runs"]
+    everything, _ = read(data.vg_triplets, tmp_path, "train", kinds=("box",), min_area=0)
+    assert {"dog on the left", "top dog"} <= {t.text for t in everything if t.boxes[0] == pytest.approx((0, 0, 5 / 90, 5 / 90))}
 
 
 def test_captions_are_cleaned_as_albef_does():
@@ -219,20 +220,31 @@ def test_captions_are_cleaned_as_albef_does():
     assert data.clean_caption("Ein Bär; собака 犬") == "ein bär собака 犬" and len(data.clean_caption("w " * 90).split()) == 30
 
 
-def test_web_captions(tmp_path, toy_tree):
-    (tmp_path / "cc12m").mkdir()
-    out = data.HeldOut(set(), {"77"}, {})
-    (tmp_path / "cc12m/cc12m.tsv").write_text("".join(f"http://x.org/{i}.jpg\ta {i}\n" for i in range(4)) + "http://farm1.staticflickr.com/1/77_0a1b2c3d4e_z.jpg\tz\n")
-    (train_texts, told), (val, _) = (data.corpus_cc12m(tmp_path, split, out) for split in ("train", "val"))
-    assert [t.text for t in train_texts + val] == ["a 0", "a 1", "a 2", "a 3"] and len(val) == 1 and list(told.values()) == [1]
+def test_images_of_a_test_set_teach_no_box(tmp_path):
+    small_vg(tmp_path, [])
+    path = tmp_path / "vg/image_data.json"
+    path.write_text(path.read_text().replace('"coco_id": null', '"coco_id": 77'))
+    assert read(data.vg_triplets, tmp_path, "train")[0] == []
+
+
+def test_web_captions(tmp_path):
+    (tmp_path / "cc12m").mkdir(), (tmp_path / "coco").mkdir(), (tmp_path / "flickr30k").mkdir()
+    (tmp_path / "coco/dataset_coco.json").write_text('{"images": []}')
+    (tmp_path / "flickr30k/dataset_flickr30k.json").write_text('{"images": [{"filename": "77.jpg"}]}')
+    rows = [f"http://x.org/{i}.jpg\ta {i}\n" for i in range(4)]
+    rows.append("http://farm1.staticflickr.com/1/77_0a1b2c3d4e_z.jpg\tz\n")
+    (tmp_path / "cc12m/cc12m.tsv").write_text("".join(rows))
+    (train_texts, told), (val, _) = (read(data.cc12m_captions, tmp_path, s) for s in ("train", "val"))
+    assert [t.text for t in train_texts + val] == ["a 0", "a 1", "a 2", "a 3"]
+    assert len(val) == 1 and list(told.values()) == [1]
     (tmp_path / "cc12m/cc12m.tsv").write_text("one column\n")
     with pytest.raises(DataError, match=r"cc12m\.tsv, line 1 has 1 columns"):
-        data.corpus_cc12m(tmp_path, "train", out)
+        read(data.cc12m_captions, tmp_path, "train")
 
 
 def test_flip_mirrors_the_box_and_the_words(toy_tree, tokenizer):
-    texts = [Record(i, "a red circle on the left", i, ((0.0, 0.25, 0.25, 0.5),)) for i in data.open_store(Patches(str(toy_tree), 64, 16), "vg").image_ids[:40]]
-    pairs = make_index(texts, data.open_store(Patches(str(toy_tree), 64, 16), "vg"), tokenizer, 24, ends=False)
+    texts = [Record(i, "a red circle on the left", i, boxes=((0.0, 0.25, 0.25, 0.5),)) for i in ids_of(PatchStore(toy_tree, "vg", 64, 16))[:40]]
+    pairs = make_index(texts, PatchStore(toy_tree, "vg", 64, 16), tokenizer, 24, layout="albef")
     assert pairs.text(np.array([0]))[0][0, -1] == tokenizer("left")[0]
     batch = Batches("albef", pairs, 40, 0, augment=("flip",))[0]
     plain = Batches("albef", pairs, 40, 0)[0]
@@ -240,15 +252,15 @@ def test_flip_mirrors_the_box_and_the_words(toy_tree, tokenizer):
     flipped = (batch["text"] == right).any(1)
     assert 8 < flipped.sum() < 32 and not (batch["text"][flipped] == left).any() and (plain["text"] == left).any(1).all()
     for row in range(40):
-        image, mask = plain["pixels"][row], plain["region"][row]
+        image, mask = plain["pixels"][row], plain["region_target"][row]
         assert mask.sum() == 16 * 16 and mask[16:32, :16].all()
-        assert torch.equal(batch["pixels"][row], image.flip(1) if flipped[row] else image) and torch.equal(batch["region"][row], mask.flip(-1) if flipped[row] else mask)
+        assert torch.equal(batch["pixels"][row], image.flip(1) if flipped[row] else image) and torch.equal(batch["region_target"][row], mask.flip(-1) if flipped[row] else mask)
     assert data.box_mask((0.999, 0.999, 1, 1), 8, False).sum() == 1 and data.box_mask((0, 0, 1, 1), 8, True).all()
 
 
 def test_colours_change_only_where_asked(toy_tree, tokenizer, store):
     texts = [Record(i, "a", i) for i in ids_of(store)[:30]]
-    pairs = make_index(texts, store, tokenizer, 24, ends=False)
+    pairs = make_index(texts, store, tokenizer, 24, layout="albef")
     plain, grey, jitter = (Batches("albef", pairs, 30, 0, augment=a)[0]["pixels"] for a in ((), ("grey",), ("jitter",)))
     colourful = lambda x: x.float().std(dim=3).amax((1, 2)) > 5
     assert colourful(plain).all() and 1 <= (~colourful(grey)).sum() <= 14
@@ -257,14 +269,14 @@ def test_colours_change_only_where_asked(toy_tree, tokenizer, store):
 
 
 def test_picture_batches_are_the_same_however_shared(toy_tree, tokenizer, store):
-    pairs = make_index([Record(i, f"a red circle {'on the left ' * (n % 3)}", i, ((0, 0, 0.5, 0.5),) if n % 2 else None) for n, i in enumerate(ids_of(store)[:24])], store, tokenizer, 24, ends=False)
+    pairs = make_index([Record(i, f"a red circle {'on the left ' * (n % 3)}", i, boxes=((0, 0, 0.5, 0.5),) if n % 2 else ()) for n, i in enumerate(ids_of(store)[:24])], store, tokenizer, 24, layout="albef")
     how = dict(augment=("flip", "jitter", "grey"))
     whole = Batches("albef", pairs, 12, 3, **how)[1]
     for part in range(2):
         mine = Batches("albef", pairs, 12, 3, part, 2, **how)[1]
         for name in ("text", "masked_text", "text_mask", "pixels", "own"):
             assert torch.equal(mine[name], whole[name][part::2]), name
-        assert torch.equal(mine["draw"], whole["draw"]) and mine["names"] == whole["names"][part::2]
+        assert torch.equal(mine["u"], whole["u"]) and mine["names"] == whole["names"][part::2]
         N_L = whole["text"].shape[1]
         places = [(p // N_L * 2 + part) * N_L + p % N_L for p in mine["masked_words"].tolist()]
         assert set(places) <= set(whole["masked_words"].tolist())
@@ -285,9 +297,8 @@ def test_albef_runs_and_points(albef):
 @pytest.mark.parametrize("loss", ["none", "amc", "amc-mean", "amc-max", "amc-cosine"])
 def test_twenty_steps_of_amc(toy_tree, albef, tmp_path, loss, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "pointing_games", lambda *a, **k: {})
-    monkeypatch.setattr(evaluate, "heat_figures", lambda *a, **k: [])
-    run(tmp_path, "--recipe", "toy-amc", "--loss", loss, "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 20, "--warmup", 2, "--batch-tokens", 8, "--log-every", 1, "--out", "x", *QUICK)
+    monkeypatch.setattr(evaluate, "benchmarks_of", lambda settings: ([], []))
+    run(tmp_path, "--recipe", "toy-amc", "--loss", loss, "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 20, "--warmup", 2, "--batch-size", 8, "--log-every", 1, "--out", "x", *QUICK)
     log = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     for name in {"itc", "itm", "mlm", loss} - {"none"}:
         values = [r[name] for r in log if name in r]
@@ -297,9 +308,9 @@ def test_twenty_steps_of_amc(toy_tree, albef, tmp_path, loss, monkeypatch):
 def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
     """Thirty updates on one batch: through the second derivative the heat moves into the boxes."""
     monkeypatch.chdir(tmp_path)
-    cfg = train.make_config("toy-amc", data=str(toy_tree), init=str(albef[0]), queue=20, batch_tokens=8, steps=40, warmup=1, lr=1e-3, precision="fp32")
+    cfg = train.make_config("toy-amc", data=str(toy_tree), init=str(albef[0]), queue=20, batch_size=8, steps=40, warmup=1, lr=1e-3, precision="fp32")
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
-    loaded = train.load_streams(cfg, runtime, tokenizer)
+    loaded = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model, batch = train.build_model(cfg, runtime, tokenizer, loaded), loaded.train[0][0]
     optimizer = train.build_optimizer(cfg, model)
     assert all(p.requires_grad for g in optimizer.param_groups for p in g["params"])
@@ -310,8 +321,8 @@ def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
 def test_two_processes_are_one_with_the_doubled_batch(toy_tree, albef, tmp_path):
     """Queue, negatives, contrast, matching and words: to the last digits the same weights, teacher and queue. (AMC's mean pools over a process's pairs.)"""
     args = ["--recipe", "toy-amc", "--loss", "amc-max", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 4, "--warmup", 1, *QUICK]
-    run(tmp_path, *args, "--batch-tokens", 12, "--out", "one")
-    run(tmp_path, *args, "--batch-tokens", 6, "--out", "two", processes=2)
+    run(tmp_path, *args, "--batch-size", 12, "--out", "one")
+    run(tmp_path, *args, "--batch-size", 6, "--out", "two", processes=2)
     # a key's bias moves all scores of a row alike: its gradient is rounding, which Adam makes large
     one, two = ({k: v for k, v in weights(tmp_path / name).items() if not k.endswith("to_k.bias")} for name in ("one", "two"))
     same(one, two, rtol=0, atol=2e-5)
@@ -319,7 +330,7 @@ def test_two_processes_are_one_with_the_doubled_batch(toy_tree, albef, tmp_path)
 
 
 def test_resume_is_bit_for_bit(toy_tree, albef, tmp_path):
-    args = ["--loss", "amc", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 6, "--warmup", 2, "--batch-tokens", 8, "--save-every", 3, "--dropout", 0.1, *QUICK]
+    args = ["--loss", "amc", "--data", toy_tree, "--init", albef[0], "--queue", 20, "--steps", 6, "--warmup", 2, "--batch-size", 8, "--save-every", 3, "--dropout", 0.1, *QUICK]
     run(tmp_path, *args, "--out", "whole")
     run(tmp_path, *args, "--out", "cut", expect=None)
     import shutil
@@ -392,14 +403,15 @@ def test_pointing_by_hand(toy_tree, tokenizer, tmp_path, monkeypatch):
     config = dict(data=str(toy_tree), regions=str(toy_tree / "regions"), vision="patches", resolution=64, patch=8, max_words=24)
 
     def told(place):
-        def gradcam(model, texts, store, tokenizer, max_words, **how):
-            for t in texts:
+        def heat_maps_of(run, records, store, **how):
+            for record in records:
                 A = torch.zeros(180, 240)
-                x, y = place(t.target[0])
+                x, y = place(record.boxes[0])
                 A[int(y), int(x)] = 1
-                yield t, store.index[t.image], A
-        monkeypatch.setattr(evaluate, "gradcam", gradcam)
-        return evaluate.pointing_games(None, toy_tree, tokenizer, config)
+                yield record, store.finder()([record.image])[0], A
+        monkeypatch.setattr(evaluate, "heat_maps_of", heat_maps_of)
+        run = evaluate.Run(None, tokenizer, config, {}, evaluate.vision_of(config))
+        return evaluate.pointing_games(run)
     middle, corner, edge = told(lambda b: (b[0] + b[2] / 2, b[1] + b[3] / 2)), told(lambda b: (0, 0)), told(lambda b: (b[0], b[1]))
     for name in ("flickr30k", "flickr30k/people", "refcoco+/testA", "refcoco+/testB/clean"):
         assert middle[f"pointing/{name}"] == 100 and corner[f"pointing/{name}"] == 0 and edge[f"pointing/{name}"] == 0, name
@@ -410,20 +422,20 @@ def test_referit(tmp_path, toy_tree, tokenizer, monkeypatch):
     (tmp_path / "refclef/images").mkdir(parents=True)
     Image.new("RGB", (100, 50)).save(tmp_path / "refclef/images/12.jpg")
     (tmp_path / "refclef/refclef_test_10k_unique.json").write_text(json.dumps([{"image": "images/12.jpg", "text": "tree on left", "bbox": [0, 0, 40, 50], "split": "test"}]))
-    texts, _ = data.referit(tmp_path)
-    assert texts == [Record("12", "tree on left", "0", (0, 0, 40, 50))]
-    monkeypatch.setattr(evaluate, "heat", lambda model, batch: torch.eye(4)[[1]].repeat(len(batch["text"]), 1))         # the right upper quarter
+    texts, _ = read(data.referit_expressions, tmp_path, "test_10k")
+    assert texts == [Record("12", "tree on left", "0", boxes=((0, 0, 40, 50),))]
+    monkeypatch.setattr(evaluate, "heat_map", lambda model, batch: torch.eye(4)[[1]].repeat(len(batch["text"]), 1))         # the right upper quarter
     model = build("albef", "toy", vocab=len(tokenizer), queue=4, resolution=32, patch=16)
     config = dict(data=str(tmp_path), regions=str(tmp_path / "regions"), vision="patches", resolution=32, patch=16, max_words=24)
-    assert evaluate.pointing_games(model, tmp_path, tokenizer, config) == {"pointing/referit": 0.0, "pointing/referit/chance": 40.0}
+    assert evaluate.pointing_games(evaluate.Run(model, tokenizer, config, {}, evaluate.vision_of(config))) == {"pointing/referit": 0.0, "pointing/referit/chance": 40.0}
     with pytest.raises(DataError, match="has none of flickr30k_entities"):
-        evaluate.pointing_games(model, tmp_path / "nowhere", tokenizer, config)
+        evaluate.pointing_sets(tmp_path / "nowhere", evaluate.POINTING_SETS)
 
 
 @pytest.mark.parametrize("typed, told", [
     (["--loss", "amc", "--recipe", "toy"], "needs texts with boxes"),
     (["--recipe", "toy-albef", "--loss", "cacr"], "--model albef"),
-    (["--recipe", "toy-albef", "--batch-tokens", "1"], "no negative"),
+    (["--recipe", "toy-albef", "--batch-size", "1"], "no negative"),
     (["--recipe", "toy-amc", "--triplets", "boxes"], "did you mean box"),
     (["--vision", "patches", "--task", "re"], "not for --task re"),
 ])
@@ -453,7 +465,7 @@ def patched(toy_tree, tmp_path_factory):
 
 
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
-@pytest.mark.parametrize("loss", ["cacr", "iais", "iais-released", "iais-distributed", "wra"])
+@pytest.mark.parametrize("loss", ["cacr", "cacr-logits", "iais", "iais-released", "iais-distributed", "wra"])
 def test_alignment_losses_on_patches(toy_tree, patched, tmp_path, model, loss):
     run(tmp_path, "--recipe", "toy", "--vision", "patches", "--resolution", 32, "--model", model, "--init", patched[model], "--data", toy_tree, "--loss", loss, "--steps", 20, "--warmup", 2,
         "--batch-tokens", 256, "--candidates", 6, "--log-every", 1, "--out", "x", *QUICK)
@@ -498,7 +510,7 @@ def test_downstream_tasks_on_patches(toy_tree, patched, tmp_path, task):
     done = run(tmp_path, "--task", task, "--vision", "patches", "--resolution", 32, "--init", patched["uniter"], "--data", toy_tree, "--steps", 4, "--warmup", 1, "--batch-tokens", 512, "--out", "x", *QUICK)
     assert any(k.startswith(f"{task}/accuracy") for k in last_line(done))
     from evaluate import main                                               # noqa: F401
-    numbers = evaluate.run_task(evaluate.make_parser().parse_args(["--task", task, "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree)]))
+    numbers = evaluate.run_benchmark(evaluate.make_parser().parse_args(["--task", task, "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree)]))
     assert numbers[f"{task}/accuracy"] == pytest.approx(last_line(done)[f"{task}/accuracy"], abs=0.01)
 
 
@@ -515,8 +527,8 @@ def test_gradcam_of_one_and_two_streams(kind, monkeypatch):
              "region_mask": torch.ones(B, N_V, dtype=torch.bool)}
     out = model(**batch, heads=("match",), need_gradcam=True)
     assert torch.allclose(out.match, model(**batch, heads=("match",)).match, atol=1e-9)
-    P, cut = out.gradcam
-    A, G = losses.gradcam(P, out.match[:, 1], text_mask, cut=cut), torch.autograd.grad(out.match[:, 1].sum(), P, retain_graph=True)[0]
+    P, block_of = out.gradcam
+    A, G = losses.gradcam(P, out.match[:, 1], text_mask, block_of=block_of), torch.autograd.grad(out.match[:, 1].sum(), P, retain_graph=True)[0]
     expected, first = torch.zeros(B, N_V).double(), [0, 0] if kind == "lxmert" else [5, 3]               # column of the first patch
     for b in range(B):
         for h in range(4):
@@ -550,20 +562,20 @@ def test_gradcam_of_one_and_two_streams(kind, monkeypatch):
 
 def test_boxes_of_matched_texts(toy_tree):
     """Which rows of a matching batch have a region, and what it covers; the same for any number of processes."""
-    texts = [t._replace(target=(*t.target, (0.0, 0.0, 1.0, 1.0))) for t in data.vg_triplets(toy_tree, ("box", "region"), 0.01)[0]]       # two boxes: one is drawn
-    pairs = make_index(texts, PatchStore(Patches(str(toy_tree), 32, 16), "vg"), WordPiece(toy_tree / "bert-base-cased/vocab.txt", lower=False))
+    texts = [t._replace(boxes=(*t.boxes, (0.0, 0.0, 1.0, 1.0))) for t in read(data.vg_triplets, toy_tree, "train", min_area=0.01)[0]]       # two boxes: one is drawn
+    pairs = make_index(texts, PatchStore(toy_tree, "vg", 32, 16), WordPiece(toy_tree / "bert-base-cased/vocab.txt", lower=False))
     whole, halves = Batches("itm", pairs, 700, 5), [Batches("itm", pairs, 700, 5, part, 2) for part in (0, 1)]
     batch, parts = whole[3], [h[3] for h in halves]
-    assert batch["boxed"].tolist() == batch["match"].nonzero()[:, 0].tolist() and 5 < len(batch["boxed"]) < len(batch["match"]) and train.counts(batch)["amc"] == len(batch["boxed"])
+    assert batch["boxed"].tolist() == batch["match"].nonzero()[:, 0].tolist() and 5 < len(batch["boxed"]) < len(batch["match"]) and train.count_of(batch, "amc") == len(batch["boxed"])
     by_name = {t.id: t for t in texts}
-    for row, region in zip(batch["boxed"].tolist(), batch["region"].numpy()):
+    for row, region in zip(batch["boxed"].tolist(), batch["region_target"].numpy()):
         text = by_name[batch["names"][row].removeprefix("caption ").rsplit(" with image ", 1)[0]]
-        x1, y1, x2, y2 = (np.array(text.target[0]) * 32).round().astype(int)
+        x1, y1, x2, y2 = (np.array(text.boxes[0]) * 32).round().astype(int)
         assert region[y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)].all() and region.sum() in (max(y2 - y1, 1) * max(x2 - x1, 1), 32 * 32)
-    assert 0 < (batch["region"].sum((1, 2)) == 32 * 32).sum() < len(batch["region"])
+    assert 0 < (batch["region_target"].sum((1, 2)) == 32 * 32).sum() < len(batch["region_target"])
     for k, part in enumerate(parts):
         mine = [i for i, row in enumerate(batch["boxed"].tolist()) if row % 2 == k]
-        assert torch.equal(part["region"], batch["region"][mine])
+        assert torch.equal(part["region_target"], batch["region_target"][mine])
     assert "boxed" not in Batches("mlm", pairs, 700, 5)[0]
 
 
@@ -579,7 +591,7 @@ def test_amc_on_patches(toy_tree, patched, tmp_path, model, loss):
     found = last_line(done)
     assert 0 <= found["pointing/flickr30k"] <= 100 and "pointing/refcoco+/testA" in found and list((tmp_path / "x/figures").glob("heat_*.png"))
     if loss == "amc":
-        again = evaluate.run_task(evaluate.make_parser().parse_args(["--task", "pointing", "--dataset", "flickr30k", "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree)]))
+        again = evaluate.run_benchmark(evaluate.make_parser().parse_args(["--task", "pointing", "--dataset", "flickr30k", "--ckpt", str(tmp_path / "x/last.pt"), "--data", str(toy_tree)]))
         assert again["pointing/flickr30k"] == pytest.approx(found["pointing/flickr30k"], abs=0.01)
 
 
@@ -593,7 +605,7 @@ def test_amc_without_what_it_needs(tmp_path, argv, told):
 
 
 @pytest.mark.parametrize("file, spoil, told", [
-    ("region_descriptions", lambda d: d[0]["regions"][0].update(phrase=None), "image 2000000: phrase is None"),
+    ("region_descriptions", lambda d: d[4]["regions"][0].update(phrase=None), "image 2000004: phrase is None"),
     ("region_descriptions", lambda d: d[3]["regions"][0].update(x="left"), "image 2000003: x is 'left'"),
     ("region_descriptions", lambda d: d[2].update(regions=None), "image 2000002: regions is None"),
     ("image_data", lambda d: d[5].update(width=None), "image 2000005: width is None"),
@@ -602,9 +614,10 @@ def test_amc_without_what_it_needs(tmp_path, argv, told):
 def test_visual_genome_with_something_else_in_a_field(toy_tree, tmp_path, file, spoil, told):
     import shutil
     shutil.copytree(toy_tree / "vg", tmp_path / "vg", ignore=shutil.ignore_patterns("VG_100K"))
+    shutil.copytree(toy_tree / "coco", tmp_path / "coco", ignore=shutil.ignore_patterns("*2014"))
     records = json.loads((tmp_path / f"vg/{file}.json").read_text())
     spoil(records)
     (tmp_path / f"vg/{file}.json").write_text(json.dumps(records))
     with pytest.raises(DataError, match="Wanted: a ") as error:
-        data.vg_triplets(tmp_path, ("box", "region"), 0.01)
+        read(data.vg_triplets, tmp_path, "train", min_area=0.01)
     assert f"{file}.json, {told}" in str(error.value)

@@ -582,7 +582,7 @@ def test_python2_pickles_are_read(tmp_path):
 def test_malformed_files_are_one_clear_error(toy_tree, tmp_path, task, file, how):
     tree = tmp_path / "toy"
     tree.mkdir()
-    for name in toy_tree.iterdir():                 # links, but for the data set at hand
+    for name in (f for f in toy_tree.iterdir() if f.name != "index"):                 # links, but for the data set at hand
         (tree / name.name).symlink_to(name) if name.name != file.split("/")[0] else shutil.copytree(name, tree / name.name)
     path = tree / file
     text = path.read_text()
