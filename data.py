@@ -266,10 +266,12 @@ def write_arrays(folder, key, build):
 
 
 def is_control(c):
+    """As BERT: control characters but tab and line ends"""
     return c not in "\t\n\r" and unicodedata.category(c).startswith("C")
 
 
 def is_punctuation(c):
+    """As BERT: all of ASCII that is no letter or digit, and Unicode\'s P"""
     o = ord(c)
     return (
         33 <= o <= 47
@@ -281,6 +283,7 @@ def is_punctuation(c):
 
 
 def is_chinese(c):
+    """CJK ideographs, which BERT takes one by one"""
     o = ord(c)
     return (
         0x4E00 <= o <= 0x9FFF
@@ -785,6 +788,7 @@ PICTURES = {
     "sbu": ("sbu/images",),
     "refclef": ("refclef/images",),
     "nlvr": ("nlvr",),
+    "own": ("own/images",),
 }
 # of red, green, blue [ALBEF's code]
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -1451,21 +1455,19 @@ class Record(NamedTuple):
     note: object = None
 
 
-def coco_images(data, split):
-    """COCO 2014's caption file, and {image id: its record, with "stem" added}."""
-    path = Path(data) / "coco" / "annotations" / f"captions_{split}.json"
-    whole, images = read_json(path, "COCO's caption annotations"), {}
-    for record in field(whole, "images", path):
-        stem = Path(field(record, "file_name", f"{path}, images[]")).stem
+def caption_images(path):
+    """A captions file in COCO's format, and {image id: its record, with "stem" added}."""
+    whole, images = read_json(path, "caption annotations in COCO's format"), {}
+    for record in field(whole, "images", path, list):
+        stem = Path(field(record, "file_name", f"{path}, images[]", str)).stem
         images[field(record, "id", f"{path}, images[]")] = {**record, "stem": stem}
     return whole, images
 
 
-def coco_captions(data, split, stats):
-    """COCO 2014 captions. split: train2014, val2014. Image id = file stem, as in feature files."""
-    path = Path(data) / "coco" / "annotations" / f"captions_{split}.json"
-    whole, images = coco_images(data, split)
-    for a in field(whole, "annotations", path):
+def read_captions(path):
+    """Yields the Records of a captions file in COCO's format. Image id = file stem."""
+    whole, images = caption_images(path)
+    for a in field(whole, "annotations", path, list):
         where = f"{path}, annotation {a.get('id') if isinstance(a, dict) else a}"
         image = field(a, "image_id", where)
         if image not in images:
@@ -1474,6 +1476,23 @@ def coco_captions(data, split, stats):
                 "  Fetch the file again."
             )
         yield Record(images[image]["stem"], field(a, "caption", where, str), str(a.get("id")))
+
+
+def caption_file(data, split):
+    """COCO 2014's caption file. split: train2014, val2014"""
+    return Path(data) / "coco" / "annotations" / f"captions_{split}.json"
+
+
+def coco_captions(data, split, stats):
+    """COCO 2014 captions. split: train2014, val2014."""
+    return read_captions(caption_file(data, split))
+
+
+def own_captions(data, split, stats):
+    """Your own: DATA/own/captions.json in COCO's format, pictures in DATA/own/images. The last
+    hundredth is for validation.
+    """
+    return last_hundredth(read_captions(Path(data) / "own" / "captions.json"), split)
 
 
 def karpathy_images(data, dataset):
@@ -1601,7 +1620,7 @@ def coco_corpus(data, split, stats):
     stats.update({f"images held out, {name}": n for name, n in out.counts.items()})
     for part in ("train2014", "val2014"):
         images = {}
-        for number, record in coco_images(data, part)[1].items():
+        for number, record in caption_images(caption_file(data, part))[1].items():
             also = number not in out.coco and flickr_photo(record.get("flickr_url")) in out.photos
             stats["images held out, also in Flickr30k"] += also
             images[record["stem"]] = number not in out.coco and not also
@@ -2363,6 +2382,7 @@ class Corpus(NamedTuple):
     store: str
     val_store: str = ""  # store, unless it is another one
     skip_missing: bool = False  # many of its pictures cannot be had any more
+    task: str = ""  # a second stage: for this task, with its words and types, and alone
 
 
 CORPORA = {
@@ -2372,8 +2392,10 @@ CORPORA = {
     "sbu": Corpus(sbu_captions, "sbu", skip_missing=True),
     "cc12m": Corpus(cc12m_captions, "cc12m", skip_missing=True),
     "crops": Corpus(vg_crops, "vg_crops"),
-    # second stage of VCR; comes alone, as its vocabulary is its own
-    "vcr": Corpus(functools.partial(vcr_choices, parts=("qa", "qar"), choices=False), "vcr"),
+    "own": Corpus(own_captions, "own"),
+    "vcr": Corpus(
+        functools.partial(vcr_choices, parts=("qa", "qar"), choices=False), "vcr", task="vcr"
+    ),
     # texts with boxes [AMC sec. 4.1]; comes alone, by --triplets
     "triplets": Corpus(vg_triplets, "vg"),
 }
@@ -2385,12 +2407,17 @@ NUMBERS = dict(
         "0 0 1 2 3 4 5 6 7 8 9 10".split(),
     )
 )
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
-how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
-should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
-something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
-what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
-y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+you've
+""".split()
 
 
 # without its apostrophe -> with it

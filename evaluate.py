@@ -42,6 +42,7 @@ import losses
 from data import (
     COLUMNS,
     ENTAILMENT,
+    REFER,
     VCR_WORDS,
     DataError,
     PatchStore,
@@ -391,8 +392,9 @@ def official_notes(run, task, split):
                 yield record
 
 
-def evaluate_classes(run, task, index, split, **scoring):
+def evaluate_classes(run, task, split, submit=False, **scoring):
     """Accuracy in percent, the majority class's, and each class's: for tasks of one right class."""
+    index = open_task(run, run.settings["task"], split)
     scores, target = predict(run, task, index, **scoring), index.target_numbers(examples_of(index))
     name, hit = run.settings["task"], is_right(scores, target)
     found = {"accuracy": 100 * hit.mean()}
@@ -408,10 +410,11 @@ def examples_of(index):
     return np.arange(len(index) // index.group)
 
 
-def evaluate_nlvr(run, task, index, split, **scoring):
+def evaluate_nlvr(run, task, split, submit=False, **scoring):
     """Accuracy on NLVR v1 in percent: over all six orders, over presentations as given, and of
     always answering the majority.
     """
+    index = open_task(run, run.settings["task"], split)
     labels = index.target_numbers(examples_of(index))
     right = predict(run, task, index, **scoring).argmax(axis=1) == labels
     majority = 100 * max(labels.mean(), 1 - labels.mean())
@@ -447,10 +450,11 @@ def vqa_scores(answers, facts):
     return {f"vqa/{k}": float(100 * v) for k, v in found.items()}
 
 
-def evaluate_vqa(run, task, index, split, **scoring):
+def evaluate_vqa(run, task, split, submit=False, **scoring):
     """Accuracy of the best answer, and "vqa/majority": of the answer that suits each type of
     question best. Also the rows of the submission file.
     """
+    index = open_task(run, run.settings["task"], split)
     best = predict(run, task, index, **scoring).argmax(axis=1)
     answers = {index.id(e): run.sizes["answer_list"][i] for e, i in enumerate(best)}
     rows = [{"question_id": int(q), "answer": a} for q, a in answers.items()]
@@ -468,7 +472,7 @@ def evaluate_vqa(run, task, index, split, **scoring):
     return found, rows
 
 
-def evaluate_vcr(run, task, index, split, submit=False, **scoring):
+def evaluate_vcr(run, task, split, submit=False, **scoring):
     """Q->A, QA->R (given the right answer), Q->AR (both right); chance 25, 25, 6.25. For the
     leaderboard: annot_id, four answers, and four reasons given each answer, as probabilities.
     """
@@ -508,10 +512,11 @@ def nlvr2_scores(answers, ids, labels):
     }
 
 
-def evaluate_nlvr2(run, task, index, split, **scoring):
+def evaluate_nlvr2(run, task, split, submit=False, **scoring):
     """Accuracy, consistency, majority; examples without features count as wrong. Also the rows of
     the submission file.
     """
+    index = open_task(run, run.settings["task"], split)
     answers = predict(run, task, index, **scoring).argmax(axis=1)
     ids = [index.id(row) for row in range(0, len(index), index.group)]
     target, found = index.target_numbers(examples_of(index)), {}
@@ -523,7 +528,7 @@ def evaluate_nlvr2(run, task, index, split, **scoring):
     return found, [[name, str(bool(a))] for name, a in zip(ids, answers)]
 
 
-def evaluate_referring(run, task, index, split, **scoring):
+def evaluate_referring(run, task, split, submit=False, **scoring):
     """Accuracy over sentences: the chosen region's box overlaps the truth by more than half;
     ".../chance": of any region at all. Of annotated ("gt") and detected ("det") regions.
     """
@@ -550,96 +555,90 @@ def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=Non
     """GQA's official scores in percent, over balanced questions; questions: {id: published
     record}, predictions: {id: answer}.
 
-        accuracy; open (structural type query), binary (all others)                         exact
-        strings
-        validity, plausibility    the answer is among choices[id]                           if
-                                  choices are given
-        consistency               of each right question: which of what it entails is right too;
-                                  the mean of these
-        distribution              chi-square of the answers said against the true ones, by global
-                                  group; less is better
-        grounding                 attention on the boxes of the objects that question and answer
-                                  mention     if attentions are given
-        structural, semantic, length, steps   accuracy of each kind, and its count
-
-    attentions  {id: m x m map}, first index along x; it is summed over the boxes, so it can pass
-                100 [official] Entailed questions need predictions too, balanced or not.
+    accuracy                 exact strings; open (structural type query), binary (all others)
+    validity, plausibility   the answer is among choices[id], if choices are given
+    consistency              of each right question: which of what it entails is right too; the
+                             mean of these
+    distribution             chi-square of the predicted answers against the true ones, by global
+                             group; less is better
+    grounding                attention on the boxes of the objects that question and answer mention,
+                             if attentions are given: {id: m x m map}, first index along x; summed
+                             over the boxes, so it can pass 100 [official]
+    structural, semantic, length, steps   accuracy of each kind, and its count
+    Entailed questions need predictions too, balanced or not.
     """
     asked = {k: q for k, q in questions.items() if q["isBalanced"]}
-    lacking = next(
-        (
-            k
-            for q in asked.values()
-            for k in (*q["entailed"],)
-            if k in questions and k not in predictions
-        ),
-        next((k for k in asked if k not in predictions), None),
-    )
+    entailed = {e for q in asked.values() for e in q["entailed"] if e in questions}
+    lacking = sorted((entailed | set(asked)) - set(predictions))
     if lacking:
         raise DataError(
-            f"GQA: question {lacking} has no prediction\n"
+            f"GQA: question {lacking[0]} has no prediction\n"
             "  Wanted: all of the split's questions, those that others entail included"
         )
     hit = {k: predictions[k] == questions[k]["answer"] for k in predictions if k in questions}
-    percent = lambda values: 100 * sum(values) / len(values) if len(values) else 0.0
-    found = {"accuracy": percent([hit[k] for k in asked])}
-    for name, query in (("binary", False), ("open", True)):
-        found[name] = percent(
-            [hit[k] for k, q in asked.items() if (q["types"]["structural"] == "query") == query]
+    scores = {"accuracy": percent(hit[k] for k in asked)}
+    for name, is_open in (("binary", False), ("open", True)):
+        of = [k for k, q in asked.items() if (q["types"]["structural"] == "query") == is_open]
+        scores[name] = percent(hit[k] for k in of)
+    for name, key in (("validity", "valid"), ("plausibility", "plausible")) if choices else ():
+        scores[name] = percent(
+            predictions[k] in choices_of(q, choices[k][key]) for k, q in asked.items()
         )
-    if choices is not None:
-        for name, key in (("validity", "valid"), ("plausibility", "plausible")):
-            found[name] = percent(
-                [
-                    predictions[k]
-                    in (
-                        ("color", "material", "shape")
-                        if "Common" in (q["types"]["detailed"] or "")
-                        else choices[k][key]
-                    )
-                    for k, q in asked.items()
-                ]
-            )
-    entailed = {
-        k: [e for e in q["entailed"] if e != k and e in hit] for k, q in asked.items() if hit[k]
+    shares = []
+    for k, q in asked.items():
+        follow = [hit[e] for e in q["entailed"] if e != k and e in hit]
+        shares += [sum(follow) / len(follow)] if hit[k] and follow else []
+    scores["consistency"] = percent(shares)
+    scores["distribution"] = gqa_distribution(asked, predictions)
+    if attentions is not None and scenes is not None:
+        scores["grounding"] = percent(
+            grounded(asked[k], attentions[k], scenes.get(asked[k]["imageId"]))
+            for k in asked
+            if k in attentions
+        )
+    kinds = {
+        "structural": lambda q: q["types"]["structural"],
+        "semantic": lambda q: q["types"]["semantic"],
+        "length": lambda q: len(q["question"].split()),
+        "steps": gqa_steps,
     }
-    found["consistency"] = percent(
-        [sum(hit[e] for e in some) / len(some) for some in entailed.values() if some]
-    )
+    for part, kind_of in kinds.items():
+        for kind in sorted({kind_of(q) for q in asked.values()}, key=str):
+            of = [hit[k] for k, q in asked.items() if kind_of(q) == kind]
+            scores |= {f"{part}/{kind}": percent(of), f"{part}/{kind}/count": len(of)}
+    return {f"gqa/{k}": v for k, v in scores.items()}
+
+
+def percent(values):
+    """100 times the mean, 0 of nothing"""
+    values = list(values)
+    return 100 * sum(values) / len(values) if values else 0.0
+
+
+def choices_of(question, choices):
+    """Answers that fit a question; of a common property these three [official]"""
+    common = "Common" in (question["types"]["detailed"] or "")
+    return ("color", "material", "shape") if common else choices
+
+
+def gqa_steps(question):
+    """How many steps of reasoning GQA counts"""
+    skipped = "exist", "query: name", "choose name"
+    steps = [f"{o['operation']}: {o['argument']}" for o in question["semantic"]]
+    return sum(not any(x in step for x in skipped) for step in steps)
+
+
+def gqa_distribution(asked, predictions):
+    """Chi-square of predicted against true answers, mean over global groups by size, / 100"""
     groups = {}
     for k, q in asked.items():
-        if group := q["groups"]["global"]:
-            gold, said = groups.setdefault(group, (Counter(), Counter()))
+        if q["groups"]["global"]:
+            gold, said = groups.setdefault(q["groups"]["global"], (Counter(), Counter()))
             gold[q["answer"]] += 1
             said[predictions[k]] += 1
     weights = [sum(gold.values()) for gold, _ in groups.values()]
     chi = [sum((said[a] - n) ** 2 / n for a, n in gold.items()) for gold, said in groups.values()]
-    found["distribution"] = sum(w * c for w, c in zip(weights, chi)) / max(sum(weights), 1) / 100
-    if attentions is not None and scenes is not None:
-        found["grounding"] = percent(
-            [
-                grounded(q, attentions[k], scenes.get(q["imageId"]))
-                for k, q in asked.items()
-                if k in attentions
-            ]
-        )
-    steps = lambda q: sum(
-        not any(
-            x in f"{o['operation']}: {o['argument']}"
-            for x in ("exist", "query: name", "choose name")
-        )
-        for o in q["semantic"]
-    )
-    for part, of in (
-        ("structural", lambda q: q["types"]["structural"]),
-        ("semantic", lambda q: q["types"]["semantic"]),
-        ("length", lambda q: len(q["question"].split())),
-        ("steps", steps),
-    ):
-        for kind in sorted({of(q) for q in asked.values()}, key=str):
-            some = [hit[k] for k, q in asked.items() if of(q) == kind]
-            found |= {f"{part}/{kind}": percent(some), f"{part}/{kind}/count": len(some)}
-    return {f"gqa/{k}": v for k, v in found.items()}
+    return sum(w * c for w, c in zip(weights, chi)) / max(sum(weights), 1) / 100
 
 
 def grounded(question, attention, scene):
@@ -670,12 +669,13 @@ def grounded(question, attention, scene):
     return total
 
 
-def evaluate_gqa(run, task, index, split, **scoring):
+def evaluate_gqa(run, task, split, submit=False, **scoring):
     """gqa_scores of a model over all questions of a split, and the rows of the submission file.
 
     grounding: where the split has scene graphs, of the [CLS] token's attention to the regions,
     shared out among the cells that each box covers.
     """
+    index = open_task(run, run.settings["task"], split)
     best, names = predict(run, task, index, **scoring).argmax(axis=1), run.sizes["answer_list"]
     predictions = {index.id(e): names[i] for e, i in enumerate(best)}
     rows = [{"questionId": k, "prediction": a} for k, a in predictions.items()]
@@ -747,16 +747,20 @@ class Task(NamedTuple):
     losses: dict = {}
     # (output, batch, group) -> (E, choices): the highest is the prediction
     scores: Callable = lambda out, batch, group: out.scores
-    # (run, task, index, split, **scoring) -> (numbers, rows of the submission file or None)
+    # (run, task, split, submit, **scoring) -> (numbers, rows of the submission file or None)
     evaluate: Callable = evaluate_classes
     # file name ending of the test server's file
     submission: str = ""
     # a control without regions keeps their number: they are what is asked for
     keep_regions: bool = False
-    # needs a detector's boxes
+    # needs a detector's boxes; is of phrases instead of whole texts
     needs_boxes: bool = False
-    # new words behind the vocabulary
+    learns_phrases: bool = False
+    # new words behind the vocabulary; word pieces of an official checkpoint's texts
     words: list = []
+    max_words: int = 60
+    # data sets to choose from; the first is the default
+    datasets: tuple = ("flickr30k", "coco")
 
 
 def soft_loss(out, batch, margin):
@@ -833,7 +837,7 @@ TASKS = {
     # what the loss, the batches and the benchmarks of these three are: train.py
     "retrieval": Task(),
     "pretrain": Task(type_rows=2),
-    "grounding": Task(needs_boxes=True),
+    "grounding": Task(needs_boxes=True, learns_phrases=True),
     "vqa": Task(
         reader=lambda s: functools.partial(vqa_questions, answers=s["answer_list"]),
         train="train2014",
@@ -873,6 +877,7 @@ TASKS = {
         submission="csv",
         needs_boxes=True,
         words=VCR_WORDS,
+        max_words=220,
     ),
     "nlvr2": Task(
         reader=lambda s: functools.partial(nlvr2_pairs, rows=nlvr2_rows(s)),
@@ -906,6 +911,7 @@ TASKS = {
         evaluate=evaluate_referring,
         keep_regions=True,
         needs_boxes=True,
+        datasets=tuple(REFER),
     ),
     "nlvr": Task(
         reader=lambda s: nlvr_presentations,
@@ -938,9 +944,7 @@ def downstream(run, split="", submit="", ablate=""):
     name = run.settings["task"]
     task = TASKS[name]
     split = split or task.validation
-    options = {"ablate": ablate} | ({"submit": True} if submit and name == "vcr" else {})
-    index = None if name in ("vcr", "re") else open_task(run, name, split)
-    numbers, rows = task.evaluate(run, task, index, split, **options)
+    numbers, rows = task.evaluate(run, task, split, bool(submit), ablate=ablate)
     if submit and not task.submission:
         raise DataError(f"--submit: {name} has no test server's file")
     if submit:
@@ -1361,6 +1365,7 @@ def panel_of(picture):
 
 
 def titled(panel, title):
+    """A panel under its title"""
     out = Image.new("RGB", (panel.width, panel.height + 18), "white")
     out.paste(panel, (0, 18))
     ImageDraw.Draw(out).text((4, 2), title, fill=INK, font=ImageFont.load_default(12))
@@ -1383,6 +1388,7 @@ def grid(rows, titles):
 
 
 def save_png(picture, path):
+    """Write a picture, its folder too"""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, optimize=True)
 
@@ -1614,8 +1620,8 @@ def benchmarks_of(settings):
         return [pointing_games], [heat_figures]
     if settings["pretrain"] == "multitask":
         return [multitask_benchmarks], [map_figures]
-    figures = [attention_figures] if settings["task"] == "retrieval" else []
-    return [winoground], figures
+    ranked = settings["task"] == "retrieval"
+    return [winoground], [attention_figures] * ranked
 
 
 # 8. Pictures in ---------------------------------------------------------------------------------
@@ -1808,6 +1814,7 @@ def extract_shard(model, paths, device, regions, shorter, longer, batch, bar):
 
 
 def save_shard(path, arrays):
+    """Write one shard beside its place, then rename"""
     beside = path.with_suffix(".tmp")
     try:
         with open(beside, "wb") as file:
@@ -1882,7 +1889,8 @@ def load_run(path, data, regions="", size=None, official=None):
     if saved is None:
         answers = task.answers(data)
         sizes = {"vocab": len(tokenizer), "types": task.type_rows, "head": task.head(settings)}
-        sizes |= {"answers": len(answers), **official.get("sizes", {})}
+        sizes |= {"answers": len(answers)}
+        sizes |= OFFICIAL[settings["model"]].get("sizes", {})
         model = build(settings["model"], size, **sizes)
         print(f"{path}: {load_pretrained(model, path, len(new_words))}", file=sys.stderr)
         settings["answer_list"] = answers
@@ -1913,9 +1921,6 @@ def vision_of(settings):
     return Vision(str(settings["data"]), str(settings["regions"]))
 
 
-BENCHMARKS = ("winoground", "retrieval", "pointing", "grounding", "figures")
-
-
 def make_parser():
     """The command line"""
     tasks = [name for name, task in TASKS.items() if task.reader]
@@ -1926,7 +1931,7 @@ def make_parser():
     add = parser.add_argument
     add(
         "--task",
-        choices=(*BENCHMARKS[:2], *tasks, *BENCHMARKS[2:]),
+        choices=(*BENCHMARKS, *tasks),
         help="pointing: do words attend where GQA's annotation points, or heat maps lie inside "
         "boxes; grounding: MAF; figures: attention, heat maps or grounded phrases, training curve",
     )
@@ -1934,8 +1939,9 @@ def make_parser():
         "--ckpt",
         required=True,
         nargs="+",
-        help=("a last.pt of train.py, or an official checkpoint with --size; figures compares "
-        "several"),
+        help=(
+            "a last.pt of train.py, or an official checkpoint with --size; figures compares several"
+        ),
     )
     add("--data", default="data/toy", help="the data tree (default: data/toy)")
     add("--regions", default="", help="folder of the region stores (default: DATA/regions)")
@@ -2041,15 +2047,16 @@ def run_extract(args):
 
 def run_benchmark(args):
     """What --task or --image asks for: numbers"""
+    name = args.task
+    name = name if name in TASKS else "retrieval"
     official = {
         "model": args.model,
-        "cased": args.model == "uniter",
-        "task": args.task if args.task in TASKS else "retrieval",
+        "cased": OFFICIAL[args.model]["cased"],
+        "task": name,
         "nlvr2_head": args.nlvr2_head,
         "head": "region-mlp" if args.mlp else "",
-        "max_words": 220 if args.task == "vcr" else 60,
-        "dataset": args.dataset or ("refcoco" if args.task == "re" else "flickr30k"),
-        "sizes": {"classes": 1600} if args.model == "lxmert" else {},
+        "max_words": TASKS[name].max_words,
+        "dataset": args.dataset or TASKS[name].datasets[0],
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
@@ -2070,23 +2077,20 @@ def run_benchmark(args):
         raise DataError(
             "neither --task nor --image\n  Wanted: a benchmark, or a photo and a sentence"
         )
-    if args.task == "figures":
-        return draw_figures(runs, args)
-    if args.task == "winoground":
-        return winoground(run, args.head)
-    if args.task == "retrieval":
-        return run_retrieval(run, args)
-    if args.task == "grounding":
-        return grounding(run, args.split)
-    if args.task == "pointing":
-        if isinstance(run.model, Albef) or run.settings.get("triplets"):
-            return pointing_games(run, [args.dataset] if args.dataset else POINTING_SETS)
-        return pointing(run, args.split)
-    return run_task(run, args)
+    return BENCHMARKS.get(args.task, run_task)(runs, args)
 
 
-def run_retrieval(run, args):
+def run_pointing(runs, args):
+    """Of heat maps, or of words"""
+    run = next(iter(runs.values()))
+    if isinstance(run.model, Albef) or run.settings.get("triplets"):
+        return pointing_games(run, [args.dataset] if args.dataset else POINTING_SETS)
+    return pointing(run, args.split)
+
+
+def run_retrieval(runs, args):
     """Retrieval, with its matrix beside the checkpoint"""
+    run = next(iter(runs.values()))
     dataset, split = args.dataset or "flickr30k", args.split or "test"
     path, head = Path(args.ckpt[0]), args.head or ranking_head(run)
     mark = f"{path.resolve()} {path.stat().st_mtime_ns} {args.data} {head}"
@@ -2095,8 +2099,9 @@ def run_retrieval(run, args):
     return retrieval(run, split, dataset, head, keep)
 
 
-def run_task(run, args):
+def run_task(runs, args):
     """A downstream task of a checkpoint that was trained for it, or GQA right after pre-training"""
+    run = next(iter(runs.values()))
     trained = run.settings["task"]
     if trained == "pretrain" and run.settings.get("pretrain") == "multitask":
         trained = "gqa"
@@ -2122,6 +2127,17 @@ def draw_figures(runs, args):
             training_curve(log, Path(args.out) / f"curve_{Path(path).parent.name}.png")
     return {"figures": args.out, "count": len(paths)}
 
+
+# --task: (runs, args) -> numbers; all other names are downstream tasks
+BENCHMARKS = {
+    "winoground": lambda runs, args: winoground(next(iter(runs.values())), args.head),
+    "retrieval": run_retrieval,
+    "pointing": run_pointing,
+    "grounding": lambda runs, args: grounding(next(iter(runs.values())), args.split),
+    "figures": draw_figures,
+}
+# what official checkpoints are like; LXMERT's detector classes come without the background
+OFFICIAL = {"uniter": {"cased": True}, "lxmert": {"cased": False, "sizes": {"classes": 1600}}}
 
 if __name__ == "__main__":
     main()

@@ -163,7 +163,7 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """x = norm(x + attention(x));  x = norm(x + fc2(gelu(fc1(x)))).
 
-        Vaswani et al. 2017, as BERT: norm comes last
+    Vaswani et al. 2017, as BERT: norm comes last
     """
 
     def __init__(self, width, heads, mlp_dim, dropout):
@@ -393,16 +393,22 @@ class Transform(nn.Sequential):
 
 
 class PooledHead(nn.Sequential):
+    """Reads the pooled first token."""
+
     def forward(self, x, mask, pooled, regions):
         return super().forward(pooled)
 
 
 class RegionsHead(nn.Sequential):
+    """One score for each region."""
+
     def forward(self, x, mask, pooled, regions):
         return super().forward(regions)[..., 0]
 
 
 class PairedPooledHead(nn.Sequential):
+    """Reads the pooled first tokens of two rows side by side."""
+
     def forward(self, x, mask, pooled, regions):
         return super().forward(rearrange(pooled, "(P two) D -> P (two D)", two=2))
 
@@ -1114,7 +1120,12 @@ class Maf(nn.Module):
     """
 
     def __init__(
-        self, words, width=300, features=2048, inputs=("label", "feature"), start=("zero", "identity")
+        self,
+        words,
+        width=300,
+        features=2048,
+        inputs=("label", "feature"),
+        start=("zero", "identity"),
     ):
         super().__init__()
         self.word, self.inputs = nn.Embedding(words, width), tuple(inputs)
@@ -1210,6 +1221,7 @@ class Bottleneck(nn.Module):
 
 
 def stage(blocks, a, middle, b, stride=1, dilation=1):
+    """One stage of the ResNet: `blocks` Bottlenecks, the first with the stride"""
     return nn.Sequential(
         *(
             Bottleneck(a if i == 0 else b, middle, b, stride if i == 0 else 1, dilation, i == 0)
@@ -1462,6 +1474,7 @@ def decode_boxes(boxes, deltas, weights):
 
 
 def clip_boxes(boxes, size):
+    """Boxes (..., 4) inside a picture of this (height, width)"""
     h, w = size
     return torch.stack(
         [
@@ -1922,6 +1935,7 @@ def read_checkpoint(path):
 
 
 def first_error_line(error):
+    """The first line of an error\'s text, or its type"""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 

@@ -36,7 +36,6 @@ import evaluate
 import losses
 from data import (
     CORPORA,
-    REFER,
     Batches,
     DataError,
     MixedBatches,
@@ -241,6 +240,21 @@ class Config:
     log_every: int = opt(10, "updates between log lines")
     eval_every: int = opt(200, "updates between validations")
 
+    @property
+    def is_pretraining(self):
+        """Several self-supervised tasks instead of one?"""
+        return self.task == "pretrain"
+
+    @property
+    def is_albef(self):
+        """ALBEF's towers and its own objective?"""
+        return self.model == "albef"
+
+    @property
+    def is_multitask(self):
+        """All of LXMERT's and Kervadec's pre-training tasks in each step?"""
+        return self.is_pretraining and "multitask" in pretrain_weights(self)
+
 
 # settings that change no number
 NO_NUMBERS = {"out", "resume", "workers", "save_every", "log_every", "data", "regions"}
@@ -335,8 +349,8 @@ def make_config(recipe, **changes):
         cfg.resolution = cfg.resolution or (64 if cfg.size == "toy" else 256)
         cfg.init = "toy-patches" if cfg.init == "toy-pretrain" else cfg.init
     cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
-    if cfg.task == "re" and cfg.dataset == "flickr30k":
-        cfg.dataset = "refcoco"
+    if cfg.dataset == Config.dataset:
+        cfg.dataset = TASKS[cfg.task].datasets[0]
     check_numbers(cfg)
     check_losses(cfg)
     check_model(cfg)
@@ -389,17 +403,18 @@ def check_losses(cfg):
         known(part, ["", "box", "region"], "--triplets")
     for part in cfg.region_inputs.split("+"):
         known(part, ["label", "attribute", "feature"], "--region-inputs")
-    if ("phrases" in given) != (cfg.task == "grounding") or "phrases" in given and len(given) > 1:
+    row = TASKS[cfg.task]
+    if ("phrases" in given) != row.learns_phrases or "phrases" in given and len(given) > 1:
         raise UserError(
             f"--loss {cfg.loss} with --task {cfg.task}: maf learns phrases alone\n"
             "  Wanted: --loss maf, which chooses --task grounding by itself"
         )
-    if "pointers" in given and not (cfg.task == "pretrain" and "multitask" in tasks):
+    if "pointers" in given and not cfg.is_multitask:
         raise UserError(
             f"--loss {cfg.loss} needs texts whose words point at boxes\n"
             "  Wanted: --recipe toy-align or kervadec, or --pretrain multitask"
         )
-    pictures = cfg.task == "pretrain" and cfg.vision == "patches"
+    pictures = cfg.is_pretraining and cfg.vision == "patches"
     heat = "heat" in given
     if cfg.triplets and not pictures or heat and not (cfg.triplets and "itm" in tasks):
         raise UserError(
@@ -443,7 +458,7 @@ def check_model(cfg):
             raise UserError(
                 f"--pretrain {cfg.pretrain} is not for --model {cfg.model}\n  Wanted: {tasks}"
             )
-    fits = cfg.model != "albef" or cfg.vision == "patches" and cfg.task == "pretrain"
+    fits = not cfg.is_albef or cfg.vision == "patches" and cfg.is_pretraining
     if not fits or set(given_to(cfg)) - set(inputs):
         able = [name for name, row in LOSSES.items() if row.given in inputs]
         raise UserError(
@@ -454,16 +469,16 @@ def check_model(cfg):
         )
     for part in cfg.augment.split("+"):
         known(part, ["", "none", "flip", "jitter", "grey"], "--augment")
-    if "albef" in cfg.model and cfg.batch_size < 2:
+    if cfg.is_albef and cfg.batch_size < 2:
         raise UserError(
             "--batch-size 1: with a single pair there is no negative\n  Wanted: at least 2"
         )
-    if cfg.vision == "patches" and TASKS[cfg.task].needs_boxes:
+    row = TASKS[cfg.task]
+    if cfg.vision == "patches" and row.needs_boxes:
         raise UserError(
             f"--vision patches is not for --task {cfg.task}: it is about a detector's boxes"
         )
-    datasets = {"re": list(REFER), "retrieval": ["flickr30k", "coco"]}.get(cfg.task, [cfg.dataset])
-    known(cfg.dataset, datasets, "--dataset")
+    known(cfg.dataset, row.datasets, "--dataset")
 
 
 def loss_names(cfg):
@@ -503,11 +518,12 @@ def corpus_weights(cfg):
     if cfg.triplets:
         return {"triplets": 1.0}
     weights = read_weights(cfg.corpora, dict.fromkeys(CORPORA, 1), "--corpora")
-    if "vcr" in weights and len(weights) > 1:
-        raise UserError(
-            "--corpora vcr is a second stage with a vocabulary of its own\n"
-            "  Wanted: vcr alone, with --init from the first stage"
-        )
+    for name in weights:
+        if CORPORA[name].task and len(weights) > 1:
+            raise UserError(
+                f"--corpora {name} is a second stage with a vocabulary of its own\n"
+                f"  Wanted: {name} alone, with --init from the first stage"
+            )
     return weights
 
 
@@ -599,9 +615,7 @@ def load_tokenizer(cfg):
     knows.
     """
     if "phrases" not in given_to(cfg):
-        second_stage = cfg.task == "pretrain" and "vcr" in corpus_weights(cfg)
-        task = TASKS["vcr" if second_stage else cfg.task]
-        return load_wordpiece(cfg.data, cfg.cased, task.words)
+        return load_wordpiece(cfg.data, cfg.cased, TASKS[vocabulary_task(cfg)].words)
     words = {*detector_names(cfg.data, "objects")}
     words |= {*detector_names(cfg.data, "attributes")}
     for split in ("train", "val", "test"):
@@ -609,6 +623,13 @@ def load_tokenizer(cfg):
             for phrase in record.note[1]:
                 words |= {strip_punctuation(word) for word in phrase.words.split()}
     return WordVectors(sorted(words - {""}), cfg.data)
+
+
+def vocabulary_task(cfg):
+    """The task whose words and types a run has: its own, or that of a second pre-training stage."""
+    corpora = corpus_weights(cfg) if cfg.is_pretraining else ()
+    stages = [CORPORA[name].task for name in corpora]
+    return next(filter(None, stages), cfg.task)
 
 
 def print_index(runtime, index):
@@ -623,7 +644,7 @@ def load_streams(cfg, runtime, run):
     """Training and validation batches of a task."""
     share = {"rank": runtime.rank, "world_size": runtime.world_size}
     load = STREAMS.get(cfg.task, task_streams)
-    if "multitask" in pretrain_weights(cfg) and load is pretrain_streams:
+    if cfg.is_multitask:
         load = multitask_streams
     return load(cfg, runtime, run, share)
 
@@ -663,7 +684,7 @@ def pretrain_streams(cfg, runtime, run, share):
     tasks = {task: weight for task, weight in weights.items() if task != "wra"}
     how = {"mask_rate": cfg.mask_rate, "joint": cfg.joint_masking}
     size, layout = cfg.batch_tokens, "bert"
-    if cfg.model == "albef":
+    if cfg.is_albef:
         tasks, layout, size = {"albef": 1}, "albef", cfg.batch_size
         how = {"mask_rate": cfg.mask_rate, "augment": tuple(cfg.augment.split("+"))}
     streams, sampling_weights, val = [], [], {}
@@ -700,7 +721,8 @@ def multitask_streams(cfg, runtime, run, share):
     val and test, and GQA's val where it is not learned from.
     """
     answers, streams = run.settings["answer_list"], []
-    gqa_split = cfg.split or TASKS["gqa"].train
+    gqa_name, gqa = "gqa", TASKS["gqa"]
+    gqa_split = cfg.split or gqa.train
     readers = {
         "coco": functools.partial(multitask_coco, answers=answers),
         "vg": functools.partial(multitask_vg, answers=answers, gqa_split=gqa_split),
@@ -717,10 +739,10 @@ def multitask_streams(cfg, runtime, run, share):
         own |= {"corpus": number, **how}
         streams.append(Batches("multitask", index, tokens, cfg.seed, **own))
     captions = run.index(karpathy_captions, "val", "coco", name="coco val")
-    questions = open_task(run, "gqa", TASKS["gqa"].validation)
+    questions = open_task(run, gqa_name, gqa.validation)
     val = {task: Batches(task, captions, cfg.batch_tokens, cfg.seed) for task in ("mlm", "itm")}
-    gqa = {"stream": TASKS["gqa"].stream, "answers": len(answers)}
-    val["gqa"] = Batches("examples", questions, cfg.batch_tokens, cfg.seed, **gqa)
+    how = {"stream": gqa.stream, "answers": len(answers)}
+    val[gqa_name] = Batches("examples", questions, cfg.batch_tokens, cfg.seed, **how)
     weights = [len(stream.index) for stream in streams]
     return Streams(streams, weights, val, streams[0].index.store, answers)
 
@@ -776,11 +798,10 @@ def model_sizes(cfg, tokenizer, streams):
         sizes = {"model": "maf", "words": tokenizer.names, "width": width}
         return sizes | {"features": features, "inputs": inputs}
     sizes = {"model": cfg.model, "vocab": len(tokenizer)}
-    if cfg.model == "albef":
+    if cfg.is_albef:
         return sizes | {"queue": cfg.queue, "resolution": cfg.resolution, "patch": cfg.patch}
     two_stream = cfg.model == "lxmert"
-    # VCR's words come with VCR's types, in its second stage too
-    task = TASKS["vcr" if tokenizer.new_words else cfg.task]
+    task = TASKS[vocabulary_task(cfg)]
     head = TASKS[cfg.task].head(dataclasses.asdict(cfg))
     sizes |= {
         "features": features,
@@ -882,6 +903,7 @@ def maps_needed(cfg):
 
 
 def objective_mlm(cfg, model, batch):
+    """Masked words, in sight of the regions"""
     out = model(
         **batch["input"],
         masked_words=batch["masked_words"],
@@ -917,7 +939,7 @@ def objective_itm(cfg, model, batch):
     out = model(**batch["input"], heads=("match",), maps=maps_needed(cfg), need_gradcam=heat)
     masks = batch["input"]["text_mask"], batch["input"]["region_mask"]
     found = {batch["task"]: losses.itm(out.match, batch["match"])}
-    if cfg.task == "pretrain" and "wra" in pretrain_weights(cfg):
+    if cfg.is_pretraining and "wra" in pretrain_weights(cfg):
         found["wra/pretrain"] = losses.wra(out.words, out.regions, *masks, match=batch["match"])
     if heat:
         P, block_of = out.gradcam
@@ -1451,7 +1473,9 @@ def validate(cfg, runtime, model, streams, samples=300):
         while n < samples:
             batch = prepare_batch(cfg, runtime, stream[k])
             # multitask pre-training validates GQA's questions too
-            task = name if name in TASKS else cfg.task
+            task = cfg.task
+            if name in TASKS:
+                task = name
             with runtime.autocast():
                 hits = HITS[batch["task"]](cfg, model, batch | {"of": task})
             right, n, k = right + hits.float().sum(), n + len(hits), k + 1
@@ -1577,8 +1601,9 @@ def train(cfg, runtime):
     saved = prepare_out(cfg, runtime)
     runtime.barrier()
     tokenizer, settings = load_tokenizer(cfg), dataclasses.asdict(cfg)
-    multitask = cfg.task == "pretrain" and "multitask" in pretrain_weights(cfg)
-    settings["answer_list"] = (all_answers if multitask else TASKS[cfg.task].answers)(cfg.data)
+    task = TASKS[cfg.task]
+    list_answers = all_answers if cfg.is_multitask else task.answers
+    settings["answer_list"] = list_answers(cfg.data)
     run = Run(None, tokenizer, settings, {}, vision_of(settings), runtime.autocast)
     streams = load_streams(cfg, runtime, run)
     model = build_model(cfg, runtime, tokenizer, streams)
@@ -1622,7 +1647,7 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
         if step % cfg.eval_every == 0 or is_last:
             log.write({"step": step, **validate(cfg, runtime, compiled, streams.val)})
         if (step % cfg.save_every == 0 or is_last) and runtime.is_main:
-            if cfg.task == "pretrain" and hasattr(model, "rank"):
+            if cfg.is_pretraining and hasattr(model, "rank"):
                 # untrained so far: a fine-tuning run finds it started as it should be
                 init_rank_from_match(model)
             save_checkpoint(Path(cfg.out) / "last.pt", cfg, model, optimizer, step, sizes)
@@ -1678,9 +1703,10 @@ def finalize(cfg, runtime, run, log):
     numbers = {k: v for k, v in log.last.items() if k.startswith("val/")}
     if runtime.is_main:
         figures = Path(cfg.out) / "figures"
-        if TASKS[cfg.task].reader:
+        task = TASKS[cfg.task]
+        if task.reader:
             numbers |= evaluate.downstream(run, ablate=cfg.ablate)
-        elif (Path(cfg.data) / "winoground").exists() and "vcr" not in corpus_weights(cfg):
+        elif (Path(cfg.data) / "winoground").exists() and vocabulary_task(cfg) == cfg.task:
             benchmarks, draw = evaluate.benchmarks_of(run.settings)
             for benchmark in benchmarks:
                 numbers |= benchmark(run)

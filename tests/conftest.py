@@ -1,4 +1,7 @@
-"""Makes the five files importable from wherever pytest is started; a toy tree, a checkpoint and a run of train.py for the tests."""
+"""Makes the five files importable from wherever pytest is started; a toy tree, a checkpoint and a
+run of train.py for the tests.
+"""
+
 import contextlib
 import io
 import json
@@ -19,7 +22,9 @@ SHARED = Path(os.environ.get("SHARED_DIR", ROOT.parent / "shared"))
 
 
 def shared(path):
-    """A file of third-party data that is not ours to commit; the test is skipped where it is absent."""
+    """A file of third-party data that is not ours to commit; the test is skipped where it is
+    absent.
+    """
     if not (SHARED / path).exists():
         pytest.skip(f"needs third-party data: {SHARED / path} (set SHARED_DIR)")
     return SHARED / path
@@ -29,6 +34,7 @@ def shared(path):
 def toy_tree(tmp_path_factory):
     """A small ShapesWorld for the whole session."""
     import toy
+
     folder = tmp_path_factory.mktemp("data") / "toy"
     toy.make_toy(folder, scenes=300)
     return folder
@@ -38,29 +44,56 @@ QUICK = ["--workers", "0", "--precision", "fp32"]
 
 
 def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
-    """train.py from a folder of its own, one thread a process; returns the finished run: stdout, stderr, returncode.
+    """train.py from a folder of its own, one thread a process; returns the finished run: stdout,
+    stderr, returncode.
 
-    Alone it runs inside this process, which spares a start of Python and torch each time; several run under torchrun.
+    Alone it runs inside this process, which spares a start of Python and torch each time; several
+    run under torchrun.
     """
     if processes == 1 and not env:
         done = inside(tmp_path, args)
     else:
-        start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        done = subprocess.run([*start, str(ROOT / "train.py"), *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+        start = (
+            [sys.executable]
+            if processes == 1
+            else [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(processes),
+            ]
+        )
+        done = subprocess.run(
+            [*start, str(ROOT / "train.py"), *map(str, args)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        )
     assert done.returncode == expect or expect is None, done.stderr[-3000:]
     return done
 
 
 def inside(folder, args):
     import train
-    out, err, code, here, threads = io.StringIO(), io.StringIO(), 0, os.getcwd(), torch.get_num_threads()
+
+    out, err, code, here, threads = (
+        io.StringIO(),
+        io.StringIO(),
+        0,
+        os.getcwd(),
+        torch.get_num_threads(),
+    )
     os.chdir(folder)
     torch.set_num_threads(1)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             train.main(list(map(str, args)))
-    except SystemExit as stop:                      # as Python ends: a text goes to stderr and the code is 1
+    # as Python ends: a text goes to stderr and the code is 1
+    except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         err.write("" if isinstance(stop.code, int) or stop.code is None else f"{stop.code}\n")
     except Exception:
@@ -74,8 +107,13 @@ def inside(folder, args):
 
 def run_and_kill(tmp_path, args, out):
     """train.py until its first checkpoint is there, then kill -9."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", out], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", out],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     while not (tmp_path / out / "last.pt").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -90,8 +128,24 @@ def last_line(done):
 def pretrained(toy_tree, tmp_path_factory):
     """A barely trained toy checkpoint to start from, and the run that made it."""
     folder = tmp_path_factory.mktemp("pretrained")
-    done = run(folder, "--recipe", "toy-pretrain", "--data", toy_tree, "--steps", 20, "--warmup", 5, "--batch-tokens", 512, "--out", "run", *QUICK,
-               "--pretrain", "mlm+itm+mrfr+mrc+mrckl+wra")
+    done = run(
+        folder,
+        "--recipe",
+        "toy-pretrain",
+        "--data",
+        toy_tree,
+        "--steps",
+        20,
+        "--warmup",
+        5,
+        "--batch-tokens",
+        512,
+        "--out",
+        "run",
+        *QUICK,
+        "--pretrain",
+        "mlm+itm+mrfr+mrc+mrckl+wra",
+    )
     return folder / "run/last.pt", done
 
 
@@ -100,27 +154,34 @@ def prepared_run(cfg, tokenizer):
     import dataclasses
 
     import train
+
     settings = dataclasses.asdict(cfg)
-    multitask = cfg.task == "pretrain" and "multitask" in cfg.pretrain
-    settings["answer_list"] = (train.all_answers if multitask else train.TASKS[cfg.task].answers)(cfg.data)
+    multitask = cfg.is_multitask
+    settings["answer_list"] = (train.all_answers if multitask else train.TASKS[cfg.task].answers)(
+        cfg.data
+    )
     return train.Run(None, tokenizer, settings, {}, train.vision_of(settings))
 
 
 def read(reader, *args, **options):
     """All records of a reader, and what it counted."""
     from collections import Counter
+
     stats = Counter()
     return list(reader(*args, stats, **options)), stats
 
 
 def weights(folder):
     from model import read_checkpoint
+
     return read_checkpoint(folder / "last.pt").model
 
 
 def same(a, b, **tolerance):
     for name in a:
-        torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], **(tolerance or dict(rtol=0, atol=0)), msg=lambda m: f"{name}: {m}"
+        )
 
 
 def ids_of(store):

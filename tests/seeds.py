@@ -1,11 +1,17 @@
-"""The README's table: each alignment loss over several seeds that redraw everything (world, weights, batches), honest whichever wins.
+"""The README's table: each alignment loss over several seeds that redraw everything (world,
+weights, batches), honest whichever wins.
 
-python tests/seeds.py --seeds 0 1 2 3 4 --jobs 2       40 minutes on two cores; goes on where it stopped; fills tests/results.json and README.md
-python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy checkpoint and from scratch
-python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour and a half
+python tests/seeds.py --seeds 0 1 2 3 4 --jobs 2       40 minutes on two cores; goes on where it
+stopped; fills tests/results.json and README.md
+python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy
+checkpoint and from scratch
+python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour
+and a half
 python tests/seeds.py --seeds 0 1 2 --pixels         AMC's tables instead
-python tests/seeds.py --seeds 0 1 2 --patches        CACR and AMC on patches instead, an hour and a half
+python tests/seeds.py --seeds 0 1 2 --patches        CACR and AMC on patches instead, an hour and
+a half
 """
+
 import argparse
 import json
 import os
@@ -18,15 +24,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "tests/results.json", ROOT / "README.md"
-VARIANTS = {"none": [], "iais": ["--loss", "iais"], "iais-distributed": ["--loss", "iais-distributed"],
-            "cacr on probabilities": ["--loss", "cacr", "--cacr-on", "probs"], "cacr on logits": ["--loss", "cacr", "--cacr-on", "logits"]}
+VARIANTS = {
+    "none": [],
+    "iais": ["--loss", "iais"],
+    "iais-distributed": ["--loss", "iais-distributed"],
+    "cacr on probabilities": ["--loss", "cacr"],
+    "cacr on logits": ["--loss", "cacr-logits"],
+}
 
 
-NLVR = {"from a toy checkpoint": [], "from scratch": ["--init", "none"], "its pictures, from a toy checkpoint of patches": ["--vision", "patches"]}
+NLVR = {
+    "from a toy checkpoint": [],
+    "from scratch": ["--init", "none"],
+    "its pictures, from a toy checkpoint of patches": ["--vision", "patches"],
+}
 
 
 def run(*command, **env):
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return done.stdout
@@ -35,37 +56,89 @@ def run(*command, **env):
 def one_seed(seed, threads, results, nlvr):
     data = f"data/toy-seed{seed}"
     if not (ROOT / data).exists():
-        run("data.py", "toy", "--out", data, "--seed", str(seed))
+        run("tests/toy.py", "--out", data, "--seed", str(seed))
     if nlvr and not (ROOT / data / "nlvr").exists():
         (ROOT / data / "nlvr").symlink_to(Path(nlvr).resolve())
-    for name, args in ({n: ["--task", "nlvr", *a] for n, a in NLVR.items()} if nlvr else VARIANTS).items():
+    for name, args in (
+        {n: ["--task", "nlvr", *a] for n, a in NLVR.items()} if nlvr else VARIANTS
+    ).items():
         if f"{name}/{seed}" not in results:
             out = f"out/seeds/{name.replace(' ', '-')}-{seed}"
-            text = run("train.py", *args, "--data", data, "--seed", str(seed), "--out", out, "--resume", OMP_NUM_THREADS=str(threads))
+            text = run(
+                "train.py",
+                *args,
+                "--data",
+                data,
+                "--seed",
+                str(seed),
+                "--out",
+                out,
+                "--resume",
+                OMP_NUM_THREADS=str(threads),
+            )
             results[f"{name}/{seed}"] = json.loads(text.strip().splitlines()[-1])
             RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
             print(name, seed, results[f"{name}/{seed}"], flush=True)
 
 
-ALIGN = {"none": (["--recipe", "toy-align", "--loss", "none"], "54.9, 79.5", "74.5 (73.1, 76.0)"), "align": (["--loss", "align"], "60.5, 89.7", "75.5 (74.5, 77.2)"),
-         **{f"{loss}, {steps} steps": ([*how, "--steps", str(steps)], "", "") for steps in (1500, 3600)
-            for loss, how in (("none", ["--recipe", "toy-align", "--loss", "none"]), ("align", ["--loss", "align"]))}}
-MAF_USE = {("attention", "label+feature"): "61.43", ("average", "label"): "55.73", ("average", "feature"): "56.18", ("average", "label+feature"): "59.51", ("attention", "label"): "57.23", ("attention", "feature"): "58.49",
-           ("attention", "attribute"): "24.08", ("attention", "label+attribute"): "53.20", ("attention", "attribute+feature"): "57.98", ("attention", "label+attribute+feature"): "60.86"}
-MAF_START = {("xavier", "xavier"): "58.54", ("zero", "xavier"): "60.05", ("xavier", "identity"): "59.68", ("zero", "identity"): "61.28"}         # W_f, W_p; the paper's columns in their order
-MAF_GUESS = {"random": "7.19", "center-obj": "18.24", "whole image": "21.99", "max-obj": "24.51", "direct match": "26.42", "glove-max": "26.28", "glove-avg": "54.51", "glove-att": "56.05",
-             "accuracy": "61.43", "upper bound": "86.29"}
+ALIGN = {
+    "none": (["--recipe", "toy-align", "--loss", "none"], "54.9, 79.5", "74.5 (73.1, 76.0)"),
+    "align": (["--loss", "align"], "60.5, 89.7", "75.5 (74.5, 77.2)"),
+    **{
+        f"{loss}, {steps} steps": ([*how, "--steps", str(steps)], "", "")
+        for steps in (1500, 3600)
+        for loss, how in (
+            ("none", ["--recipe", "toy-align", "--loss", "none"]),
+            ("align", ["--loss", "align"]),
+        )
+    },
+}
+MAF_USE = {
+    ("attention", "label+feature"): "61.43",
+    ("average", "label"): "55.73",
+    ("average", "feature"): "56.18",
+    ("average", "label+feature"): "59.51",
+    ("attention", "label"): "57.23",
+    ("attention", "feature"): "58.49",
+    ("attention", "attribute"): "24.08",
+    ("attention", "label+attribute"): "53.20",
+    ("attention", "attribute+feature"): "57.98",
+    ("attention", "label+attribute+feature"): "60.86",
+}
+# W_f, W_p; the paper's columns in their order
+MAF_START = {
+    ("xavier", "xavier"): "58.54",
+    ("zero", "xavier"): "60.05",
+    ("xavier", "identity"): "59.68",
+    ("zero", "identity"): "61.28",
+}
+MAF_GUESS = {
+    "random": "7.19",
+    "center-obj": "18.24",
+    "whole image": "21.99",
+    "max-obj": "24.51",
+    "direct match": "26.42",
+    "glove-max": "26.28",
+    "glove-avg": "54.51",
+    "glove-att": "56.05",
+    "accuracy": "61.43",
+    "upper bound": "86.29",
+}
 
 
 def align_seed(seed, threads, results):
     """Kervadec's table 2 and 4, MAF's 3, 4 and 5, on one seed's world."""
     data = f"data/toy-seed{seed}"
     if not (ROOT / data).exists():
-        run("data.py", "toy", "--out", data, "--seed", str(seed))
+        run("tests/toy.py", "--out", data, "--seed", str(seed))
 
     def keep(name, script, *args):
         if name not in results:
-            results[name] = json.loads(run(script, *args, "--data", data, OMP_NUM_THREADS=str(threads)).strip().splitlines()[-1])
+            results[name] = json.loads(
+                run(script, *args, "--data", data, OMP_NUM_THREADS=str(threads))
+                .strip()
+                .splitlines()[-1]
+            )
             RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
             print(name, results[name], flush=True)
 
@@ -73,37 +146,116 @@ def align_seed(seed, threads, results):
     for name, (args, _, _) in ALIGN.items():
         out = f"out/seeds/align-{name.replace(' ', '-')}-{seed}"
         keep(f"align/{name}/{seed}", "train.py", *args, *common, "--out", out)
-        keep(f"align/{name}/nlvr2/{seed}", "train.py", "--task", "nlvr2", "--model", "lxmert", "--nlvr2-head", "pair-mlp", "--no-cased", "--steps", "500", "--init", f"{out}/last.pt", *common, "--out", f"{out}-nlvr2")
+        keep(
+            f"align/{name}/nlvr2/{seed}",
+            "train.py",
+            "--task",
+            "nlvr2",
+            "--model",
+            "lxmert",
+            "--nlvr2-head",
+            "pair-mlp",
+            "--no-cased",
+            "--steps",
+            "500",
+            "--init",
+            f"{out}/last.pt",
+            *common,
+            "--out",
+            f"{out}-nlvr2",
+        )
         for part in ("balanced", "unbalanced"):
-            keep(f"align/{name}/{part}/{seed}", "evaluate.py", "--task", "nlvr2", "--split", f"{part}/{part}_dev", "--ckpt", f"{out}-nlvr2/last.pt")
+            keep(
+                f"align/{name}/{part}/{seed}",
+                "evaluate.py",
+                "--task",
+                "nlvr2",
+                "--split",
+                f"{part}/{part}_dev",
+                "--ckpt",
+                f"{out}-nlvr2/last.pt",
+            )
     for phrases, use in MAF_USE:
-        keep(f"maf/{phrases}/{use}/{seed}", "train.py", "--loss", "maf", "--phrase-pooling", phrases, "--region-inputs", use, *common, "--out", f"out/seeds/maf-{phrases}-{use}-{seed}")
+        keep(
+            f"maf/{phrases}/{use}/{seed}",
+            "train.py",
+            "--loss",
+            "maf",
+            "--phrase-pooling",
+            phrases,
+            "--region-inputs",
+            use,
+            *common,
+            "--out",
+            f"out/seeds/maf-{phrases}-{use}-{seed}",
+        )
     for f, p in MAF_START:
-        keep(f"maf/start/{f}/{p}/{seed}", "train.py", "--loss", "maf", "--init-w-f", f, "--init-w-p", p, *common, "--out", f"out/seeds/maf-{f}-{p}-{seed}")
+        keep(
+            f"maf/start/{f}/{p}/{seed}",
+            "train.py",
+            "--loss",
+            "maf",
+            "--init-w-f",
+            f,
+            "--init-w-p",
+            p,
+            *common,
+            "--out",
+            f"out/seeds/maf-{f}-{p}-{seed}",
+        )
 
 
-AMC = {                                             # what is typed: paper's Flickr30k, RefCOCO+ testA, testB (tables 1, 3, 4)
-    "--recipe toy-amc --loss none": "", "--loss amc": "86.59, 80.34, 64.55", "--loss amc --triplets box": "86.49, 78.89, 61.16", "--loss amc --triplets region": "85.14, 77.89, 61.26",
-    "--loss amc-cosine": "84.85, 76.41, 60.81", "--loss amc-mean": "82.83, 75.34, 56.90", "--loss amc-max": "86.56, 80.34, 64.47",
+# what is typed: paper's Flickr30k, RefCOCO+ testA, testB (tables 1, 3, 4)
+AMC = {
+    "--recipe toy-amc --loss none": "",
+    "--loss amc": "86.59, 80.34, 64.55",
+    "--loss amc --triplets box": "86.49, 78.89, 61.16",
+    "--loss amc --triplets region": "85.14, 77.89, 61.26",
+    "--loss amc-cosine": "84.85, 76.41, 60.81",
+    "--loss amc-mean": "82.83, 75.34, 56.90",
+    "--loss amc-max": "86.56, 80.34, 64.47",
 }
 
 
-PATCHES = ("--loss cacr --vision patches", "--recipe toy-amc-patches --loss none", "--loss amc --model uniter", "--loss amc+cacr --model uniter")
+PATCHES = (
+    "--loss cacr --vision patches",
+    "--recipe toy-amc-patches --loss none",
+    "--loss amc --model uniter",
+    "--loss amc+cacr --model uniter",
+)
 
 
 def pixel_seed(seed, threads, results, only, patches):
-    """AMC's tables on one seed's world: ALBEF first, then each loss from it; or the rows of PATCHES. only: how many of the rows."""
+    """AMC's tables on one seed's world: ALBEF first, then each loss from it; or the rows of
+    PATCHES. only: how many of the rows.
+    """
     data = f"data/toy-seed{seed}"
     if not (ROOT / data).exists():
-        run("data.py", "toy", "--out", data, "--seed", str(seed))
+        run("tests/toy.py", "--out", data, "--seed", str(seed))
 
     def keep(name, *args):
         out = f"out/seeds/{name.replace('/', '-').replace(' ', '')}"
         if name not in results:
-            results[name] = json.loads(run("train.py", *args, "--data", data, "--seed", str(seed), "--resume", "--out", out, OMP_NUM_THREADS=str(threads)).strip().splitlines()[-1])
+            results[name] = json.loads(
+                run(
+                    "train.py",
+                    *args,
+                    "--data",
+                    data,
+                    "--seed",
+                    str(seed),
+                    "--resume",
+                    "--out",
+                    out,
+                    OMP_NUM_THREADS=str(threads),
+                )
+                .strip()
+                .splitlines()[-1]
+            )
             RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
             print(name, results[name], flush=True)
         return f"{out}/last.pt"
+
     if patches:
         for typed in PATCHES:
             keep(f"patches/{typed}/{seed}", *typed.split())
@@ -114,86 +266,190 @@ def pixel_seed(seed, threads, results, only, patches):
 
 
 def amc_table(results):
-    keys = ("flickr30k", "flickr30k/chance", "refcoco+/testA", "refcoco+/testB", "refcoco+/testA/clean", "refcoco+/testA/boxes")
-    lines = ["| `train.py` | paper: Flickr30k, RefCOCO+ testA, testB | toy: Flickr30k | by chance | testA | testB | testA, clean | testA, Recall@1 | Flickr30k, seed by seed |", "|" + "---|" * 9]
+    keys = (
+        "flickr30k",
+        "flickr30k/chance",
+        "refcoco+/testA",
+        "refcoco+/testB",
+        "refcoco+/testA/clean",
+        "refcoco+/testA/boxes",
+    )
+    lines = [
+        "| `train.py` | paper: Flickr30k, RefCOCO+ testA, testB | toy: Flickr30k | by chance | "
+        "testA | testB | testA, clean | testA, Recall@1 | Flickr30k, seed by seed |",
+        "|" + "---|" * 9,
+    ]
     for typed, paper in ({"--recipe toy-albef": "79.14, 69.37, 53.77"} | AMC).items():
         if rows := several(results, f"amc/{typed}/{{}}"):
-            lines.append(f"| `{typed}` | {paper} | " + " | ".join(mean([r[f"pointing/{k}"] for r in rows]) for k in keys) + " | " + " ".join(f"{r['pointing/flickr30k']:.1f}" for r in rows) + " |")
+            lines.append(
+                f"| `{typed}` | {paper} | "
+                + " | ".join(mean([r[f"pointing/{k}"] for r in rows]) for k in keys)
+                + " | "
+                + " ".join(f"{r['pointing/flickr30k']:.1f}" for r in rows)
+                + " |"
+            )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def patches_table(results):
-    keys = ("winoground/text", "winoground/image", "winoground/group", "pointing/flickr30k", "pointing/refcoco+/testA", "pointing/refcoco+/testB")
-    lines = ["| `train.py`, single stream on 4 x 4 patches | Winoground text | image | group | pointing, Flickr30k | RefCOCO+ testA | testB | seed by seed |", "|" + "---|" * 8]
+    keys = (
+        "winoground/text",
+        "winoground/image",
+        "winoground/group",
+        "pointing/flickr30k",
+        "pointing/refcoco+/testA",
+        "pointing/refcoco+/testB",
+    )
+    lines = [
+        "| `train.py`, single stream on 4 x 4 patches | Winoground text | image | group | "
+        "pointing, Flickr30k | RefCOCO+ testA | testB | seed by seed |",
+        "|" + "---|" * 8,
+    ]
     for typed in PATCHES:
         if rows := several(results, f"patches/{typed}/{{}}"):
             have = [k if k in rows[0] else None for k in keys]
-            lines.append(f"| `{typed}` | " + " | ".join(mean([r[k] for r in rows]) if k else "" for k in have) + " | "
-                         + " ".join(f"{r[next(k for k in (keys[2], keys[3]) if k in r)]:.1f}" for r in rows) + " |")
+            lines.append(
+                f"| `{typed}` | "
+                + " | ".join(mean([r[k] for r in rows]) if k else "" for k in have)
+                + " | "
+                + " ".join(f"{r[next(k for k in (keys[2], keys[3]) if k in r)]:.1f}" for r in rows)
+                + " |"
+            )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def several(results, pattern):
     """[results of each seed] whose name is the pattern with a number for {}."""
     first, _, last = pattern.partition("{}")
-    return [results[k] for k in sorted(results) if k.startswith(first) and k.endswith(last) and k[len(first):len(k) - len(last)].isdigit()]
+    return [
+        results[k]
+        for k in sorted(results)
+        if k.startswith(first) and k.endswith(last) and k[len(first) : len(k) - len(last)].isdigit()
+    ]
 
 
 def align_table(results):
-    lines = ["| two-stream, toy | paper: GQA accuracy, consistency | GQA accuracy | consistency | words that point right | accuracy, seed by seed | paper: NLVR2 test-P (balanced, unbalanced) | NLVR2 dev | balanced | unbalanced |", "|" + "---|" * 10]
+    lines = [
+        "| two-stream, toy | paper: GQA accuracy, consistency | GQA accuracy | consistency | "
+        "words that point right | accuracy, seed by seed | paper: NLVR2 test-P (balanced, "
+        "unbalanced) | NLVR2 dev | balanced | unbalanced |",
+        "|" + "---|" * 10,
+    ]
     for name, (args, gqa, pair) in ALIGN.items():
-        rows, fine, parts = several(results, f"align/{name}/{{}}"), several(results, f"align/{name}/nlvr2/{{}}"), [several(results, f"align/{name}/{p}/{{}}") for p in ("balanced", "unbalanced")]
+        rows, fine, parts = (
+            several(results, f"align/{name}/{{}}"),
+            several(results, f"align/{name}/nlvr2/{{}}"),
+            [several(results, f"align/{name}/{p}/{{}}") for p in ("balanced", "unbalanced")],
+        )
         if rows and fine and all(parts):
             of = lambda rows, key: mean([r[key] for r in rows])
-            lines.append(f"| `train.py {' '.join(args)}` | {gqa} | {of(rows, 'gqa/accuracy')} | {of(rows, 'gqa/consistency')} | {of(rows, 'pointing/accuracy')} | " + " ".join(f"{r['gqa/accuracy']:.1f}" for r in rows)
-                         + f" | {pair} | {of(fine, 'nlvr2/accuracy')} | {of(parts[0], 'nlvr2/accuracy')} | {of(parts[1], 'nlvr2/accuracy')} |")
+            lines.append(
+                f"| `train.py {' '.join(args)}` | {gqa} | {of(rows, 'gqa/accuracy')} | "
+                f"{of(rows, 'gqa/consistency')} | {of(rows, 'pointing/accuracy')} | "
+                + " ".join(f"{r['gqa/accuracy']:.1f}" for r in rows)
+                + f" | {pair} | "
+                + " | ".join(of(rows, "nlvr2/accuracy") for rows in (fine, *parts))
+                + " |"
+            )
             chance = of(rows, "pointing/chance")
-    return "\n".join([*lines, f"| any region | | | | {chance} | | | | | |"]) if len(lines) > 2 else ""
+    return (
+        "\n".join([*lines, f"| any region | | | | {chance} | | | | | |"]) if len(lines) > 2 else ""
+    )
 
 
 def maf_table(results):
     rows = several(results, "maf/attention/label+feature/{}")
     lines = ["| Flickr30k Entities, IoU 0.5 | paper (tables 1, 2, 5) | toy |", "|---|---|---|"]
-    names = {"accuracy": "MAF, weakly supervised", "glove-att": "glove-att: MAF's unsupervised rule"}
-    return "\n".join(lines + [f"| {names.get(m, m)} | {paper} | {mean([r[f'grounding/{m}'] for r in rows])} |" for m, paper in MAF_GUESS.items()]) if rows else ""
+    names = {
+        "accuracy": "MAF, weakly supervised",
+        "glove-att": "glove-att: MAF's unsupervised rule",
+    }
+    return (
+        "\n".join(
+            lines
+            + [
+                f"| {names.get(m, m)} | {paper} | {mean([r[f'grounding/{m}'] for r in rows])} |"
+                for m, paper in MAF_GUESS.items()
+            ]
+        )
+        if rows
+        else ""
+    )
 
 
 def maf_ablation(results):
-    lines = ["| phrases, regions (table 3); start of W_f, W_p (table 4) | paper | toy |", "|---|---|---|"]
-    for (a, b), paper, name in [*((k, v, f"maf/{k[0]}/{k[1]}/{{}}") for k, v in MAF_USE.items()), *((k, v, f"maf/start/{k[0]}/{k[1]}/{{}}") for k, v in MAF_START.items())]:
+    lines = [
+        "| phrases, regions (table 3); start of W_f, W_p (table 4) | paper | toy |",
+        "|---|---|---|",
+    ]
+    for (a, b), paper, name in [
+        *((k, v, f"maf/{k[0]}/{k[1]}/{{}}") for k, v in MAF_USE.items()),
+        *((k, v, f"maf/start/{k[0]}/{k[1]}/{{}}") for k, v in MAF_START.items()),
+    ]:
         if rows := several(results, name):
-            flag = f"--phrase-pooling {a} --region-inputs {b}" if "start" not in name else f"--init-w-f {a} --init-w-p {b}"
-            lines.append(f"| `{flag}` | {paper} | {mean([r['grounding/accuracy'] for r in rows])} |")
+            flag = (
+                f"--phrase-pooling {a} --region-inputs {b}"
+                if "start" not in name
+                else f"--init-w-f {a} --init-w-p {b}"
+            )
+            lines.append(
+                f"| `{flag}` | {paper} | {mean([r['grounding/accuracy'] for r in rows])} |"
+            )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def mean(xs):
-    return f"{statistics.mean(xs):.1f} ± {statistics.stdev(xs):.1f}" if len(xs) > 1 else f"{xs[0]:.1f}"
+    return (
+        f"{statistics.mean(xs):.1f} ± {statistics.stdev(xs):.1f}" if len(xs) > 1 else f"{xs[0]:.1f}"
+    )
 
 
 def nlvr_table(results):
-    lines = ["| NLVR v1 dev, percent right | six orders of the boxes | as given | seed by seed |", "|---|---|---|---|"]
+    lines = [
+        "| NLVR v1 dev, percent right | six orders of the boxes | as given | seed by seed |",
+        "|---|---|---|---|",
+    ]
     for name in NLVR:
         rows = [r for k, r in sorted(results.items()) if k.startswith(name + "/")]
         if rows:
             right = [r["nlvr/accuracy"] for r in rows]
-            lines.append(f"| {name} | {mean(right)} | {mean([r['nlvr/accuracy/as_given'] for r in rows])} | " + " ".join(f"{x:.1f}" for x in right) + " |")
+            lines.append(
+                f"| {name} | {mean(right)} | {mean([r['nlvr/accuracy/as_given'] for r in rows])} | "
+                + " ".join(f"{x:.1f}" for x in right)
+                + " |"
+            )
             majority = rows[0]["nlvr/majority"]
-    return "\n".join([*lines, f"| always the majority answer | {majority:.1f} | {majority:.1f} | |"]) if len(lines) > 2 else ""
+    return (
+        "\n".join([*lines, f"| always the majority answer | {majority:.1f} | {majority:.1f} | |"])
+        if len(lines) > 2
+        else ""
+    )
 
 
 def table(results):
     seeds = sorted({int(k.split("/")[1]) for k in results if k.split("/")[0] in VARIANTS})
-    lines = ["| loss | text | image | group | group, seed by seed | group minus none, seed by seed |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| loss | text | image | group | group, seed by seed | group minus none, seed by seed |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in VARIANTS:
         have = [s for s in seeds if f"{name}/{s}" in results]
         rows = [results[f"{name}/{s}"] for s in have]
         if not rows:
             continue
         group = [r["winoground/group"] for r in rows]
-        pairs = [r["winoground/group"] - results[f"none/{s}"]["winoground/group"] for s, r in zip(have, rows)]
-        lines.append(f"| {name} | {mean([r['winoground/text'] for r in rows])} | {mean([r['winoground/image'] for r in rows])} | {mean(group)} | "
-                     + " ".join(f"{g:.0f}" for g in group) + " | " + ("" if name == "none" else f"{mean(pairs)}: " + " ".join(f"{p:+.0f}" for p in pairs)) + " |")
+        pairs = [
+            r["winoground/group"] - results[f"none/{s}"]["winoground/group"]
+            for s, r in zip(have, rows)
+        ]
+        lines.append(
+            f"| {name} | {mean([r['winoground/text'] for r in rows])} | "
+            f"{mean([r['winoground/image'] for r in rows])} | {mean(group)} | "
+            + " ".join(f"{g:.0f}" for g in group)
+            + " | "
+            + ("" if name == "none" else f"{mean(pairs)}: " + " ".join(f"{p:+.0f}" for p in pairs))
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -201,18 +457,34 @@ def fill(**tables):
     """Put each table between its marks in the README."""
     text = README.read_text()
     for mark, rows in tables.items():
-        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: m[1] + rows + "\n" + m[2], text, flags=re.S)
+        text = re.sub(
+            rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
+            lambda m: m[1] + rows + "\n" + m[2],
+            text,
+            flags=re.S,
+        )
         print(rows)
     README.write_text(text)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each with its share of the cores")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="seeds at a time, each with its share of the cores"
+    )
     parser.add_argument("--nlvr", help="folder of NLVR v1 (dev/, test/): run that instead")
     parser.add_argument("--align", action="store_true", help="Kervadec's and MAF's tables instead")
-    parser.add_argument("--pixels", type=int, nargs="?", const=len(AMC), default=0, help="AMC's tables instead; a number: only its first so many rows")
+    parser.add_argument(
+        "--pixels",
+        type=int,
+        nargs="?",
+        const=len(AMC),
+        default=0,
+        help="AMC's tables instead; a number: only its first so many rows",
+    )
     parser.add_argument("--patches", action="store_true", help="CACR and AMC on patches instead")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -225,9 +497,18 @@ def main():
             align_seed(seed, threads, results)
         else:
             one_seed(seed, threads, results, args.nlvr)
+
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, args.seeds))
-    fill(seeds=table(results), nlvr=nlvr_table(results), align=align_table(results), maf=maf_table(results), maf_ablation=maf_ablation(results), amc=amc_table(results), patches=patches_table(results))
+    fill(
+        seeds=table(results),
+        nlvr=nlvr_table(results),
+        align=align_table(results),
+        maf=maf_table(results),
+        maf_ablation=maf_ablation(results),
+        amc=amc_table(results),
+        patches=patches_table(results),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Two streams, word-object alignment and MAF: readers, batches, soft targets, evaluation, twenty steps of everything, and bad input."""
+"""Two streams, word-object alignment and MAF: readers, batches, soft targets, evaluation, twenty
+steps of everything, and bad input.
+"""
+
 import json
 import os
 import shutil
@@ -14,7 +17,18 @@ import data
 import evaluate
 import losses
 import train
-from conftest import QUICK, ROOT, last_line, prepared_run, read, run, run_and_kill, same, shared, weights
+from conftest import (
+    QUICK,
+    ROOT,
+    last_line,
+    prepared_run,
+    read,
+    run,
+    run_and_kill,
+    same,
+    shared,
+    weights,
+)
 from data import Batches, DataError, make_index
 from model import Lxmert, Maf, Uniter, load_pretrained, read_checkpoint
 
@@ -24,39 +38,71 @@ def copied(toy_tree, tmp_path, *folders):
     tree = tmp_path / "tree"
     tree.mkdir()
     for item in (f for f in toy_tree.iterdir() if f.name != "index"):
-        shutil.copytree(item, tree / item.name) if item.name in folders else (tree / item.name).symlink_to(item)
+        shutil.copytree(item, tree / item.name) if item.name in folders else (
+            tree / item.name
+        ).symlink_to(item)
     return tree
 
 
 def prepared(toy_tree, *argv):
-    cfg = train.parse(["--data", str(toy_tree), "--precision", "fp32", "--init", "none", "--workers", "0", *map(str, argv)])
+    cfg = train.parse(
+        [
+            "--data",
+            str(toy_tree),
+            "--precision",
+            "fp32",
+            "--init",
+            "none",
+            "--workers",
+            "0",
+            *map(str, argv),
+        ]
+    )
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
     return cfg, runtime, tokenizer, train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
 
 
-# ---------------------------------------------------------------------------------------------------------- readers
+# ---------------------------------------------------------------------------------------- readers
+
 
 def test_glove_keeps_the_words_asked_for(tmp_path):
     path = tmp_path / "glove.txt"
-    path.write_text("the 1 2 3\n. . . 4 5 6\ncup 0.5 -1 2e-1\ncafé 7 8 9\ncup 9 9 9\n. 1 1 1\n", encoding="utf-8")
+    path.write_text(
+        "the 1 2 3\n. . . 4 5 6\ncup 0.5 -1 2e-1\ncafé 7 8 9\ncup 9 9 9\n. 1 1 1\n",
+        encoding="utf-8",
+    )
     found = data.glove(path, ["cup", "café", ".", "absent"])
     assert set(found) == {"cup", "café", "."}
-    np.testing.assert_allclose(found["cup"], [0.5, -1, 0.2])        # the first of two
-    np.testing.assert_allclose(found["."], [1, 1, 1])               # not the token of three dots
+    np.testing.assert_allclose(found["cup"], [0.5, -1, 0.2])  # the first of two
+    np.testing.assert_allclose(found["."], [1, 1, 1])  # not the token of three dots
 
 
-@pytest.mark.parametrize("line, told", [("cup 1 2", "line 2: 2 numbers where the first line has 3"), ("cup 1 2 x", "holds something that is no number"), ("cup", "line 2: 0 numbers")])
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("cup 1 2", "line 2: 2 numbers where the first line has 3"),
+        ("cup 1 2 x", "holds something that is no number"),
+        ("cup", "line 2: 0 numbers"),
+    ],
+)
 def test_glove_lines_that_cannot_be(tmp_path, line, told):
     (tmp_path / "glove.txt").write_text(f"the 1 2 3\n{line}\n")
     with pytest.raises(DataError, match=told):
         data.glove(tmp_path / "glove.txt", ["cup"])
 
 
-SENTENCES = "[/EN#1/people A girl] holds [/EN#2/other a kite] near [/EN#0/notvisual the way] to [/EN#3/scene the beach] .\n[/EN#1/people/animals She] runs .\n"
-XML = """<annotation><filename>9.jpg</filename><size><width>99</width><height>99</height><depth>3</depth></size>
-<object><name>1</name><name>2</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>20</ymax></bndbox></object>
-<object><name>1</name><bndbox><xmin>30</xmin><ymin>5</ymin><xmax>40</xmax><ymax>9</ymax></bndbox></object>
-<object><name>4</name><bndbox><xmin>30</xmin><ymin>5</ymin><xmax>20</xmax><ymax>9</ymax></bndbox></object>
+SENTENCES = (
+    "[/EN#1/people A girl] holds [/EN#2/other a kite] near [/EN#0/notvisual the way] to "
+    "[/EN#3/scene the beach] .\n[/EN#1/people/animals She] runs .\n"
+)
+XML = """<annotation><filename>9.jpg</filename>
+<size><width>99</width><height>99</height><depth>3</depth></size>
+<object><name>1</name><name>2</name>
+<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>20</ymax></bndbox></object>
+<object><name>1</name>
+<bndbox><xmin>30</xmin><ymin>5</ymin><xmax>40</xmax><ymax>9</ymax></bndbox></object>
+<object><name>4</name>
+<bndbox><xmin>30</xmin><ymin>5</ymin><xmax>20</xmax><ymax>9</ymax></bndbox></object>
 <object><name>3</name><scene>1</scene><nobndbox>0</nobndbox></object></annotation>"""
 
 
@@ -81,7 +127,11 @@ def test_entities_with_every_quirk(tmp_path):
     text, phrases = first.note
     assert text == "A girl holds a kite near the way to the beach ." and first.id == "9#0"
     assert first.text == ((0, "A girl"), (1, "a kite"), (2, "the beach"))
-    assert [(p.words, p.chain) for p in phrases] == [("A girl", "1"), ("a kite", "2"), ("the beach", "3")]
+    assert [(p.words, p.chain) for p in phrases] == [
+        ("A girl", "1"),
+        ("a kite", "2"),
+        ("the beach", "3"),
+    ]
     boxes = [[(0, 1, 10, 20), (29, 4, 40, 9)], [(0, 1, 10, 20)], []]
     assert [p.boxes for p in phrases] == boxes
     assert second.note[1][0].kinds == ("people", "animals")
@@ -92,22 +142,42 @@ def test_entities_with_every_quirk(tmp_path):
     assert stats["captions left out: they do not belong to their image"] == 1
 
 
-@pytest.mark.parametrize("sentences, xml, told", [("[/EN#1/people A girl holds a kite .\n", XML, "Sentences/9.txt, line 1: brackets"), ("A girl] holds .\n", XML, "brackets"),
-                                                  ("[/EN#1 A girl] holds .\n", XML, "brackets"), (SENTENCES, XML[:200], "9.xml is no annotation"),
-                                                  (SENTENCES, XML.replace("<xmin>1</xmin>", ""), "9.xml is no annotation")])
+@pytest.mark.parametrize(
+    "sentences, xml, told",
+    [
+        ("[/EN#1/people A girl holds a kite .\n", XML, "Sentences/9.txt, line 1: brackets"),
+        ("A girl] holds .\n", XML, "brackets"),
+        ("[/EN#1 A girl] holds .\n", XML, "brackets"),
+        (SENTENCES, XML[:200], "9.xml is no annotation"),
+        (SENTENCES, XML.replace("<xmin>1</xmin>", ""), "9.xml is no annotation"),
+    ],
+)
 def test_entities_that_are_broken(tmp_path, sentences, xml, told):
     with pytest.raises(DataError, match=told):
         read(data.entity_captions, entities_tree(tmp_path, sentences, xml), "test")
 
 
 def test_real_phrases_are_read_by_the_phraseloc_file():
-    """The published test phrases: counts, kinds, and the union rule against the annotation's one box."""
+    """The published test phrases: counts, kinds, and the union rule against the annotation's one
+    box.
+    """
     phrases = json.loads(shared("real/phraseloc/flickr30k/annotation_test.json").read_text())
     assert len(phrases) == 14_481 and len({p["image"] for p in phrases}) == 4_969
     kinds = Counter(k for p in phrases for k in p["categories"])
-    assert kinds["people"] == 5656 and kinds["instruments"] == 162 and sum(len(p["categories"]) > 1 for p in phrases) == 77
-    boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (p["box"] for p in phrases)], dtype=torch.float32)
-    assert evaluate.phrase_accuracy(losses.box_iou(boxes, boxes), [p["categories"] for p in phrases])["accuracy"] == 100
+    assert (
+        kinds["people"] == 5656
+        and kinds["instruments"] == 162
+        and sum(len(p["categories"]) > 1 for p in phrases) == 77
+    )
+    boxes = torch.tensor(
+        [[x, y, x + w, y + h] for x, y, w, h in (p["box"] for p in phrases)], dtype=torch.float32
+    )
+    assert (
+        evaluate.phrase_accuracy(losses.box_iou(boxes, boxes), [p["categories"] for p in phrases])[
+            "accuracy"
+        ]
+        == 100
+    )
 
 
 def test_real_gqa_answers():
@@ -116,7 +186,9 @@ def test_real_gqa_answers():
 
 
 def test_gqa_pointers_mean_what_they_name(toy_tree):
-    """The words that point at an object of the scene graph are its colour and shape, or ask for it."""
+    """The words that point at an object of the scene graph are its colour and shape, or ask for
+    it.
+    """
     texts, told = read(data.gqa_questions, toy_tree, "train_all")
     scenes = json.loads((toy_tree / "gqa/train_sceneGraphs.json").read_text())
     assert not any(told.values())
@@ -125,13 +197,23 @@ def test_gqa_pointers_mean_what_they_name(toy_tree):
         words = t.text.strip("?").split()
         for first, end, box in t.pointers:
             said = words[first:end]
-            thing = next(o for o in scenes[t.image]["objects"].values() if (o["x"], o["y"], o["x"] + o["w"], o["y"] + o["h"]) == tuple(box))
-            assert set(said) <= {thing["name"], thing["attributes"][0], "shape", "thing"}, (t.text, said, thing)
+            thing = next(
+                o
+                for o in scenes[t.image]["objects"].values()
+                if (o["x"], o["y"], o["x"] + o["w"], o["y"] + o["h"]) == tuple(box)
+            )
+            assert set(said) <= {thing["name"], thing["attributes"][0], "shape", "thing"}, (
+                t.text,
+                said,
+                thing,
+            )
             seen[tuple(w in (thing["name"], thing["attributes"][0]) for w in said)] += 1
     assert seen[True, True] > 100 and seen[(False,)] > 20
     by_id = data.gqa_records(toy_tree, "train_all")
     balanced = data.gqa_records(toy_tree, "train_balanced")
-    assert 0.4 < len(balanced) / len(by_id) < 0.8 and all(q["isBalanced"] for q in balanced.values())
+    assert 0.4 < len(balanced) / len(by_id) < 0.8 and all(
+        q["isBalanced"] for q in balanced.values()
+    )
     assert all(e in by_id for q in by_id.values() for e in q["entailed"])
 
 
@@ -145,17 +227,43 @@ def test_gqa_pointers_that_lead_nowhere_are_counted(toy_tree, tmp_path):
     scenes[q["imageId"]]["objects"][list(q["annotations"]["question"].values())[0]]["w"] = 0
     path.write_text(json.dumps(questions)), graphs.write_text(json.dumps(scenes))
     texts, told = read(data.gqa_questions, tree, "train_balanced")
-    assert told["pointers left out: object not in the scene graph"] == 1 and told["pointers left out: a box of no area"] >= 1
+    assert (
+        told["pointers left out: object not in the scene graph"] == 1
+        and told["pointers left out: a box of no area"] >= 1
+    )
     assert len(texts) == len(questions)
-    done = run(tmp_path, "--loss", "align", "--data", tree, "--steps", 2, "--warmup", 0, "--batch-tokens", 512, "--out", "o", *QUICK)
-    assert "1 pointers left out: object not in the scene graph" in done.stdout and "pointers left out: a box of no area" in done.stdout
+    done = run(
+        tmp_path,
+        "--loss",
+        "align",
+        "--data",
+        tree,
+        "--steps",
+        2,
+        "--warmup",
+        0,
+        "--batch-tokens",
+        512,
+        "--out",
+        "o",
+        *QUICK,
+    )
+    assert (
+        "1 pointers left out: object not in the scene graph" in done.stdout
+        and "pointers left out: a box of no area" in done.stdout
+    )
 
 
 def test_joined_descriptions_point_at_their_regions(toy_tree):
     texts = list(data.joined_descriptions(toy_tree, Counter()))
     assert Counter(len(t.pointers) for t in texts).keys() == {1, 2, 3}
-    regions = {i["id"]: {(r["x"], r["y"], r["x"] + r["width"], r["y"] + r["height"], r["phrase"]) for r in i["regions"]}
-               for i in json.loads((toy_tree / "vg/region_descriptions.json").read_text())}
+    regions = {
+        i["id"]: {
+            (r["x"], r["y"], r["x"] + r["width"], r["y"] + r["height"], r["phrase"])
+            for r in i["regions"]
+        }
+        for i in json.loads((toy_tree / "vg/region_descriptions.json").read_text())
+    }
     for t in texts:
         words, at = t.text.split(), 0
         for first, end, box in t.pointers:
@@ -165,10 +273,14 @@ def test_joined_descriptions_point_at_their_regions(toy_tree):
     assert sum(len(t.pointers) for t in texts) == sum(map(len, regions.values()))
     told = Counter()
     left = list(data.joined_descriptions(toy_tree, told, {texts[0].image}))
-    assert texts[0].image not in {t.image for t in left} and told["descriptions left out: image held out"]
+    assert (
+        texts[0].image not in {t.image for t in left}
+        and told["descriptions left out: image held out"]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------- batches
+
 
 @pytest.fixture(scope="module")
 def together(toy_tree):
@@ -176,17 +288,30 @@ def together(toy_tree):
 
 
 def test_a_share_of_a_batch_is_that_share(together):
-    """Two processes' batches hold, together, what one process's holds: pairs, masks, answers and soft targets."""
+    """Two processes' batches hold, together, what one process's holds: pairs, masks, answers and
+    soft targets.
+    """
     _, _, _, streams = together
     whole = streams.train[1]
-    parts = [Batches("multitask", whole.index, whole.size, whole.seed, p, 2, whole.corpus, **whole.options) for p in (0, 1)]
+    parts = [
+        Batches(
+            "multitask", whole.index, whole.size, whole.seed, p, 2, whole.corpus, **whole.options
+        )
+        for p in (0, 1)
+    ]
     for k in range(3):
         one, two = whole[k], [p[k] for p in parts]
         assert sorted(one["names"]) == sorted(two[0]["names"] + two[1]["names"])
         for name in ("answer", "word_targets", "region_class", "region_attribute"):
-            assert sorted(one[name].tolist()) == sorted(two[0][name].tolist() + two[1][name].tolist()), name
-        assert one["counts"] == {n: two[0]["counts"][n] + two[1]["counts"][n] for n in one["counts"]}
-        assert one["alignment"].sum().item() == pytest.approx(sum(t["alignment"].sum().item() for t in two), rel=1e-5)
+            assert sorted(one[name].tolist()) == sorted(
+                two[0][name].tolist() + two[1][name].tolist()
+            ), name
+        assert one["counts"] == {
+            n: two[0]["counts"][n] + two[1]["counts"][n] for n in one["counts"]
+        }
+        assert one["alignment"].sum().item() == pytest.approx(
+            sum(t["alignment"].sum().item() for t in two), rel=1e-5
+        )
         features = lambda b: b["input"]["regions"].float().sum().item()
         assert features(one) == pytest.approx(sum(map(features, two)), rel=1e-3)
 
@@ -201,14 +326,20 @@ def test_pairs_of_two_images_teach_no_answer_and_no_alignment(together):
             assert match[batch["answered"].numpy()].all() and 0.2 < match.mean() < 0.8
             if stream.soft_target:
                 assert match[batch["aligned_row"].numpy()].all() and len(batch["aligned"])
-                torch.testing.assert_close(batch["alignment"].sum(-1), torch.ones(len(batch["aligned"])), atol=1e-3, rtol=0)
-                assert not batch["alignment"][~batch["input"]["region_mask"][batch["aligned_row"]]].any()
+                torch.testing.assert_close(
+                    batch["alignment"].sum(-1), torch.ones(len(batch["aligned"])), atol=1e-3, rtol=0
+                )
+                assert not batch["alignment"][
+                    ~batch["input"]["region_mask"][batch["aligned_row"]]
+                ].any()
             asked, answered = asked + match.sum(), answered + len(batch["answered"])
     assert 0.2 < answered / asked < 1
 
 
 def test_soft_targets_lie_where_the_words_point(together):
-    """Mostly on the region that is the thing: its box overlaps the pointer, and its class is the word's."""
+    """Mostly on the region that is the thing: its box overlaps the pointer, and its class is the
+    word's.
+    """
     stream = together[3].train[1]
     right = []
     for k in range(5):
@@ -218,23 +349,36 @@ def test_soft_targets_lie_where_the_words_point(together):
         keep = batch["match"].numpy()[row]
         images = stream.whole(k)[1]
         own = torch.from_numpy(stream.index.store.read(images, "boxes")[row[keep]])
-        overlap = losses.box_iou(torch.from_numpy(box[keep])[:, None], own).masked_fill(~batch["input"]["region_mask"][torch.from_numpy(row[keep])], 0)
+        overlap = losses.box_iou(torch.from_numpy(box[keep])[:, None], own).masked_fill(
+            ~batch["input"]["region_mask"][torch.from_numpy(row[keep])], 0
+        )
         if len(overlap) == len(batch["alignment"]):
             some = overlap.amax(1) > 0.5
-            right.append((overlap.argmax(1) == batch["alignment"].argmax(1))[some].float().mean().item())
+            right.append(
+                (overlap.argmax(1) == batch["alignment"].argmax(1))[some].float().mean().item()
+            )
     assert right and np.mean(right) > 0.8
 
 
 def test_pointers_land_on_their_words(together):
-    """The pieces at a pointer's place are those of the word that the sentence has there, whatever was cut."""
+    """The pieces at a pointer's place are those of the word that the sentence has there, whatever
+    was cut.
+    """
     for stream in together[3].train:
         if "pointed" not in stream.index.arrays:
             continue
         pairs, k = stream.index, np.arange(0, len(stream.index), 7)
         place, word, box, row = pairs.pointers(k)
-        text, names = pairs.text(k)[0].ravel()[place], [w.decode() for w in pairs.arrays["pointed_words"]]
-        said = [pairs.tokenizer.pieces[i] for i in text]            # the toy's words are one piece each; a word's "?" points with it
-        assert all(piece in (names[w], "?") for piece, w in zip(said, word)) and said.count("?") <= len(said) / 5
+        text, names = (
+            pairs.text(k)[0].ravel()[place],
+            [w.decode() for w in pairs.arrays["pointed_words"]],
+        )
+        # the toy's words are one piece each; a word's "?" points with it
+        said = [pairs.tokenizer.pieces[i] for i in text]
+        assert (
+            all(piece in (names[w], "?") for piece, w in zip(said, word))
+            and said.count("?") <= len(said) / 5
+        )
         read_again = {}
         reader = data.multitask_coco if pairs is together[3].train[0].index else data.multitask_vg
         for record in reader(together[0].data, "train", Counter()):
@@ -244,7 +388,21 @@ def test_pointers_land_on_their_words(together):
 
 
 def test_answers_count_from_half_way(toy_tree):
-    cfg, runtime, tokenizer, streams = prepared(toy_tree, "--loss", "align", "--batch-tokens", 512, "--steps", 10, "--warmup", 0, "--answers-start", 0.5, "--weight-decay", 0)
+    cfg, runtime, tokenizer, streams = prepared(
+        toy_tree,
+        "--loss",
+        "align",
+        "--batch-tokens",
+        512,
+        "--steps",
+        10,
+        "--warmup",
+        0,
+        "--answers-start",
+        0.5,
+        "--weight-decay",
+        0,
+    )
     model = train.build_model(cfg, runtime, tokenizer, streams)
     optimizer, batch = train.build_optimizer(cfg, model), streams.train[1][0]
     before = model.task_head[3].weight.clone()
@@ -269,43 +427,68 @@ def test_phrase_batches_hold_every_image_once_and_own_points_at_it(toy_tree):
     stream = streams.train[0]
     batch = stream[0]
     assert batch["own"].tolist() == list(range(16)) and len(batch["input"]["labels"]) == 16
-    assert torch.equal(batch["word_mask"], batch["input"]["phrases"] > 0) and (batch["word_mask"].any(-1) == batch["phrase_mask"]).all()
+    assert (
+        torch.equal(batch["word_mask"], batch["input"]["phrases"] > 0)
+        and (batch["word_mask"].any(-1) == batch["phrase_mask"]).all()
+    )
     half = Batches("maf", stream.index, 16, 0, 1, 2, phrase_input=stream.phrase_input)[0]
-    assert half["own"].tolist() == list(range(1, 16, 2)) and torch.equal(half["input"]["labels"], batch["input"]["labels"])
+    assert half["own"].tolist() == list(range(1, 16, 2)) and torch.equal(
+        half["input"]["labels"], batch["input"]["labels"]
+    )
     name = stream.index.id(stream.whole(0)[0][3])
     notes = {r.id: r.note for r in read(data.entity_captions, toy_tree, "train")[0]}
-    said = [[words.names[i - 2] for i in row if i > 1] for row in batch["input"]["phrases"][3].tolist()]
+    said = [
+        [words.names[i - 2] for i in row if i > 1] for row in batch["input"]["phrases"][3].tolist()
+    ]
     assert [" ".join(s) for s in said if s] == [p.words for p in notes[name][1]]
 
 
-# ------------------------------------------------------------------------------------------------------------ models
+# ----------------------------------------------------------------------------------------- models
+
 
 def tiny(kind, **more):
     torch.manual_seed(0)
     shape = dict(width=16, heads=2, mlp_dim=32, dropout=0.0, **more)
-    return (Lxmert(30, 8, 5, 4, layers=(1, 1, 2), **shape) if kind == "lxmert" else Uniter(30, 8, 6, layers=2, **shape)).eval()
+    return (
+        Lxmert(30, 8, 5, 4, layers=(1, 1, 2), **shape)
+        if kind == "lxmert"
+        else Uniter(30, 8, 6, layers=2, **shape)
+    ).eval()
 
 
 def tiny_batch():
     g = torch.Generator().manual_seed(1)
     mask = lambda *n: torch.arange(max(n))[None] < torch.tensor(n)[:, None]
-    return dict(text=torch.randint(5, 30, (2, 6), generator=g), text_mask=mask(6, 4), regions=torch.rand(2, 5, 8, generator=g),
-                boxes=torch.rand(2, 5, 4, generator=g).sort(-1).values, region_mask=mask(3, 5))
+    return dict(
+        text=torch.randint(5, 30, (2, 6), generator=g),
+        text_mask=mask(6, 4),
+        regions=torch.rand(2, 5, 8, generator=g),
+        boxes=torch.rand(2, 5, 4, generator=g).sort(-1).values,
+        region_mask=mask(3, 5),
+    )
 
 
 def test_padding_changes_nothing_in_two_streams():
     model, x = tiny("lxmert", align=True), tiny_batch()
-    spoiled = {**x, "text": x["text"].masked_fill(~x["text_mask"], 7), "regions": x["regions"].masked_fill(~x["region_mask"][..., None], 9.0)}
+    spoiled = {
+        **x,
+        "text": x["text"].masked_fill(~x["text_mask"], 7),
+        "regions": x["regions"].masked_fill(~x["region_mask"][..., None], 9.0),
+    }
     a, b = (model(**y, heads=("match", "align"), maps=(-2, -1)) for y in (x, spoiled))
     real = x["text_mask"][:, :, None] & x["region_mask"][:, None]
     torch.testing.assert_close(a.match, b.match)
     torch.testing.assert_close(a.alignment[real], b.alignment[real])
-    torch.testing.assert_close(a.maps[0].S_LV.transpose(0, 1)[:, real], b.maps[0].S_LV.transpose(0, 1)[:, real])
+    torch.testing.assert_close(
+        a.maps[0].S_LV.transpose(0, 1)[:, real], b.maps[0].S_LV.transpose(0, 1)[:, real]
+    )
 
 
 def test_maps_asked_for_change_no_number_and_both_directions_share_weights():
     model, x = tiny("lxmert"), tiny_batch()
-    torch.testing.assert_close(model(**x, heads=("match",)).match, model(**x, heads=("match",), maps=(-1,)).match)
+    torch.testing.assert_close(
+        model(**x, heads=("match",)).match, model(**x, heads=("match",), maps=(-1,)).match
+    )
     layer = model.cross_layers[0]
     words, regions = torch.randn(2, 6, 16), torch.randn(2, 6, 16)
     ones = torch.ones(2, 6, dtype=torch.bool)
@@ -316,7 +499,11 @@ def test_maps_asked_for_change_no_number_and_both_directions_share_weights():
 
 
 def test_the_aligner_is_equation_12():
-    decoder, words, regions = tiny("uniter", align=True).aligner, torch.randn(1, 2, 16), torch.randn(1, 3, 16)
+    decoder, words, regions = (
+        tiny("uniter", align=True).aligner,
+        torch.randn(1, 2, 16),
+        torch.randn(1, 3, 16),
+    )
     A = decoder(words, regions)
     s = decoder.text_norm(words[0, 1] + decoder.text(words[0, 1]))
     o = decoder.region_norm(regions[0, 2] + decoder.region(regions[0, 2]))
@@ -324,73 +511,209 @@ def test_the_aligner_is_equation_12():
 
 
 def test_bert_and_another_models_checkpoint_go_in_with_a_report(tmp_path):
-    """BERT fills the language stream; UNITER's own parts are told as unused; a wrong width is one clear error."""
+    """BERT fills the language stream; UNITER's own parts are told as unused; a wrong width is one
+    clear error.
+    """
     model = tiny("lxmert")
-    official = {f"bert.encoder.layer.0.attention.self.{n}.{w}": torch.ones(16, 16) if w == "weight" else torch.ones(16) for n in ("query", "key", "value") for w in ("weight", "bias")}
+    official = {
+        f"bert.encoder.layer.0.attention.self.{n}.{w}": torch.ones(16, 16)
+        if w == "weight"
+        else torch.ones(16)
+        for n in ("query", "key", "value")
+        for w in ("weight", "bias")
+    }
     torch.save(official, tmp_path / "bert.bin")
     report = load_pretrained(model, tmp_path / "bert.bin")
-    assert (model.text_layers[0].attention.to_q.weight == 1).all() and len(report.loaded) == 6 and "cross_layers.0.cross.to_q.weight" in report.missing
+    assert (
+        (model.text_layers[0].attention.to_q.weight == 1).all()
+        and len(report.loaded) == 6
+        and "cross_layers.0.cross.to_q.weight" in report.missing
+    )
 
 
 @pytest.mark.parametrize("start", ["zero", "xavier"])
 def test_maf_starts_as_told(start):
-    """W_f at zero leaves a region at its label; W_p at the identity leaves a phrase nearly as it is."""
+    """W_f at zero leaves a region at its label; W_p at the identity leaves a phrase nearly as it
+    is.
+    """
     model = Maf(10, 6, 4, start=(start, "identity"))
-    h, v = model(torch.tensor([[[1, 2]]]), torch.tensor([[3, 4]]), torch.tensor([[5, 6]]), torch.rand(1, 2, 4))
+    h, v = model(
+        torch.tensor([[[1, 2]]]),
+        torch.tensor([[3, 4]]),
+        torch.tensor([[5, 6]]),
+        torch.rand(1, 2, 4),
+    )
     assert torch.equal(v, model.word(torch.tensor([[3, 4]]))) == (start == "zero")
     torch.testing.assert_close(model.project(h), h, atol=1e-3, rtol=0)
-    alone = Maf(10, 6, 4, inputs=("attribute",))(torch.tensor([[[1, 2]]]), torch.tensor([[3, 4]]), torch.tensor([[5, 6]]), torch.rand(1, 2, 4))[1]
+    alone = Maf(10, 6, 4, inputs=("attribute",))(
+        torch.tensor([[[1, 2]]]),
+        torch.tensor([[3, 4]]),
+        torch.tensor([[5, 6]]),
+        torch.rand(1, 2, 4),
+    )[1]
     assert alone.shape == (1, 2, 6) and alone.abs().sum() > 0
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------- runs
 
 SMALL = ["--steps", 20, "--warmup", 2, "--log-every", 1]
 
 
-@pytest.mark.parametrize("argv, told", [
-    (["--loss", "align"], "align"), (["--recipe", "toy-align", "--loss", "none"], "answers"), (["--recipe", "toy-align", "--loss", "cacr+align"], "cacr"),
-    (["--loss", "maf"], "maf"), (["--loss", "maf", "--region-inputs", "label+attribute+feature", "--phrase-pooling", "average", "--attend-padding"], "maf"),
-    (["--loss", "maf", "--region-inputs", "feature", "--init-w-f", "xavier", "--init-w-p", "xavier"], "maf")])
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--loss", "align"], "align"),
+        (["--recipe", "toy-align", "--loss", "none"], "answers"),
+        (["--recipe", "toy-align", "--loss", "cacr+align"], "cacr"),
+        (["--loss", "maf"], "maf"),
+        (
+            [
+                "--loss",
+                "maf",
+                "--region-inputs",
+                "label+attribute+feature",
+                "--phrase-pooling",
+                "average",
+                "--attend-padding",
+            ],
+            "maf",
+        ),
+        (
+            [
+                "--loss",
+                "maf",
+                "--region-inputs",
+                "feature",
+                "--init-w-f",
+                "xavier",
+                "--init-w-p",
+                "xavier",
+            ],
+            "maf",
+        ),
+    ],
+)
 def test_twenty_steps(toy_tree, tmp_path, argv, told):
-    done = run(tmp_path, *argv, "--data", toy_tree, "--out", "o", *SMALL, *QUICK, *(["--batch-size", 32] if "maf" in argv else ["--batch-tokens", 512]), "--answers-start", 0)
+    done = run(
+        tmp_path,
+        *argv,
+        "--data",
+        toy_tree,
+        "--out",
+        "o",
+        *SMALL,
+        *QUICK,
+        *(["--batch-size", 32] if "maf" in argv else ["--batch-tokens", 512]),
+        "--answers-start",
+        0,
+    )
     log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(list(r.values())).all() for r in log) and any(told in r for r in log), log[-1]
+    assert all(np.isfinite(list(r.values())).all() for r in log) and any(told in r for r in log), (
+        log[-1]
+    )
     numbers = last_line(done)
-    assert "grounding/upper bound" in numbers if "maf" in argv else "pointing/accuracy" in numbers and "gqa/consistency" in numbers
+    assert (
+        "grounding/upper bound" in numbers
+        if "maf" in argv
+        else "pointing/accuracy" in numbers and "gqa/consistency" in numbers
+    )
     assert list((tmp_path / "o/figures").glob("*.png"))
 
 
-@pytest.mark.parametrize("loss", ["cacr", "cacr-logits", "iais", "iais-released", "iais-distributed", "wra"])
+@pytest.mark.parametrize(
+    "loss", ["cacr", "cacr-logits", "iais", "iais-released", "iais-distributed", "wra"]
+)
 def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     """Pre-trained and ranked; the loss's gradient reaches the attention of the last cross layer."""
-    done = run(tmp_path, "--model", "lxmert", "--loss", loss, "--data", toy_tree, "--init", "none", "--candidates", 8, "--out", "o", *SMALL, *QUICK, "--batch-tokens", 512)
+    done = run(
+        tmp_path,
+        "--model",
+        "lxmert",
+        "--loss",
+        loss,
+        "--data",
+        toy_tree,
+        "--init",
+        "none",
+        "--candidates",
+        8,
+        "--out",
+        "o",
+        *SMALL,
+        *QUICK,
+        "--batch-tokens",
+        512,
+    )
     log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(r[loss]) for r in log if loss in r) and any(loss in r for r in log)
     assert "winoground/group" in last_line(done)
-    cfg, runtime, tokenizer, streams = prepared(toy_tree, "--model", "lxmert", "--loss", loss, "--batch-tokens", 256, "--candidates", 0)
+    cfg, runtime, tokenizer, streams = prepared(
+        toy_tree, "--model", "lxmert", "--loss", loss, "--batch-tokens", 256, "--candidates", 0
+    )
     model = train.build_model(cfg, runtime, tokenizer, streams)
     batch = streams.train[0][0]
     found = train.objective_rank(cfg, model, batch)
     found[loss].backward()
     layer = model.cross_layers[-1]
-    used = layer.cross.to_q.weight.grad if loss != "iais" and loss != "iais-released" else layer.region.attention.to_q.weight.grad
+    used = (
+        layer.cross.to_q.weight.grad
+        if loss != "iais" and loss != "iais-released"
+        else layer.region.attention.to_q.weight.grad
+    )
     assert used is not None and used.abs().sum() > 0
 
 
-@pytest.mark.parametrize("argv", [["--loss", "align", "--batch-tokens", 512], ["--loss", "maf", "--batch-size", 32]])
+@pytest.mark.parametrize(
+    "argv", [["--loss", "align", "--batch-tokens", 512], ["--loss", "maf", "--batch-size", 32]]
+)
 def test_two_processes_are_one(toy_tree, tmp_path, argv):
     """Negatives, counts and means included: two processes with n units each and one with 2n."""
-    common = ["--data", toy_tree, "--steps", 4, "--warmup", 0, "--lr", 1e-4, "--answers-start", 0, "--eval-every", 4, *QUICK]
+    common = [
+        "--data",
+        toy_tree,
+        "--steps",
+        4,
+        "--warmup",
+        0,
+        "--lr",
+        1e-4,
+        "--answers-start",
+        0,
+        "--eval-every",
+        4,
+        *QUICK,
+    ]
     run(tmp_path, *argv, *common, "--out", "two", processes=2)
     run(tmp_path, *argv[:-1], 2 * argv[-1], *common, "--out", "one")
-    one, two = ({k: v for k, v in weights(tmp_path / n).items() if k != "feature.bias"} for n in ("one", "two"))       # MAF's loss does not feel it: noise
+    # MAF's loss does not feel it: noise
+    one, two = (
+        {k: v for k, v in weights(tmp_path / n).items() if k != "feature.bias"}
+        for n in ("one", "two")
+    )
     same(one, two, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("argv", [["--loss", "align", "--optimizer", "bertadam", "--schedule", "linear-from-0"], ["--loss", "maf"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--loss", "align", "--optimizer", "bertadam", "--schedule", "linear-from-0"],
+        ["--loss", "maf"],
+    ],
+)
 def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):
-    args = [*argv, "--data", toy_tree, "--steps", 8, "--warmup", 2, "--save-every", 2, *(["--batch-size", 64] if "maf" in argv else ["--batch-tokens", 512]), *QUICK]
+    args = [
+        *argv,
+        "--data",
+        toy_tree,
+        "--steps",
+        8,
+        "--warmup",
+        2,
+        "--save-every",
+        2,
+        *(["--batch-size", 64] if "maf" in argv else ["--batch-tokens", 512]),
+        *QUICK,
+    ]
     run(tmp_path, *args, "--out", "whole")
     run_and_kill(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
@@ -400,51 +723,162 @@ def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):
 @pytest.fixture(scope="module")
 def aligned(toy_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aligned")
-    run(folder, "--loss", "align", "--data", toy_tree, "--steps", 20, "--warmup", 2, "--batch-tokens", 512, "--out", "run", *QUICK)
+    run(
+        folder,
+        "--loss",
+        "align",
+        "--data",
+        toy_tree,
+        "--steps",
+        20,
+        "--warmup",
+        2,
+        "--batch-tokens",
+        512,
+        "--out",
+        "run",
+        *QUICK,
+    )
     return folder / "run/last.pt"
 
 
-@pytest.mark.parametrize("argv", [["--task", "gqa"], ["--task", "nlvr2", "--model", "lxmert", "--nlvr2-head", "pair-mlp", "--no-cased"], ["--task", "vqa", "--model", "lxmert", "--no-cased"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--task", "gqa"],
+        ["--task", "nlvr2", "--model", "lxmert", "--nlvr2-head", "pair-mlp", "--no-cased"],
+        ["--task", "vqa", "--model", "lxmert", "--no-cased"],
+    ],
+)
 def test_fine_tuning_from_two_streams(toy_tree, tmp_path, aligned, argv):
-    done = run(tmp_path, *argv, "--init", aligned, "--data", toy_tree, "--out", "o", *SMALL, "--batch-tokens", 512, *QUICK)
+    done = run(
+        tmp_path,
+        *argv,
+        "--init",
+        aligned,
+        "--data",
+        toy_tree,
+        "--out",
+        "o",
+        *SMALL,
+        "--batch-tokens",
+        512,
+        *QUICK,
+    )
     assert f"{argv[1]}/accuracy" in last_line(done)
     assert "text_layers" not in done.stdout.split("missing")[1].splitlines()[0]
 
 
 def evaluated(tmp_path, *argv, expect=0):
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *map(str, argv)], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), *map(str, argv)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == expect, done.stderr[-2000:]
     return done
 
 
 def test_evaluation_of_checkpoints(toy_tree, tmp_path, aligned):
-    """GQA without fine-tuning, its submission, pointing, and figures of two models beside each other."""
-    rows = evaluated(tmp_path, "--task", "gqa", "--ckpt", aligned, "--data", toy_tree, "--submit", "s.json")
+    """GQA without fine-tuning, its submission, pointing, and figures of two models beside each
+    other.
+    """
+    rows = evaluated(
+        tmp_path, "--task", "gqa", "--ckpt", aligned, "--data", toy_tree, "--submit", "s.json"
+    )
     sent = json.loads((tmp_path / "s.json").read_text())
-    assert {r["questionId"] for r in sent} == set(data.gqa_records(toy_tree, "testdev_all")) and "gqa/accuracy" in rows.stdout
-    assert "pointing/accuracy" in evaluated(tmp_path, "--task", "pointing", "--ckpt", aligned, "--data", toy_tree).stdout
-    val = json.loads(evaluated(tmp_path, "--task", "gqa", "--split", "val_all", "--ckpt", aligned, "--data", toy_tree).stdout.splitlines()[-1])
+    assert {r["questionId"] for r in sent} == set(
+        data.gqa_records(toy_tree, "testdev_all")
+    ) and "gqa/accuracy" in rows.stdout
+    assert (
+        "pointing/accuracy"
+        in evaluated(tmp_path, "--task", "pointing", "--ckpt", aligned, "--data", toy_tree).stdout
+    )
+    val = json.loads(
+        evaluated(
+            tmp_path, "--task", "gqa", "--split", "val_all", "--ckpt", aligned, "--data", toy_tree
+        ).stdout.splitlines()[-1]
+    )
     assert val["gqa/grounding"] > 0
-    evaluated(tmp_path, "--task", "figures", "--ckpt", aligned, aligned, "--data", toy_tree, "--out", "f")
+    evaluated(
+        tmp_path, "--task", "figures", "--ckpt", aligned, aligned, "--data", toy_tree, "--out", "f"
+    )
     assert len(list((tmp_path / "f").glob("map_*.png"))) == 4
-    run(tmp_path, "--loss", "maf", "--data", toy_tree, "--steps", 5, "--batch-size", 32, "--out", "m", *QUICK)
-    found = json.loads(evaluated(tmp_path, "--task", "grounding", "--ckpt", "m/last.pt", "--data", toy_tree).stdout.splitlines()[-1])
-    assert found["grounding/accuracy"] <= found["grounding/upper bound"] <= 100 and found["grounding/whole image"] < 10
-    assert "does not ground phrases" in evaluated(tmp_path, "--task", "grounding", "--ckpt", aligned, "--data", toy_tree, expect=1).stderr
+    run(
+        tmp_path,
+        "--loss",
+        "maf",
+        "--data",
+        toy_tree,
+        "--steps",
+        5,
+        "--batch-size",
+        32,
+        "--out",
+        "m",
+        *QUICK,
+    )
+    found = json.loads(
+        evaluated(
+            tmp_path, "--task", "grounding", "--ckpt", "m/last.pt", "--data", toy_tree
+        ).stdout.splitlines()[-1]
+    )
+    assert (
+        found["grounding/accuracy"] <= found["grounding/upper bound"] <= 100
+        and found["grounding/whole image"] < 10
+    )
+    assert (
+        "does not ground phrases"
+        in evaluated(
+            tmp_path, "--task", "grounding", "--ckpt", aligned, "--data", toy_tree, expect=1
+        ).stderr
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------- evaluation
+
 
 def test_guesses_by_hand():
     """Two discs and a square; the larger disc is chosen among equals."""
     boxes = np.array([[0, 0, 10, 10], [40, 40, 60, 60], [45, 45, 55, 55]], np.float32)
-    vectors = {"red": np.array([0.0, 1]), "disc": np.array([1.0, 0]), "square": np.array([0.6, 0.8]), "circle": np.array([0.95, 0.3])}
-    found = evaluate.table_5(["red", "circle"], ["disc", "disc", "square"], boxes, (100, 100), vectors, np.random.default_rng(0))
-    assert found["center-obj"].tolist() == boxes[1].tolist() and found["max-obj"].tolist() == boxes[1].tolist()
+    vectors = {
+        "red": np.array([0.0, 1]),
+        "disc": np.array([1.0, 0]),
+        "square": np.array([0.6, 0.8]),
+        "circle": np.array([0.95, 0.3]),
+    }
+    found = evaluate.table_5(
+        ["red", "circle"],
+        ["disc", "disc", "square"],
+        boxes,
+        (100, 100),
+        vectors,
+        np.random.default_rng(0),
+    )
+    assert (
+        found["center-obj"].tolist() == boxes[1].tolist()
+        and found["max-obj"].tolist() == boxes[1].tolist()
+    )
     assert found["whole image"].tolist() == [0, 0, 100, 100]
-    assert found["direct match"].tolist() == boxes[1].tolist()      # nothing matches: the largest of all
-    assert found["glove-max"].tolist() == boxes[1].tolist() and found["glove-avg"].tolist() == boxes[2].tolist()
-    assert evaluate.table_5(["square"], ["disc", "disc", "square"], boxes, (100, 100), vectors, np.random.default_rng(0))["direct match"].tolist() == boxes[2].tolist()
+    # nothing matches: the largest of all
+    assert found["direct match"].tolist() == boxes[1].tolist()
+    assert (
+        found["glove-max"].tolist() == boxes[1].tolist()
+        and found["glove-avg"].tolist() == boxes[2].tolist()
+    )
+    assert (
+        evaluate.table_5(
+            ["square"],
+            ["disc", "disc", "square"],
+            boxes,
+            (100, 100),
+            vectors,
+            np.random.default_rng(0),
+        )["direct match"].tolist()
+        == boxes[2].tolist()
+    )
 
 
 def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
@@ -456,7 +890,11 @@ def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
         def fake(run, pairs, captions):
             for c in captions:
                 one = np.array([c])
-                batch = {k: v.numpy() for k, v in pairs.batch(one, pairs.image[one]).items() if isinstance(v, torch.Tensor)}
+                batch = {
+                    k: v.numpy()
+                    for k, v in pairs.batch(one, pairs.image[one]).items()
+                    if isinstance(v, torch.Tensor)
+                }
                 place, _, box, _ = pairs.pointers(one)
                 P = np.zeros((1, batch["text"].shape[1], batch["boxes"].shape[1]))
                 boxes = torch.from_numpy(pairs.store.read(pairs.image[one], "boxes")[0])
@@ -464,10 +902,13 @@ def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
                     overlap = losses.box_iou(torch.from_numpy(b), boxes).numpy()
                     P[0, p] = overlap if perfect else -overlap
                 yield one, batch, P
+
         return fake
+
     monkeypatch.setattr(evaluate, "word_to_region", attention(True))
     found = evaluate.pointing_scores(None, pairs)
-    assert found["pointing/accuracy"] > 99 and 15 < found["pointing/chance"] < 60          # two pointers of one word may differ
+    # two pointers of one word may differ
+    assert found["pointing/accuracy"] > 99 and 15 < found["pointing/chance"] < 60
     monkeypatch.setattr(evaluate, "word_to_region", attention(False))
     assert evaluate.pointing_scores(None, pairs)["pointing/accuracy"] < 12
 
@@ -475,7 +916,12 @@ def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
 def test_cell_map_keeps_the_attention():
     boxes = np.array([[0.0, 0.0, 0.5, 0.5], [0.2, 0.4, 0.9, 1.0]])
     grid = evaluate.cell_map(np.array([0.25, 0.75]), boxes, 4)
-    assert grid.sum() == pytest.approx(1) and grid[:2, :2].sum() >= 0.25 and grid[0, 3] > 0 and grid[3, 0] == 0
+    assert (
+        grid.sum() == pytest.approx(1)
+        and grid[:2, :2].sum() >= 0.25
+        and grid[0, 3] > 0
+        and grid[3, 0] == 0
+    )
 
 
 def test_gqa_needs_the_entailed_predictions():
@@ -485,30 +931,66 @@ def test_gqa_needs_the_entailed_predictions():
         evaluate.gqa_scores(z["questions"], said)
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("argv, told", [
-    (["--loss", "aling"], "did you mean align?"), (["--loss", "align", "--recipe", "toy"], "words point at boxes"), (["--loss", "maf", "--recipe", "toy"], "--loss maf, which chooses"),
-    (["--recipe", "toy-align", "--model", "uniter"], "is not for --model uniter"), (["--recipe", "toy-pretrain", "--model", "lxmert", "--pretrain", "mlm+mrckl"], "Wanted: mlm itm mrfr wra multitask"),
-    (["--model", "lxmert", "--size", "large"], "There are: toy, base"), (["--loss", "maf", "--region-inputs", "label+colour"], "'colour' is not known"), (["--loss", "align", "--answers-start", "2"], "0 to 1")])
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--loss", "aling"], "did you mean align?"),
+        (["--loss", "align", "--recipe", "toy"], "words point at boxes"),
+        (["--loss", "maf", "--recipe", "toy"], "--loss maf, which chooses"),
+        (["--recipe", "toy-align", "--model", "uniter"], "is not for --model uniter"),
+        (
+            ["--recipe", "toy-pretrain", "--model", "lxmert", "--pretrain", "mlm+mrckl"],
+            "Wanted: mlm itm mrfr wra multitask",
+        ),
+        (["--model", "lxmert", "--size", "large"], "There are: toy, base"),
+        (["--loss", "maf", "--region-inputs", "label+colour"], "'colour' is not known"),
+        (["--loss", "align", "--answers-start", "2"], "0 to 1"),
+    ],
+)
 def test_settings_that_cannot_be(toy_tree, tmp_path, argv, told):
     done = run(tmp_path, *argv, "--data", toy_tree, expect=1)
     assert told in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("broken, told", [
-    ("glove/glove.6B.300d.txt", "glove.6B.300d.txt, line"), ("gqa/train_sceneGraphs.json", "is not whole JSON"), ("gqa/train_balanced_questions.json", "is not whole JSON")])
+@pytest.mark.parametrize(
+    "broken, told",
+    [
+        ("glove/glove.6B.300d.txt", "glove.6B.300d.txt, line"),
+        ("gqa/train_sceneGraphs.json", "is not whole JSON"),
+        ("gqa/train_balanced_questions.json", "is not whole JSON"),
+    ],
+)
 def test_cut_files_are_told(toy_tree, tmp_path, broken, told):
     tree = copied(toy_tree, tmp_path, broken.split("/")[0])
     path = tree / broken
     raw = path.read_bytes()
-    path.write_bytes(raw[:len(raw) // 2])
+    path.write_bytes(raw[: len(raw) // 2])
     done = run(tmp_path, "--loss", "align", "--data", tree, *QUICK, expect=1)
-    assert told in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("last.pt"))
+    assert (
+        told in done.stderr
+        and "Traceback" not in done.stderr
+        and not (tmp_path / "out").exists()
+        or not list((tmp_path / "out").rglob("last.pt"))
+    )
 
 
 def test_a_detector_of_other_names_is_told(toy_tree, tmp_path):
     tree = copied(toy_tree, tmp_path, "vg")
     (tree / "vg/objects_vocab.txt").write_text("disc\nsquare\n")
-    done = run(tmp_path, "--loss", "align", "--data", tree, "--steps", 5, "--batch-tokens", 512, *QUICK, expect=1)
+    done = run(
+        tmp_path,
+        "--loss",
+        "align",
+        "--data",
+        tree,
+        "--steps",
+        5,
+        "--batch-tokens",
+        512,
+        *QUICK,
+        expect=1,
+    )
     assert "only 2 names" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
 """Readers, store, tokenizer and batches; and every kind of bad file a user may have."""
+
 import base64
 import itertools
 import json
@@ -24,35 +25,60 @@ def toy(toy_tree):
 
 @pytest.fixture(scope="session")
 def pairs(toy):
-    return make_index(read(data.coco_captions, toy, "train2014")[0], RegionStore(toy / "regions/coco"), WordPiece(toy / "bert-base-cased/vocab.txt", lower=False))
+    return make_index(
+        read(data.coco_captions, toy, "train2014")[0],
+        RegionStore(toy / "regions/coco"),
+        WordPiece(toy / "bert-base-cased/vocab.txt", lower=False),
+    )
 
 
 def digest(folder):
     import hashlib
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
-# --------------------------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------------------- tokenizer
+
 
 @pytest.mark.parametrize("name, lower", [("wordpiece", True), ("wordpiece_cased", False)])
 def test_tokenizer_is_berts(name, lower):
-    """300 strings through HuggingFace's tokenizer with BERT's vocabulary; the strings are hard ones."""
+    """300 strings through HuggingFace's tokenizer with BERT's vocabulary; the strings are hard
+    ones.
+    """
     tokenizer = WordPiece(shared("real/bert/vocab.txt"), lower)
     golden = json.loads(shared(f"golden/{name}.json").read_text(encoding="utf-8"))
-    wrong = [s["text"] for s in golden["strings"] if [tokenizer.cls, *tokenizer(s["text"]), tokenizer.sep] != s["ids"]]
+    wrong = [
+        s["text"]
+        for s in golden["strings"]
+        if [tokenizer.cls, *tokenizer(s["text"]), tokenizer.sep] != s["ids"]
+    ]
     assert not wrong, wrong[:5]
     assert len(golden["strings"]) >= 300
 
 
 def test_tokenizer_without_third_party_data(toy):
     t = WordPiece(toy / "bert-base-uncased/vocab.txt", lower=True)
-    assert [t.pieces[i] for i in t("A RED circle, [MASK]zq")] == ["a", "red", "circle", ",", "[MASK]", "z", "##q"]
-    assert t("") == [] and t("北" ) == [t.unk] and t("x" * 101) == [t.unk]
+    assert [t.pieces[i] for i in t("A RED circle, [MASK]zq")] == [
+        "a",
+        "red",
+        "circle",
+        ",",
+        "[MASK]",
+        "z",
+        "##q",
+    ]
+    assert t("") == [] and t("北") == [t.unk] and t("x" * 101) == [t.unk]
     cased = WordPiece(toy / "bert-base-cased/vocab.txt", lower=False)
     assert cased("RED") == [cased.unk]
 
 
-# --------------------------------------------------------------------------------------------------------- toy world
+# -------------------------------------------------------------------------------------- toy world
+
 
 def test_same_seed_same_bytes(tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
@@ -63,15 +89,25 @@ def test_same_seed_same_bytes(tmp_path):
 
 
 def test_splits_share_no_scene_and_captions_are_true(toy):
-    images = {s: {c.image for c in read(data.karpathy_captions, toy, s, dataset="flickr30k")[0]} for s in ("train", "val", "test")}
-    assert not images["train"] & images["val"] and not images["val"] & images["test"] and all(images.values())
+    images = {
+        s: {c.image for c in read(data.karpathy_captions, toy, s, dataset="flickr30k")[0]}
+        for s in ("train", "val", "test")
+    }
+    assert (
+        not images["train"] & images["val"]
+        and not images["val"] & images["test"]
+        and all(images.values())
+    )
     rng = np.random.default_rng(0)
     for _ in range(200):
         things = world.draw_scene(rng)
         text = world.spoken(world.describe(rng, things))
         for how in world.RELATIONS:
             if f" {how} " in text:
-                a, b = (next(t for t in things if f"{t.colour} {t.shape}" in side) for side in text.replace(" to the", "").split(f" {how} "))
+                a, b = (
+                    next(t for t in things if f"{t.colour} {t.shape}" in side)
+                    for side in text.replace(" to the", "").split(f" {how} ")
+                )
                 assert world.relation(a, b) == how, text
 
 
@@ -90,7 +126,10 @@ def test_toy_is_left_alone_or_made_again(tmp_path):
     (tmp_path / "toy/toy.json").write_text(json.dumps({"version": 0, "seed": 4, "scenes": 70}))
     world.ensure_toy(tmp_path / "toy")
     made = json.loads((tmp_path / "toy/toy.json").read_text())
-    assert made == {"version": world.TOY_VERSION, "seed": 4, "scenes": 70} and (tmp_path / "toy/nlvr").exists()
+    assert (
+        made == {"version": world.TOY_VERSION, "seed": 4, "scenes": 70}
+        and (tmp_path / "toy/nlvr").exists()
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -101,12 +140,19 @@ def test_toy_is_left_alone_or_made_again(tmp_path):
 
 
 def test_killed_toy_leaves_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, 'tests')\nimport toy, os\ntoy.toy_winoground = lambda *a: os.kill(os.getpid(), 9)\ntoy.make_toy({str(tmp_path / 'toy')!r}, scenes=60)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\nimport toy, os\n"
+        "toy.toy_winoground = lambda *a: os.kill(os.getpid(), 9)\n"
+        f"toy.make_toy({str(tmp_path / 'toy')!r}, scenes=60)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
+    )
     assert not (tmp_path / "toy").exists()
 
 
-# --------------------------------------------------------------------------------------------------- store and pack
+# --------------------------------------------------------------------------------- store and pack
+
 
 def row(image, n=36, width=8, w=640, h=480, kind="lxmert", seed=0):
     rng = np.random.default_rng(seed)
@@ -115,22 +161,43 @@ def row(image, n=36, width=8, w=640, h=480, kind="lxmert", seed=0):
     features = rng.random((n, width)).astype("<f4")
     b = lambda x, t: base64.b64encode(np.ascontiguousarray(x, t).tobytes()).decode()
     ids, conf = rng.integers(0, 1600, n), rng.random(n)
-    cells = ([image, h, w, b(ids, "<i8"), b(conf, "<f4"), b(ids % 400, "<i8"), b(conf, "<f4"), n, b(boxes, "<f4"), b(features, "<f4")]
-             if kind == "lxmert" else [image, w, h, n, b(boxes, "<f4"), b(features, "<f4")])
+    cells = (
+        [
+            image,
+            h,
+            w,
+            b(ids, "<i8"),
+            b(conf, "<f4"),
+            b(ids % 400, "<i8"),
+            b(conf, "<f4"),
+            n,
+            b(boxes, "<f4"),
+            b(features, "<f4"),
+        ]
+        if kind == "lxmert"
+        else [image, w, h, n, b(boxes, "<f4"), b(features, "<f4")]
+    )
     return "\t".join(map(str, cells)), boxes, features
 
 
 @pytest.mark.parametrize("kind", ["lxmert", "butd"])
 def test_pack_tsv(tmp_path, kind):
-    rows = [row(f"img{i}", n=36 if kind == "lxmert" else 10 + i, kind=kind, seed=i) for i in range(5)]
+    rows = [
+        row(f"img{i}", n=36 if kind == "lxmert" else 10 + i, kind=kind, seed=i) for i in range(5)
+    ]
     (tmp_path / "f.tsv").write_text("\n".join(r[0] for r in rows) + "\n")
     data.pack([tmp_path / "f.tsv"], tmp_path / "store")
     store = RegionStore(tmp_path / "store")
     assert ids_of(store) == [f"img{i}" for i in range(5)] and store.wh.tolist() == [[640, 480]] * 5
     got = store.read(np.array([3, 1]))
     for b, i in enumerate((3, 1)):
-        np.testing.assert_array_equal(got[b, :len(rows[i][2])], rows[i][2].astype(np.float16))
-        np.testing.assert_allclose(store.relative_boxes(np.array([i]))[0] * [640, 480, 640, 480], rows[i][1], rtol=1e-5, atol=1e-3)
+        np.testing.assert_array_equal(got[b, : len(rows[i][2])], rows[i][2].astype(np.float16))
+        np.testing.assert_allclose(
+            store.relative_boxes(np.array([i]))[0] * [640, 480, 640, 480],
+            rows[i][1],
+            rtol=1e-5,
+            atol=1e-3,
+        )
     assert ("cls_id" in store.arrays) == (kind == "lxmert")
 
 
@@ -141,11 +208,21 @@ def test_pack_uniter_npz(tmp_path):
     boxes = np.tile(np.array([0.1, 0.2, 0.5, 0.6, 0.4, 0.4], np.float16), (20, 1))
     probs = np.random.default_rng(0).dirichlet(np.ones(6), 20).astype(np.float16)
     for name in ("coco_train2014_000000000007", "flickr30k_000000001234"):
-        np.savez(tmp_path / f"npz/{name}.npz", features=np.ones((20, 8), np.float16), norm_bb=boxes, conf=conf, soft_labels=probs)
+        np.savez(
+            tmp_path / f"npz/{name}.npz",
+            features=np.ones((20, 8), np.float16),
+            norm_bb=boxes,
+            conf=conf,
+            soft_labels=probs,
+        )
     data.pack([tmp_path / "npz"], tmp_path / "store", tmp_path / "jpg")
     store = RegionStore(tmp_path / "store")
-    assert ids_of(store) == ["COCO_train2014_000000000007", "1234"] and store.wh.tolist() == [[200, 100], [1, 1]]
-    assert store.n_regions(np.arange(len(store))).tolist() == [12, 12] and store.classes == 6                      # those above 0.2, at least 10
+    assert ids_of(store) == ["COCO_train2014_000000000007", "1234"] and store.wh.tolist() == [
+        [200, 100],
+        [1, 1],
+    ]
+    # those above 0.2, at least 10
+    assert store.n_regions(np.arange(len(store))).tolist() == [12, 12] and store.classes == 6
     np.testing.assert_allclose(store.boxes[0], [20, 20, 100, 60], rtol=1e-2)
 
 
@@ -161,6 +238,7 @@ def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
         if count[0] in (17, 30):
             raise KeyboardInterrupt
         add(self, *a, **k)
+
     monkeypatch.setattr(writer, "add", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -169,15 +247,26 @@ def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
     assert count[0] > 40 and digest(tmp_path / "whole") == digest(tmp_path / "pieces")
 
 
-# ----------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------- batches
+
 
 def test_at_most_five_percent_is_padding(toy, pairs):
-    flickr = make_index(read(data.karpathy_captions, toy, "train", dataset="flickr30k")[0], RegionStore(toy / "regions/flickr30k"), pairs.tokenizer)
-    for stream in (Batches("mlm", pairs, 1024, 0), Batches("itm", pairs, 1024, 0), Batches("rank", flickr, 1536, 0)):
+    flickr = make_index(
+        read(data.karpathy_captions, toy, "train", dataset="flickr30k")[0],
+        RegionStore(toy / "regions/flickr30k"),
+        pairs.tokenizer,
+    )
+    for stream in (
+        Batches("mlm", pairs, 1024, 0),
+        Batches("itm", pairs, 1024, 0),
+        Batches("rank", flickr, 1536, 0),
+    ):
         real = paid = 0
         for k in range(20):
             batch = stream[k]
-            for b in [batch["input"]] if "input" in batch else [batch["positive"], *batch["negatives"]]:
+            for b in (
+                [batch["input"]] if "input" in batch else [batch["positive"], *batch["negatives"]]
+            ):
                 real += int(b["text_mask"].sum() + b["region_mask"].sum())
                 paid += len(b["text"]) * b["length"]
                 assert b["length"] == int((b["text_mask"].sum(1) + b["region_mask"].sum(1)).max())
@@ -185,9 +274,16 @@ def test_at_most_five_percent_is_padding(toy, pairs):
 
 
 def test_a_batch_is_a_function_of_seed_and_number(pairs):
-    a, b, other = Batches("mlm", pairs, 512, 3), Batches("mlm", pairs, 512, 3), Batches("mlm", pairs, 512, 4)
+    a, b, other = (
+        Batches("mlm", pairs, 512, 3),
+        Batches("mlm", pairs, 512, 3),
+        Batches("mlm", pairs, 512, 4),
+    )
     a[0], a[100]
-    assert torch.equal(a[5]["input"]["text"], b[5]["input"]["text"]) and a[5]["names"] != other[5]["names"]
+    assert (
+        torch.equal(a[5]["input"]["text"], b[5]["input"]["text"])
+        and a[5]["names"] != other[5]["names"]
+    )
 
 
 @pytest.mark.parametrize("task", ["mlm", "itm", "mrckl"])
@@ -198,7 +294,9 @@ def test_parts_make_up_the_whole_batch(pairs, task):
     for key, of in (("word_targets", "mlm"), ("region_probs", "mrckl")):
         if task == of:
             assert sum(len(p[key]) for p in parts) == len(whole[key])
-            assert sum(p[key].double().sum() for p in parts) == pytest.approx(whole[key].double().sum().item())
+            assert sum(p[key].double().sum() for p in parts) == pytest.approx(
+                whole[key].double().sum().item()
+            )
 
 
 def test_an_epoch_holds_every_caption_once(pairs):
@@ -219,7 +317,9 @@ def test_mlm_masks_as_bert(pairs):
         masked += int((ids[places] == tok.mask).sum())
         kept += int((ids[places] == b["word_targets"]).sum())
         total += len(places)
-    assert masked / total == pytest.approx(0.8, abs=0.04) and kept / total == pytest.approx(0.1, abs=0.03)
+    assert masked / total == pytest.approx(0.8, abs=0.04) and kept / total == pytest.approx(
+        0.1, abs=0.03
+    )
 
 
 def test_negatives_are_mismatched(pairs):
@@ -235,47 +335,82 @@ def test_negatives_are_mismatched(pairs):
 
 
 def test_hardest_negatives_come_from_the_candidates(pairs):
-    for k, same in ((0, "captions"), (1, "images")):                  # a caption with other images, then an image with other captions
+    # a caption with other images, then an image with other captions
+    for k, same in ((0, "captions"), (1, "images")):
         stream = Batches("rank", pairs, 512, 0, negatives=2, candidates=9, alternate=True)
         captions, images = stream[k]["candidates"]
         assert captions.shape[1] == 9
         assert (np.ptp(captions if same == "captions" else images, axis=1) == 0).all()
         chosen = data.collate_negatives(pairs, captions[:, :2], images[:, :2])
-        assert chosen["order"].shape == captions[:, :2].shape and sum(len(b["text"]) for b in chosen["negatives"]) == captions[:, :2].size
+        assert (
+            chosen["order"].shape == captions[:, :2].shape
+            and sum(len(b["text"]) for b in chosen["negatives"]) == captions[:, :2].size
+        )
 
 
-# --------------------------------------------------------------------------------------------------------- real NLVR
+# -------------------------------------------------------------------------------------- real NLVR
+
 
 def test_real_nlvr(tmp_path_factory, toy):
     import tarfile
+
     folder = tmp_path_factory.mktemp("real")
     with tarfile.open(shared("real/nlvr.tar.gz")) as tar:
-        tar.extractall(folder, filter="data", members=[m for m in tar if m.name.endswith(".json") or "/dev/images/1/" in m.name])
-    dev, test = (read(data.nlvr_presentations, folder, split, orders=1)[0] for split in ("dev", "test"))
-    assert (len(dev), sum(e.target for e in dev), len(test), sum(e.target for e in test)) == (989, 547, 990, 556)
+        tar.extractall(
+            folder,
+            filter="data",
+            members=[m for m in tar if m.name.endswith(".json") or "/dev/images/1/" in m.name],
+        )
+    dev, test = (
+        read(data.nlvr_presentations, folder, split, orders=1)[0] for split in ("dev", "test")
+    )
+    assert (len(dev), sum(e.target for e in dev), len(test), sum(e.target for e in test)) == (
+        989,
+        547,
+        990,
+        556,
+    )
     records, _ = read(data.nlvr_presentations, folder, "dev")
     tokenizer = WordPiece(toy / "bert-base-cased/vocab.txt", lower=False)
     pairs = make_index(records, data.NlvrStore(folder, "dev"), tokenizer)
     assert len(pairs) == 5934 and pairs.store.image_id(3) == f"{dev[0].id[:-2]}-3"
-    first, k3 = pairs.store.relative_boxes(np.array([0]))[0] * [400, 100, 400, 100], pairs.store.relative_boxes(np.array([3]))[0] * [400, 100, 400, 100]
-    assert first[1].round().tolist() == [80, 80, 100, 100]             # box 0 shows the first item at 80, 80
+    first, k3 = (
+        pairs.store.relative_boxes(np.array([0]))[0] * [400, 100, 400, 100],
+        pairs.store.relative_boxes(np.array([3]))[0] * [400, 100, 400, 100],
+    )
+    # box 0 shows the first item at 80, 80
+    assert first[1].round().tolist() == [80, 80, 100, 100]
     n = [len(b) for b in dev[0].note]
-    assert k3[1].round()[0] == dev[0].note[1][0][3] and sum(n) + 3 == len(first)           # order 3 shows boxes 1, 2, 0
-    pictures, colours = dict(data.walk_pictures(folder, "nlvr")), {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
+    # order 3 shows boxes 1, 2, 0
+    assert k3[1].round()[0] == dev[0].note[1][0][3] and sum(n) + 3 == len(first)
+    pictures, colours = (
+        dict(data.walk_pictures(folder, "nlvr")),
+        {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)},
+    )
     shown = [e for e in dev if e.id in pictures][:10]
-    for e in shown:                                 # the pictures themselves, in each order, have every item's colour where its middle is said to be
+    # the pictures themselves, in each order, have every item's colour where its middle is said to
+    # be
+    for e in shown:
         for k, order in enumerate(itertools.permutations(range(3))):
             pixels = np.array(Image.open(pictures[f"{e.id[:-2]}-{k}"]).convert("RGB")).astype(int)
             for at, b in enumerate(order):
                 for _, colour, size, x, y in e.note[b]:
-                    assert abs(pixels[min(y + size // 2 + 2, 99), 150 * at + min(x + size // 2, 99)] - colours[colour]).sum() < 60, (e.id, k)
+                    assert (
+                        abs(
+                            pixels[min(y + size // 2 + 2, 99), 150 * at + min(x + size // 2, 99)]
+                            - colours[colour]
+                        ).sum()
+                        < 60
+                    ), (e.id, k)
     assert len(shown) == 10
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------- bad input
+
 
 def copy_store(toy, tmp_path):
     import shutil
+
     return shutil.copytree(toy / "regions/coco", tmp_path / "coco")
 
 
@@ -290,7 +425,7 @@ def test_bad_stores(toy, tmp_path):
     fails("is missing", RegionStore, tmp_path / "nothing")
     folder = copy_store(toy, tmp_path)
     whole = (folder / "features.npy").read_bytes()
-    (folder / "features.npy").write_bytes(whole[:len(whole) // 2])
+    (folder / "features.npy").write_bytes(whole[: len(whole) // 2])
     fails("cannot be read", RegionStore, folder)
     (folder / "features.npy").write_bytes(whole)
     broken = np.lib.format.open_memmap(folder / "features.npy", mode="r+")
@@ -301,7 +436,9 @@ def test_bad_stores(toy, tmp_path):
     assert ids_of(store)[image] in fails("nan or inf", store.read, np.array([image]))
 
 
-@pytest.mark.parametrize("box", [(100, 10, 50, 40), (10, 10, 900, 40), (-30, 10, 50, 40), (float("nan"), 1, 2, 3)])
+@pytest.mark.parametrize(
+    "box", [(100, 10, 50, 40), (10, 10, 900, 40), (-30, 10, 50, 40), (float("nan"), 1, 2, 3)]
+)
 def test_bad_boxes(toy, tmp_path, box):
     folder = copy_store(toy, tmp_path)
     boxes = np.lib.format.open_memmap(folder / "boxes.npy", mode="r+")
@@ -314,8 +451,13 @@ def test_bad_tsv(tmp_path):
     line = row("img0")[0]
     cells = line.split("\t")
     half = base64.b64encode(base64.b64decode(cells[-1])[:100]).decode()
-    for bad, match in ((line[:1000] + "\n", "columns"), ("\t".join(cells[:-1] + [half]), "bytes of features"),
-                       ("\t".join(cells[:8] + [cells[8][:40]] + cells[9:]), "expected"), ("\t".join([cells[0], "x"] + cells[2:]), "whole number"), ("", "holds no")):
+    for bad, match in (
+        (line[:1000] + "\n", "columns"),
+        ("\t".join(cells[:-1] + [half]), "bytes of features"),
+        ("\t".join(cells[:8] + [cells[8][:40]] + cells[9:]), "expected"),
+        ("\t".join([cells[0], "x"] + cells[2:]), "whole number"),
+        ("", "holds no"),
+    ):
         (tmp_path / "f.tsv").write_text(bad)
         fails(match, data.pack, [tmp_path / "f.tsv"], tmp_path / "store")
         assert not (tmp_path / "store").exists()
@@ -334,23 +476,29 @@ def test_bad_npz(tmp_path):
 
 def test_bad_captions(toy, tmp_path, pairs):
     from shutil import copytree
+
     tree = copytree(toy / "coco/annotations", tmp_path / "coco/annotations").parent.parent
     path = tree / "coco/annotations/captions_train2014.json"
     text = path.read_text()
-    path.write_text(text[:len(text) // 2])
+    path.write_text(text[: len(text) // 2])
     fails("not whole JSON", read, data.coco_captions, tree, "train2014")
     path.write_text(text.replace('"caption"', '"captoin"'))
     assert "captoin" in fails("no field 'caption'", read, data.coco_captions, tree, "train2014")
     fails("is missing", read, data.coco_captions, tmp_path / "nowhere", "train2014")
     captions, _ = read(data.coco_captions, toy, "train2014")
     stray = [*captions, data.Record("COCO_train2014_999999999999", "a cat", "9")]
-    assert "--skip-missing" in fails("has captions but no features", make_index, stray, pairs.store, pairs.tokenizer)
+    assert "--skip-missing" in fails(
+        "has captions but no features", make_index, stray, pairs.store, pairs.tokenizer
+    )
     kept = make_index(stray, pairs.store, pairs.tokenizer, skip_missing=True)
     assert kept.meta["counts"]["missing"] == 1 and "left out" in str(kept)
 
 
 def test_empty_and_endless_captions_are_kept_and_counted(pairs):
-    odd = [data.Record(ids_of(pairs.store)[0], text, str(i)) for i, text in enumerate(("", "red " * 10_000, "a red circle"))]
+    odd = [
+        data.Record(ids_of(pairs.store)[0], text, str(i))
+        for i, text in enumerate(("", "red " * 10_000, "a red circle"))
+    ]
     p = make_index(odd, pairs.store, pairs.tokenizer)
     assert (p.meta["counts"]["empty"], p.meta["counts"]["truncated"]) == (1, 1)
     assert p.n_words(np.arange(3)).tolist() == [2, 62, 5]
@@ -362,18 +510,41 @@ def test_vocabulary_without_mask(tmp_path):
     fails(r"has no \[MASK\]", WordPiece, tmp_path / "vocab.txt", True)
 
 
-@pytest.mark.parametrize("script, argv, match", [("data.py", ["pack", "nothing.tsv", "--out", "x"], "is missing"), ("tests/toy.py", ["--out", "README.md"], "exists already"),
-                                                 ("tests/toy.py", ["--out", "x", "--scenes", "3"], "at least 60"), ("tests/toy.py", ["--out", "x", "--seed", "-2"], "--seed -2")])
+@pytest.mark.parametrize(
+    "script, argv, match",
+    [
+        ("data.py", ["pack", "nothing.tsv", "--out", "x"], "is missing"),
+        ("tests/toy.py", ["--out", "README.md"], "exists already"),
+        ("tests/toy.py", ["--out", "x", "--scenes", "3"], "at least 60"),
+        ("tests/toy.py", ["--out", "x", "--seed", "-2"], "--seed -2"),
+    ],
+)
 def test_command_line_errors_are_one_message(script, argv, match):
-    run = subprocess.run([sys.executable, script, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    run = subprocess.run(
+        [sys.executable, script, *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+    )
     assert run.returncode == 1 and match in run.stderr and "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("npz, image", [("coco_train2014_000000000042", "COCO_train2014_000000000042"), ("flickr30k_000001000092795", "1000092795"),
-                                        ("vg_000000002354", "2354"), ("gcc_train_000000000042", "42"), ("nlvr2_dev-850-0-img0", "dev-850-0-img0"),
-                                        ("nlvr2_train-10171-0-img1", "train-10171-0-img1"), ("vcr_gt_val_1001_Some_Film_00.11@3", "1001_Some_Film_00.11@3"),
-                                        ("vcr_train_1001_Some_Film_00.11@3", "1001_Some_Film_00.11@3"), ("visual_grounding_coco_gt_000000581857", "COCO_train2014_000000581857"),
-                                        ("visual_grounding_det_coco_000000581857", "COCO_train2014_000000581857")])
+@pytest.mark.parametrize(
+    "npz, image",
+    [
+        ("coco_train2014_000000000042", "COCO_train2014_000000000042"),
+        ("flickr30k_000001000092795", "1000092795"),
+        ("vg_000000002354", "2354"),
+        ("gcc_train_000000000042", "42"),
+        ("nlvr2_dev-850-0-img0", "dev-850-0-img0"),
+        ("nlvr2_train-10171-0-img1", "train-10171-0-img1"),
+        ("vcr_gt_val_1001_Some_Film_00.11@3", "1001_Some_Film_00.11@3"),
+        ("vcr_train_1001_Some_Film_00.11@3", "1001_Some_Film_00.11@3"),
+        ("visual_grounding_coco_gt_000000581857", "COCO_train2014_000000581857"),
+        ("visual_grounding_det_coco_000000581857", "COCO_train2014_000000581857"),
+    ],
+)
 def test_names_of_uniters_feature_files(npz, image):
     """They become the ids that the readers of the same data set use."""
     assert data.uniter_image_id(npz) == image

@@ -1,4 +1,5 @@
 """Metrics against slow loops, perfect and reversed rankers, and the figures."""
+
 import json
 import subprocess
 import sys
@@ -15,7 +16,15 @@ def slow_recall(scores, image_of_text):
     T, I = scores.shape
     found = {}
     for k in (1, 5, 10):
-        hits = [sum(scores[t][i] >= scores[t][image_of_text[t]] for i in range(I) if i != image_of_text[t]) < k for t in range(T)]
+        hits = [
+            sum(
+                scores[t][i] >= scores[t][image_of_text[t]]
+                for i in range(I)
+                if i != image_of_text[t]
+            )
+            < k
+            for t in range(T)
+        ]
         found[f"image/r{k}"] = 100 * np.mean(hits)
         hits = []
         for i in range(I):
@@ -29,7 +38,7 @@ def test_recall_is_the_slow_loop():
     rng = np.random.default_rng(0)
     for _ in range(5):
         owner = np.sort(np.concatenate([np.arange(7), rng.integers(0, 7, 20)]))
-        scores = rng.integers(0, 6, (27, 7)).astype(float)                              # many ties
+        scores = rng.integers(0, 6, (27, 7)).astype(float)  # many ties
         assert evaluate.recall(scores, owner) == pytest.approx(slow_recall(scores, owner))
 
 
@@ -43,43 +52,103 @@ def test_perfect_reversed_and_constant_rankers():
 
 def test_recall_agrees_with_the_authors_where_theirs_is_right():
     import os
+
     z = np.load(f"{os.environ.get('GOLDEN_DIR', ROOT / 'tests/golden')}/uniter_heads.npz")
     scores, owner = z["itm_eval/score_matrix"].astype(float), z["itm_eval/gt_img_of_txt"]
-    ours, theirs = evaluate.recall(scores, owner), dict(zip(z["itm_eval/names"].tolist(), z["itm_eval/official"].tolist()))
-    np.testing.assert_allclose([ours[f"image/r{k}"] / 100 for k in (1, 5, 10)], z["itm_eval/plain_img_r1_r5_r10"], atol=1e-9)
-    np.testing.assert_allclose([ours[f"text/r{k}"] / 100 for k in (1, 5, 10)], z["itm_eval/plain_txt_r1_r5_r10"], atol=1e-9)
-    assert theirs["img_r10"] > ours["image/r10"] / 100                                  # the official slip
+    ours, theirs = (
+        evaluate.recall(scores, owner),
+        dict(zip(z["itm_eval/names"].tolist(), z["itm_eval/official"].tolist())),
+    )
+    np.testing.assert_allclose(
+        [ours[f"image/r{k}"] / 100 for k in (1, 5, 10)],
+        z["itm_eval/plain_img_r1_r5_r10"],
+        atol=1e-9,
+    )
+    np.testing.assert_allclose(
+        [ours[f"text/r{k}"] / 100 for k in (1, 5, 10)], z["itm_eval/plain_txt_r1_r5_r10"], atol=1e-9
+    )
+    # the official slip
+    assert theirs["img_r10"] > ours["image/r10"] / 100
 
 
 def test_winoground_scores():
     good, ties, reverse = [[2.0, 1], [0, 3]], [[1.0, 1], [1, 1]], [[0.0, 1], [1, 0]]
-    text_only, image_only = [[5.0, 6], [4, 7]], [[5.0, 4], [6, 7]]                      # each satisfies one of the two conditions
+    # each satisfies one of the two conditions
+    text_only, image_only = [[5.0, 6], [4, 7]], [[5.0, 4], [6, 7]]
     score, hits = evaluate.winoground_scores(np.array([good, ties, reverse, text_only, image_only]))
-    assert score == {"text": 40.0, "image": 40.0, "group": 20.0} and hits.tolist() == [True, False, False, False, False]
-    for tied, text, image in (([[2, 1], [2, 3]], 0, 100), ([[3, 2], [1, 2]], 0, 100), ([[2, 2], [1, 3]], 100, 0), ([[3, 1], [2, 2]], 100, 0)):
-        score, _ = evaluate.winoground_scores(np.array([tied]))                         # one of the four comparisons is a tie: wrong
+    assert score == {"text": 40.0, "image": 40.0, "group": 20.0} and hits.tolist() == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    for tied, text, image in (
+        ([[2, 1], [2, 3]], 0, 100),
+        ([[3, 2], [1, 2]], 0, 100),
+        ([[2, 2], [1, 3]], 100, 0),
+        ([[3, 1], [2, 2]], 100, 0),
+    ):
+        # one of the four comparisons is a tie: wrong
+        score, _ = evaluate.winoground_scores(np.array([tied]))
         assert score == {"text": text, "image": image, "group": 0}
     rng = np.random.default_rng(0)
     chance, _ = evaluate.winoground_scores(rng.random((200_000, 2, 2)))
-    assert chance["text"] == pytest.approx(25, abs=0.5) and chance["group"] == pytest.approx(100 / 6, abs=0.5)
+    assert chance["text"] == pytest.approx(25, abs=0.5) and chance["group"] == pytest.approx(
+        100 / 6, abs=0.5
+    )
 
 
 def test_command_line(toy_tree, pretrained, tmp_path):
-    ask = lambda *a: subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--data", str(toy_tree), "--ckpt", str(pretrained[0]), *a],
-                                    cwd=tmp_path, capture_output=True, text=True)
+    ask = lambda *a: subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "evaluate.py"),
+            "--data",
+            str(toy_tree),
+            "--ckpt",
+            str(pretrained[0]),
+            *a,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     done = ask("--task", "winoground")
     numbers = json.loads(done.stdout.strip().splitlines()[-1])
-    assert numbers == json.loads(done.stdout) and {"winoground/text", "winoground/image", "winoground/group"} <= set(numbers)
+    assert numbers == json.loads(done.stdout) and {
+        "winoground/text",
+        "winoground/image",
+        "winoground/group",
+    } <= set(numbers)
     saved = json.loads((pretrained[0].parent / "done.json").read_text())
     assert numbers["winoground/group"] == pytest.approx(saved["winoground/group"], abs=0.01)
     for dataset in ("flickr30k", "coco"):
         done = ask("--task", "retrieval", "--dataset", dataset)
         numbers = json.loads(done.stdout.strip().splitlines()[-1])
-        assert {f"retrieval/{d}/r{k}" for d in ("image", "text") for k in (1, 5, 10)} <= set(numbers), done.stderr
+        assert {f"retrieval/{d}/r{k}" for d in ("image", "text") for k in (1, 5, 10)} <= set(
+            numbers
+        ), done.stderr
     done = ask("--task", "figures", "--out", "figures")
-    assert len(list((tmp_path / "figures").glob("winoground_*.png"))) == 8 and (tmp_path / "figures/curve_run.png").exists(), done.stderr
+    assert (
+        len(list((tmp_path / "figures").glob("winoground_*.png"))) == 8
+        and (tmp_path / "figures/curve_run.png").exists()
+    ), done.stderr
     picture = Image.open(tmp_path / "figures/winoground_0_0.png")
     assert picture.width > 400 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    bad = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--data", str(toy_tree), "--task", "winoground", "--ckpt", "nothing.pt"],
-                         cwd=tmp_path, capture_output=True, text=True)
+    bad = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "evaluate.py"),
+            "--data",
+            str(toy_tree),
+            "--task",
+            "winoground",
+            "--ckpt",
+            "nothing.pt",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert bad.returncode == 1 and "is not there" in bad.stderr and "Traceback" not in bad.stderr

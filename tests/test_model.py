@@ -1,4 +1,7 @@
-"""The encoder's promises (fused = written out, padding, tying) and what happens to checkpoints good and bad."""
+"""The encoder's promises (fused = written out, padding, tying) and what happens to checkpoints
+good and bad.
+"""
+
 import json
 import os
 import pickle
@@ -9,7 +12,15 @@ import pytest
 import torch
 
 import losses
-from model import SIZES, Attention, CheckpointError, Uniter, load_pretrained, read_checkpoint, read_safetensors
+from model import (
+    SIZES,
+    Attention,
+    CheckpointError,
+    Uniter,
+    load_pretrained,
+    read_checkpoint,
+    read_safetensors,
+)
 
 TINY = dict(width=32, layers=2, heads=4, mlp_dim=64)
 
@@ -23,36 +34,57 @@ def batch(words=(5, 3, 7), regions=(4, 6, 1), seed=0):
     g = torch.Generator().manual_seed(seed)
     B, N, M = len(words), max(words), max(regions)
     corner = torch.rand(B, M, 2, generator=g) / 2
-    return dict(text=torch.randint(5, 50, (B, N), generator=g), text_mask=torch.arange(N)[None] < torch.tensor(words)[:, None],
-                regions=torch.rand(B, M, 16, generator=g), boxes=torch.cat([corner, corner + 0.3], -1),
-                region_mask=torch.arange(M)[None] < torch.tensor(regions)[:, None])
+    return dict(
+        text=torch.randint(5, 50, (B, N), generator=g),
+        text_mask=torch.arange(N)[None] < torch.tensor(words)[:, None],
+        regions=torch.rand(B, M, 16, generator=g),
+        boxes=torch.cat([corner, corner + 0.3], -1),
+        region_mask=torch.arange(M)[None] < torch.tensor(regions)[:, None],
+    )
 
 
 def test_fused_and_written_out_attention_agree():
     torch.manual_seed(0)
-    attention, x, mask = Attention(32, 4), torch.randn(3, 9, 32, requires_grad=True), torch.arange(9)[None] < torch.tensor([[9], [4], [1]])
+    attention, x, mask = (
+        Attention(32, 4),
+        torch.randn(3, 9, 32, requires_grad=True),
+        torch.arange(9)[None] < torch.tensor([[9], [4], [1]]),
+    )
     fused, none = attention(x, x, mask)
     written, S = attention(x, x, mask, need_maps=True)
     assert none is None and S.shape == (3, 4, 9, 9)
     torch.testing.assert_close(fused, written)
-    for a, b in zip(torch.autograd.grad(fused.square().sum(), x), torch.autograd.grad(written.square().sum(), x)):
+    for a, b in zip(
+        torch.autograd.grad(fused.square().sum(), x), torch.autograd.grad(written.square().sum(), x)
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_padding_changes_nothing():
     model, b = tiny(), batch()
-    wide = {k: torch.nn.functional.pad(v, (0, 0, 0, 3) if v.dim() == 3 else (0, 3), value=False if v.dtype == torch.bool else 1) for k, v in b.items()}
+    wide = {
+        k: torch.nn.functional.pad(
+            v, (0, 0, 0, 3) if v.dim() == 3 else (0, 3), value=False if v.dtype == torch.bool else 1
+        )
+        for k, v in b.items()
+    }
     one, two = (model(**x, heads=("match",), maps=(-1,)) for x in (b, wide))
     torch.testing.assert_close(one.match, two.match)
     torch.testing.assert_close(one.words[b["text_mask"]], two.words[:, :7][b["text_mask"]])
     torch.testing.assert_close(one.regions[b["region_mask"]], two.regions[:, :6][b["region_mask"]])
-    alone = model(**{k: v[1:2, :3] if k.startswith("text") else v[1:2] for k, v in b.items()}, heads=("match",)).match
+    alone = model(
+        **{k: v[1:2, :3] if k.startswith("text") else v[1:2] for k, v in b.items()},
+        heads=("match",),
+    ).match
     torch.testing.assert_close(alone[0], one.match[1])
 
 
 def test_only_what_is_asked_for_comes_back():
     out = tiny()(**batch())
-    assert out.maps == () and all(getattr(out, f) is None for f in ("word_logits", "region_features", "region_logits", "pooled", "match", "rank"))
+    assert out.maps == () and all(
+        getattr(out, f) is None
+        for f in ("word_logits", "region_features", "region_logits", "pooled", "match", "rank")
+    )
     out = tiny()(**batch(), heads=("rank",), maps=(0, -1))
     assert out.match is None and out.rank.shape == (3,) and len(out.maps) == 2
 
@@ -72,15 +104,25 @@ def test_masked_regions_hide_their_feature_but_not_their_box():
     hidden = torch.tensor([1])
     a = model(**b, masked_regions=hidden, heads=("features",)).region_features
     b["regions"][0, 1] += 5
-    torch.testing.assert_close(model(**b, masked_regions=hidden, heads=("features",)).region_features, a)
+    torch.testing.assert_close(
+        model(**b, masked_regions=hidden, heads=("features",)).region_features, a
+    )
     b["boxes"][0, 1] = torch.tensor([0.9, 0.9, 1.0, 1.0])
-    assert not torch.allclose(model(**b, masked_regions=hidden, heads=("features",)).region_features, a)
+    assert not torch.allclose(
+        model(**b, masked_regions=hidden, heads=("features",)).region_features, a
+    )
 
 
 def test_sizes_are_the_papers():
-    count = lambda m: sum(p.numel() for n, p in m.named_parameters() if "text_embedding.word" not in n and not n.startswith(("word_", "feature_", "class", "match", "rank")))
+    count = lambda m: sum(
+        p.numel()
+        for n, p in m.named_parameters()
+        if "text_embedding.word" not in n
+        and not n.startswith(("word_", "feature_", "class", "match", "rank"))
+    )
     with torch.device("meta"):
-        assert count(Uniter(28996, **SIZES["base"])) / 1e6 == pytest.approx(86, rel=0.03)                # UNITER footnote 12
+        # UNITER footnote 12
+        assert count(Uniter(28996, **SIZES["base"])) / 1e6 == pytest.approx(86, rel=0.03)
         assert count(Uniter(28996, **SIZES["large"])) / 1e6 == pytest.approx(303, rel=0.03)
 
 
@@ -89,27 +131,43 @@ def test_width_that_heads_do_not_divide():
         Attention(32, 5)
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------ checkpoints
+
 
 def as_bert(model, gamma=True):
     """Our text part under BERT's names, gamma and beta as in the first files."""
     from model import RENAMES
-    official = {"text_embedding.word.weight": "bert.embeddings.word_embeddings.weight", "text_embedding.position.weight": "bert.embeddings.position_embeddings.weight",
-                "text_embedding.token_type.weight": "bert.embeddings.token_type_embeddings.weight", "pooler.weight": "bert.pooler.dense.weight", "pooler.bias": "bert.pooler.dense.bias"}
+
+    official = {
+        "text_embedding.word.weight": "bert.embeddings.word_embeddings.weight",
+        "text_embedding.position.weight": "bert.embeddings.position_embeddings.weight",
+        "text_embedding.token_type.weight": "bert.embeddings.token_type_embeddings.weight",
+        "pooler.weight": "bert.pooler.dense.weight",
+        "pooler.bias": "bert.pooler.dense.bias",
+    }
     out = {}
     for name, tensor in model.state_dict().items():
         if name in official:
             out[official[name]] = tensor
         elif name.startswith("layers."):
             _, i, rest = name.split(".", 2)
-            for ours, theirs in (("attention.to_q", "attention.self.query"), ("attention.to_k", "attention.self.key"), ("attention.to_v", "attention.self.value"),
-                                 ("attention.to_out", "attention.output.dense"), ("attention_norm", "attention.output.LayerNorm"),
-                                 ("fc1", "intermediate.dense"), ("fc2", "output.dense"), ("mlp_norm", "output.LayerNorm")):
+            for ours, theirs in (
+                ("attention.to_q", "attention.self.query"),
+                ("attention.to_k", "attention.self.key"),
+                ("attention.to_v", "attention.self.value"),
+                ("attention.to_out", "attention.output.dense"),
+                ("attention_norm", "attention.output.LayerNorm"),
+                ("fc1", "intermediate.dense"),
+                ("fc2", "output.dense"),
+                ("mlp_norm", "output.LayerNorm"),
+            ):
                 if rest.startswith(ours + "."):
                     rest = rest.replace(ours, theirs, 1)
                     break
             if gamma and "LayerNorm" in rest:
-                rest = rest.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+                rest = rest.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                    "LayerNorm.bias", "LayerNorm.beta"
+                )
             out[f"bert.encoder.layer.{i}.{rest}"] = tensor
     return {**out, "cls.seq_relationship.weight": torch.zeros(2, 32)}
 
@@ -118,7 +176,11 @@ def write_safetensors(tensors, path):
     header, blobs, at = {"__metadata__": {"format": "pt"}}, [], 0
     for name, t in tensors.items():
         blob = t.contiguous().numpy().tobytes()
-        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [at, at + len(blob)]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(t.shape),
+            "data_offsets": [at, at + len(blob)],
+        }
         blobs.append(blob)
         at += len(blob)
     text = json.dumps(header).encode()
@@ -131,8 +193,15 @@ def test_bert_checkpoints(tmp_path, name, gamma):
     weights = as_bert(source, gamma)
     (write_safetensors if name.endswith("safetensors") else torch.save)(weights, tmp_path / name)
     report = load_pretrained(target, tmp_path / name)
-    assert report.unused == ["cls.seq_relationship.weight"] and "region_embedding.feature.weight" in report.missing
-    assert set(report.loaded) == {n for n in source.state_dict() if n.startswith(("layers", "pooler")) or n.startswith("text_embedding") and "norm" not in n}
+    assert (
+        report.unused == ["cls.seq_relationship.weight"]
+        and "region_embedding.feature.weight" in report.missing
+    )
+    assert set(report.loaded) == {
+        n
+        for n in source.state_dict()
+        if n.startswith(("layers", "pooler")) or n.startswith("text_embedding") and "norm" not in n
+    }
     for n in report.loaded:
         torch.testing.assert_close(target.state_dict()[n], source.state_dict()[n])
     assert "missing" in str(report) and "unused: cls.seq_relationship.weight" in str(report)
@@ -155,8 +224,12 @@ class Bomb:
 
 def test_bad_checkpoints(tmp_path):
     model = tiny()
-    for name, content, match in (("a.pt", b"", "cannot be read"), ("b.pt", b"PK\x03\x04 half", "cannot be read"), ("c.safetensors", b"\xff" * 20, "cannot be read"),
-                                 ("d.pt", pickle.dumps(Bomb()), "refused")):
+    for name, content, match in (
+        ("a.pt", b"", "cannot be read"),
+        ("b.pt", b"PK\x03\x04 half", "cannot be read"),
+        ("c.safetensors", b"\xff" * 20, "cannot be read"),
+        ("d.pt", pickle.dumps(Bomb()), "refused"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=match):
             load_pretrained(model, tmp_path / name)
@@ -167,7 +240,12 @@ def test_bad_checkpoints(tmp_path):
     torch.save([1, 2], tmp_path / "f.pt")
     torch.save({"x": torch.zeros(2)}, tmp_path / "g.pt")
     torch.save(tiny(width=64).state_dict(), tmp_path / "h.pt")
-    for name, match in (("missing.pt", "is not there"), ("f.pt", "not a table"), ("g.pt", "does not fit"), ("h.pt", r"\(50, 64\) in the file, \(50, 32\)")):
+    for name, match in (
+        ("missing.pt", "is not there"),
+        ("f.pt", "not a table"),
+        ("g.pt", "does not fit"),
+        ("h.pt", r"\(50, 64\) in the file, \(50, 32\)"),
+    ):
         with pytest.raises(CheckpointError, match=match):
             load_pretrained(model, tmp_path / name)
     with pytest.raises(CheckpointError, match="is a folder"):
@@ -175,7 +253,7 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match="not a training file"):
         read_checkpoint(tmp_path / "g.pt")
     whole = (tmp_path / "h.pt").read_bytes()
-    (tmp_path / "h.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "h.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_pretrained(model, tmp_path / "h.pt")
 

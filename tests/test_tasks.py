@@ -1,4 +1,7 @@
-"""Downstream tasks: readers, the toy tree's balance, batches, twenty steps of each, evaluation, submission files, and bad input."""
+"""Downstream tasks: readers, the toy tree's balance, batches, twenty steps of each, evaluation,
+submission files, and bad input.
+"""
+
 import csv
 import functools
 import json
@@ -17,17 +20,53 @@ import torch
 import data
 import evaluate
 import train
-from conftest import QUICK, ROOT, ids_of, prepared_run, read, run, run_and_kill, same, shared, weights
+from conftest import (
+    QUICK,
+    ROOT,
+    ids_of,
+    prepared_run,
+    read,
+    run,
+    run_and_kill,
+    same,
+    shared,
+    weights,
+)
 from data import Batches, DataError, JoinedStore, RegionStore, make_index
 from model import read_checkpoint
 
-TASKS = [("vqa",), ("vcr",), ("nlvr2",), ("nlvr2", "--nlvr2-head", "pair"), ("nlvr2", "--nlvr2-head", "triplet"), ("ve",), ("ve", "--task-loss", "ce"),
-         ("re",), ("re", "--task-loss", "rank"), ("re", "--dataset", "refcoco+", "--head", "region-mlp"), ("re", "--dataset", "refcocog"),
-         ("retrieval",), ("retrieval", "--candidates", 0, "--mine-every", 8, "--mine-pool", 6), ("retrieval", "--dataset", "coco")]
+TASKS = [
+    ("vqa",),
+    ("vcr",),
+    ("nlvr2",),
+    ("nlvr2", "--nlvr2-head", "pair"),
+    ("nlvr2", "--nlvr2-head", "triplet"),
+    ("ve",),
+    ("ve", "--task-loss", "ce"),
+    ("re",),
+    ("re", "--task-loss", "rank"),
+    ("re", "--dataset", "refcoco+", "--head", "region-mlp"),
+    ("re", "--dataset", "refcocog"),
+    ("retrieval",),
+    ("retrieval", "--candidates", 0, "--mine-every", 8, "--mine-pool", 6),
+    ("retrieval", "--dataset", "coco"),
+]
 
 
 def configured(toy_tree, *argv):
-    cfg = train.parse(["--data", str(toy_tree), "--precision", "fp32", "--init", "none", "--workers", "0", *map(str, argv)])
+    cfg = train.parse(
+        [
+            "--data",
+            str(toy_tree),
+            "--precision",
+            "fp32",
+            "--init",
+            "none",
+            "--workers",
+            "0",
+            *map(str, argv),
+        ]
+    )
     return cfg, train.setup_runtime(cfg), train.load_tokenizer(cfg)
 
 
@@ -40,14 +79,17 @@ def load_vcr(toy_tree, split, part):
     """VCR's questions of one part, four choices (all: sixteen) an example."""
     cfg, _, tokenizer = configured(toy_tree, "--task", "vcr")
     reader = functools.partial(data.vcr_choices, parts=(part,))
-    return prepared_run(cfg, tokenizer).index(reader, split, "vcr", group=16 if part == "all" else 4)
+    return prepared_run(cfg, tokenizer).index(
+        reader, split, "vcr", group=16 if part == "all" else 4
+    )
 
 
 def examples(index):
     return np.arange(len(index) // index.group)
 
 
-# -------------------------------------------------------------------------------------------- the toy tree's balance
+# ------------------------------------------------------------------------- the toy tree's balance
+
 
 def test_nothing_to_guess_from_the_text_or_the_picture_alone(toy_tree):
     """Each statement has its labels equally often, and so has each picture."""
@@ -66,9 +108,15 @@ def test_nothing_to_guess_from_the_text_or_the_picture_alone(toy_tree):
     for what in {p for p, _ in places}:
         assert max(places[what, i] for i in range(3)) < 1.4 * min(places[what, i] for i in range(3))
     texts, _ = read(data.vcr_choices, toy_tree, "train", parts=("qa",))
-    choices = [texts[i:i + 4] for i in range(0, len(texts), 4)]
+    choices = [texts[i : i + 4] for i in range(0, len(texts), 4)]
     assert all(len({t.text for t in c}) == 4 for c in choices)
-    for part in (choices, [t[:1] for t in zip(*[iter(read(data.vcr_choices, toy_tree, "train", parts=("qar",))[0])] * 4)]):
+    for part in (
+        choices,
+        [
+            t[:1]
+            for t in zip(*[iter(read(data.vcr_choices, toy_tree, "train", parts=("qar",))[0])] * 4)
+        ],
+    ):
         assert max(n := Counter(c[0].target for c in part).values()) - min(n) <= 4
     colours = Counter(c[c[0].target].text[1][1].split()[-2] for c in choices)
     offered = Counter(t.text[1][1].split()[-2] for t in texts)
@@ -83,7 +131,9 @@ def test_vqa_questions_come_in_complements(toy_tree):
 
 
 def test_toy_labels_are_true(toy_tree):
-    """Labels against the scenes as the annotated boxes tell them: referring expressions name one thing of the right shape."""
+    """Labels against the scenes as the annotated boxes tell them: referring expressions name one
+    thing of the right shape.
+    """
     store = RegionStore(toy_tree / "regions/refcoco_gt")
     texts, _ = read(data.referring_expressions, toy_tree, "train", dataset="refcoco")
     for t in texts[:200]:
@@ -97,7 +147,8 @@ def test_toy_labels_are_true(toy_tree):
         assert not colour or list(data.COLOURS)[store.read(image, "attr_id")[0][i]] == colour[0]
 
 
-# --------------------------------------------------------------------------------------------------- official files
+# --------------------------------------------------------------------------------- official files
+
 
 def test_real_nlvr2(tmp_path):
     """Counts as published; consistency groups come from the identifier, not from the sentence."""
@@ -116,9 +167,15 @@ def test_real_nlvr2(tmp_path):
 def test_real_refcoco_plus_boxes_and_answer_list(tmp_path):
     (tmp_path / "refer/refcoco+").mkdir(parents=True), (tmp_path / "vqa2").mkdir()
     for split, sentences in (("testA", 5726), ("testB", 4889)):
-        shutil.copy(shared(f"real/phraseloc/refcoco+/annotation_{split}.json"), tmp_path / "refer/refcoco+")
+        shutil.copy(
+            shared(f"real/phraseloc/refcoco+/annotation_{split}.json"), tmp_path / "refer/refcoco+"
+        )
         texts, _ = read(data.referring_expressions, tmp_path, split, dataset="refcoco+")
-        assert len(texts) == sentences and len({t.image for t in texts}) == 750 and all(len(t.boxes[0]) == 4 and min(t.boxes[0][2:]) > 0 for t in texts)
+        assert (
+            len(texts) == sentences
+            and len({t.image for t in texts}) == 750
+            and all(len(t.boxes[0]) == 4 and min(t.boxes[0][2:]) > 0 for t in texts)
+        )
         assert all(t.image.startswith("COCO_train2014_") for t in texts)
     shutil.copy(shared("real/lxmert_vqa/trainval_label2ans.json"), tmp_path / "vqa2")
     answers = data.answer_list(tmp_path)
@@ -126,37 +183,78 @@ def test_real_refcoco_plus_boxes_and_answer_list(tmp_path):
 
 
 def test_answer_list_by_the_published_rule(toy_tree, tmp_path):
-    """Normalised, at least nine questions of train and val together; the same list a file would give."""
+    """Normalised, at least nine questions of train and val together; the same list a file would
+    give.
+    """
     made = data.answer_list(toy_tree)
-    assert made == sorted(made) and {"yes", "no", "red", "circle"} <= set(made) and "maybe" not in made
+    assert (
+        made == sorted(made) and {"yes", "no", "red", "circle"} <= set(made) and "maybe" not in made
+    )
     (tmp_path / "vqa2").mkdir()
-    notes = lambda n: {"annotations": [{"question_id": i, "multiple_choice_answer": a} for i, a in enumerate(["A cat."] * n + ["two"] * 4)]}
+    notes = lambda n: {
+        "annotations": [
+            {"question_id": i, "multiple_choice_answer": a}
+            for i, a in enumerate(["A cat."] * n + ["two"] * 4)
+        ]
+    }
     for split, n in (("train2014", 5), ("val2014", 4)):
         (tmp_path / f"vqa2/v2_mscoco_{split}_annotations.json").write_text(json.dumps(notes(n)))
     assert data.answer_list(tmp_path) == ["cat"]
-    assert data.soft_target(["yes"] * 7 + ["no"] * 2 + ["Maybe"], {"yes": 0, "no": 1}) == {0: 1.0, 1: 0.6}
+    assert data.soft_target(["yes"] * 7 + ["no"] * 2 + ["Maybe"], {"yes": 0, "no": 1}) == {
+        0: 1.0,
+        1: 0.6,
+    }
 
 
 def test_pretraining_sees_no_evaluation_image(toy_tree):
     out = data.held_out(toy_tree)
-    judged = {i["cocoid"] for i in data.karpathy_images(toy_tree, "coco")[0] if i["split"] != "train"}
-    judged |= {int(t.image[-12:]) for name in data.REFER for split in ("val", "testA", "testB", "test") for t in read(data.referring_expressions, toy_tree, split, dataset=name)[0]}
-    assert judged == out.coco and out.counts["Karpathy val"] > 0 and out.counts["refcocog val, test"] > 0
+    judged = {
+        i["cocoid"] for i in data.karpathy_images(toy_tree, "coco")[0] if i["split"] != "train"
+    }
+    judged |= {
+        int(t.image[-12:])
+        for name in data.REFER
+        for split in ("val", "testA", "testB", "test")
+        for t in read(data.referring_expressions, toy_tree, split, dataset=name)[0]
+    }
+    assert (
+        judged == out.coco
+        and out.counts["Karpathy val"] > 0
+        and out.counts["refcocog val, test"] > 0
+    )
     coco, told = read(data.coco_corpus, toy_tree, "train")
-    assert not {int(t.image[-12:]) for t in coco} & judged and told["images held out, also in Flickr30k"] == 2
-    assert {t.image for t in read(data.coco_corpus, toy_tree, "val")[0]} == {t.image for t in read(data.karpathy_captions, toy_tree, "val")[0]}
+    assert (
+        not {int(t.image[-12:]) for t in coco} & judged
+        and told["images held out, also in Flickr30k"] == 2
+    )
+    assert {t.image for t in read(data.coco_corpus, toy_tree, "val")[0]} == {
+        t.image for t in read(data.karpathy_captions, toy_tree, "val")[0]
+    }
     images = data.vg_images(toy_tree)
     for text in read(data.vg_descriptions, toy_tree, "train")[0]:
         assert images[int(text.image)]["coco_id"] not in judged
     for corpus in (data.cc3m_captions, data.sbu_captions):
         texts, told = read(corpus, toy_tree, "train")
-        assert told == {"images held out, also in Flickr30k": 1} and len(texts) > 5 and "3" not in {t.id for t in texts}
+        assert (
+            told == {"images held out, also in Flickr30k": 1}
+            and len(texts) > 5
+            and "3" not in {t.id for t in texts}
+        )
 
 
 def test_photo_numbers():
-    assert data.flickr_photo("http://farm3.staticflickr.com/2567/3907012345_abc0_z.jpg") == "3907012345"
-    assert data.flickr_photo("http://static.flickr.com/2723/4385058960_b0f291553e.jpg") == "4385058960"
-    assert data.flickr_photo("http://example.org/1/4385058960_b0f291553e.jpg") == data.flickr_photo(None) == ""
+    assert (
+        data.flickr_photo("http://farm3.staticflickr.com/2567/3907012345_abc0_z.jpg")
+        == "3907012345"
+    )
+    assert (
+        data.flickr_photo("http://static.flickr.com/2723/4385058960_b0f291553e.jpg") == "4385058960"
+    )
+    assert (
+        data.flickr_photo("http://example.org/1/4385058960_b0f291553e.jpg")
+        == data.flickr_photo(None)
+        == ""
+    )
 
 
 def test_vcr_texts_have_their_types_and_tags(toy_tree):
@@ -179,7 +277,10 @@ def test_vcr_texts_have_their_types_and_tags(toy_tree):
 
 
 def test_joined_store_is_its_parts_side_by_side(toy_tree):
-    left, right = RegionStore(toy_tree / "regions/vcr_gt"), RegionStore(toy_tree / "regions/vcr_det")
+    left, right = (
+        RegionStore(toy_tree / "regions/vcr_gt"),
+        RegionStore(toy_tree / "regions/vcr_det"),
+    )
     a, b = np.array([3, 0, 5]), np.array([1, 4, 2])
     joined = JoinedStore([(left, a, 1), (right, b, np.array([2, 2, 1]))])
     order = np.array([2, 0])
@@ -187,31 +288,49 @@ def test_joined_store_is_its_parts_side_by_side(toy_tree):
         got = joined.read(order, column)
         for row, i in zip(got, order):
             n, m = left.n_regions(a)[i], right.n_regions(b)[i]
-            assert np.array_equal(row[:n], left.read(a[i:i + 1], column)[0]) and np.array_equal(row[n:n + m], right.read(b[i:i + 1], column)[0])
-            assert not row[n + m:].any()
+            assert np.array_equal(row[:n], left.read(a[i : i + 1], column)[0]) and np.array_equal(
+                row[n : n + m], right.read(b[i : i + 1], column)[0]
+            )
+            assert not row[n + m :].any()
     types = joined.region_types(order)
     for row, i, second in zip(types, order, (1, 2)):
         n, m = left.n_regions(a)[i], right.n_regions(b)[i]
         assert row.tolist() == [1] * n + [second] * m + [0] * (len(row) - n - m)
-    assert joined.relative_boxes(order).max() <= 1 and (joined.n_regions(np.arange(3)) == left.n_regions(a) + right.n_regions(b)).all()
+    assert (
+        joined.relative_boxes(order).max() <= 1
+        and (joined.n_regions(np.arange(3)) == left.n_regions(a) + right.n_regions(b)).all()
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------- batches
+
 
 @pytest.mark.parametrize("task", ["mlm", "mrfr"])
 def test_conditional_and_joint_masking(toy_tree, task):
-    """Conditional masking leaves the other modality whole; joint masking hides both and still asks for one."""
+    """Conditional masking leaves the other modality whole; joint masking hides both and still
+    asks for one.
+    """
     cfg, runtime, tokenizer = configured(toy_tree, "--recipe", "toy-pretrain")
-    pairs = make_index(read(data.coco_captions, toy_tree, "val2014")[0], RegionStore(toy_tree / "regions/coco"), tokenizer)
-    one, both = (Batches(task, pairs, 512, 0, mask_rate=0.4, joint=joint) for joint in (False, True))
+    pairs = make_index(
+        read(data.coco_captions, toy_tree, "val2014")[0],
+        RegionStore(toy_tree / "regions/coco"),
+        tokenizer,
+    )
+    one, both = (
+        Batches(task, pairs, 512, 0, mask_rate=0.4, joint=joint) for joint in (False, True)
+    )
     captions, images, _ = one.whole(0)
     assert np.array_equal(both.whole(0)[0], captions)
     truth = torch.from_numpy(pairs.text(captions)[0])
-    assert ("hidden_regions" in one[0]) is False and (task == "mlm") == (not torch.equal(one[0]["input"]["text"], truth))
+    assert ("hidden_regions" in one[0]) is False and (task == "mlm") == (
+        not torch.equal(one[0]["input"]["text"], truth)
+    )
     batch = both[0]
     assert not torch.equal(batch["input"]["text"], truth)
     assert len(batch["hidden_regions" if task == "mlm" else "masked_regions"]) >= len(captions)
-    assert ("masked_words" in batch) == (task == "mlm") and ("masked_regions" in batch) == (task == "mrfr")
+    assert ("masked_words" in batch) == (task == "mlm") and ("masked_regions" in batch) == (
+        task == "mrfr"
+    )
 
 
 def test_masking_leaves_every_separator(toy_tree):
@@ -219,21 +338,31 @@ def test_masking_leaves_every_separator(toy_tree):
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     batch = streams.train[0][0]
     text = batch["input"]["text"].flatten()
-    assert not (batch["word_targets"] == tokenizer.sep).any() and (text == tokenizer.sep).sum() >= 2 * len(batch["names"])
+    assert not (batch["word_targets"] == tokenizer.sep).any() and (
+        text == tokenizer.sep
+    ).sum() >= 2 * len(batch["names"])
 
 
 def test_task_batches_are_the_examples_once_an_epoch(toy_tree):
     task = load(toy_tree, "nlvr2", "dev")
-    whole, halves = Batches("examples", task, 600, 0), [Batches("examples", task, 600, 0, part, 2) for part in (0, 1)]
+    whole, halves = (
+        Batches("examples", task, 600, 0),
+        [Batches("examples", task, 600, 0, part, 2) for part in (0, 1)],
+    )
     names, k = [], 0
     while len(names) < len(examples(task)):
         names += whole[k]["names"]
         assert sorted(whole[k]["names"]) == sorted(halves[0][k]["names"] + halves[1][k]["names"])
-        assert len(whole[k]["input"]["text"]) == 2 * len(whole[k]["names"]) and whole[k]["input"]["region_type"][::2].max() == 1
+        assert (
+            len(whole[k]["input"]["text"]) == 2 * len(whole[k]["names"])
+            and whole[k]["input"]["region_type"][::2].max() == 1
+        )
         k += 1
     assert sorted(names) == sorted(task.id(row) for row in range(0, len(task), 2))
     rows = whole[0]["input"]
-    assert torch.equal(rows["text"][::2], rows["text"][1::2]) and set(rows["region_type"][1::2].unique().tolist()) <= {0, 2}
+    assert torch.equal(rows["text"][::2], rows["text"][1::2]) and set(
+        rows["region_type"][1::2].unique().tolist()
+    ) <= {0, 2}
 
 
 @pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
@@ -243,43 +372,110 @@ def test_hidden_is_hidden(toy_tree, name):
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model, batch = train.build_model(cfg, runtime, tokenizer, streams).eval(), streams.train[0][0]
     for hide, keys in (("text", ["text"]), ("regions", ["regions", "boxes"])):
-        other = batch | {"input": {k: v.flip(0) if k in keys else v for k, v in batch["input"].items()}}
-        if hide == "text":                          # other words, as many
-            other["input"]["text"] = torch.where(batch["input"]["text"] > 4, batch["input"]["text"].roll(1), batch["input"]["text"])
+        other = batch | {
+            "input": {k: v.flip(0) if k in keys else v for k, v in batch["input"].items()}
+        }
+        if hide == "text":  # other words, as many
+            other["input"]["text"] = torch.where(
+                batch["input"]["text"] > 4, batch["input"]["text"].roll(1), batch["input"]["text"]
+            )
         with torch.no_grad():
-            a, b = (model(**data.ablate_modality(x | {"keep_regions": name == "re"}, hide)["input"], heads=("task",)).scores for x in (batch, other))
+            a, b = (
+                model(
+                    **data.ablate_modality(x | {"keep_regions": name == "re"}, hide)["input"],
+                    heads=("task",),
+                ).scores
+                for x in (batch, other)
+            )
         torch.testing.assert_close(a, b)
         with torch.no_grad():
-            assert not torch.equal(model(**batch["input"], heads=("task",)).scores, model(**other["input"], heads=("task",)).scores)
+            assert not torch.equal(
+                model(**batch["input"], heads=("task",)).scores,
+                model(**other["input"], heads=("task",)).scores,
+            )
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training
+
 
 @pytest.mark.parametrize("argv", TASKS, ids=lambda a: "-".join(map(str, a)))
 def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
-    cfg, runtime, _ = configured(toy_tree, "--task", *argv, "--init", pretrained[0], "--steps", 20, "--warmup", 2, "--batch-tokens", 256, "--log-every", 1)
+    cfg, runtime, _ = configured(
+        toy_tree,
+        "--task",
+        *argv,
+        "--init",
+        pretrained[0],
+        "--steps",
+        20,
+        "--warmup",
+        2,
+        "--batch-tokens",
+        256,
+        "--log-every",
+        1,
+    )
     numbers = train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
     values = [r[cfg.task if cfg.task != "retrieval" else "rank"] for r in log if "norm" in r]
     assert len(values) == 20 and all(np.isfinite(values))
-    wanted = {"vqa": ["vqa/accuracy", "vqa/majority"], "vcr": ["vcr/q_a", "vcr/qa_r", "vcr/q_ar"], "nlvr2": ["nlvr2/accuracy", "nlvr2/consistency"],
-              "ve": ["ve/accuracy"], "re": ["re/gt/accuracy", "re/det/accuracy", "re/gt/chance"], "retrieval": ["winoground/group"]}[cfg.task]
+    wanted = {
+        "vqa": ["vqa/accuracy", "vqa/majority"],
+        "vcr": ["vcr/q_a", "vcr/qa_r", "vcr/q_ar"],
+        "nlvr2": ["nlvr2/accuracy", "nlvr2/consistency"],
+        "ve": ["ve/accuracy"],
+        "re": ["re/gt/accuracy", "re/det/accuracy", "re/gt/chance"],
+        "retrieval": ["winoground/group"],
+    }[cfg.task]
     assert all(0 <= numbers[name] <= 100 for name in wanted)
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", cfg.task, "--ckpt", f"{cfg.out}/last.pt", "--data", str(toy_tree),
-                           *(["--dataset", cfg.dataset] if cfg.task == "retrieval" else [])], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "evaluate.py"),
+            "--task",
+            cfg.task,
+            "--ckpt",
+            f"{cfg.out}/last.pt",
+            "--data",
+            str(toy_tree),
+            *(["--dataset", cfg.dataset] if cfg.task == "retrieval" else []),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     again = json.loads(done.stdout)
-    assert all(again[name] == pytest.approx(numbers[name], abs=0.01) for name in wanted if name in again)
+    assert all(
+        again[name] == pytest.approx(numbers[name], abs=0.01) for name in wanted if name in again
+    )
 
 
 @pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
 def test_training_lowers_the_loss_of_each_task(toy_tree, name):
-    cfg, runtime, tokenizer = configured(toy_tree, "--task", name, "--steps", 200, "--warmup", 1, "--lr", 3e-4, "--batch-tokens", 256, "--head-lr", 1)
+    cfg, runtime, tokenizer = configured(
+        toy_tree,
+        "--task",
+        name,
+        "--steps",
+        200,
+        "--warmup",
+        1,
+        "--lr",
+        3e-4,
+        "--batch-tokens",
+        256,
+        "--head-lr",
+        1,
+    )
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model = train.build_model(cfg, runtime, tokenizer, streams)
     optimizer, batch = train.build_optimizer(cfg, model), streams.train[0][0]
-    values = [train.train_step(cfg, runtime, model, optimizer, streams.train, 1, [batch])[0][name].item() for _ in range(160)]
+    values = [
+        train.train_step(cfg, runtime, model, optimizer, streams.train, 1, [batch])[0][name].item()
+        for _ in range(160)
+    ]
     assert values[-1] < 0.7 * values[0], values[::10]
     hits = train.hits_task(cfg, model.eval(), batch | {"of": name}).float().mean()
     assert hits > 0.6
@@ -287,24 +483,51 @@ def test_training_lowers_the_loss_of_each_task(toy_tree, name):
 
 def test_alignment_losses_run_on_downstream_tasks(toy_tree, pretrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg, runtime, _ = configured(toy_tree, "--task", "vqa", "--loss", "cacr+wra", "--init", pretrained[0], "--steps", 3, "--warmup", 1, "--batch-tokens", 256, "--log-every", 1)
+    cfg, runtime, _ = configured(
+        toy_tree,
+        "--task",
+        "vqa",
+        "--loss",
+        "cacr+wra",
+        "--init",
+        pretrained[0],
+        "--steps",
+        3,
+        "--warmup",
+        1,
+        "--batch-tokens",
+        256,
+        "--log-every",
+        1,
+    )
     train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(r["cacr"]) and np.isfinite(r["wra"]) for r in log if "norm" in r)
 
 
 def test_second_stage_and_all_corpora_then_vcr(toy_tree, pretrained, tmp_path, monkeypatch):
-    """Four corpora, then VCR's second stage from that, then VCR itself: vocabulary and types grow on the way and stay."""
+    """Four corpora, then VCR's second stage from that, then VCR itself: vocabulary and types grow
+    on the way and stay.
+    """
     monkeypatch.chdir(tmp_path)
     short = ("--size", "toy", "--steps", 4, "--warmup", 1, "--batch-tokens", 256, "--accumulate", 1)
-    cfg, runtime, _ = configured(toy_tree, "--recipe", "uniter-pretrain-all", *short, "--out", "first")
+    cfg, runtime, _ = configured(
+        toy_tree, "--recipe", "uniter-pretrain-all", *short, "--out", "first"
+    )
     numbers = train.train(cfg, runtime)
     assert {"val/mlm", "val/vg/mlm", "val/cc3m/itm", "val/sbu/mrckl"} <= set(numbers)
-    cfg, runtime, _ = configured(toy_tree, "--recipe", "vcr-pretrain", *short, "--init", "first/last.pt", "--out", "second")
+    cfg, runtime, _ = configured(
+        toy_tree, "--recipe", "vcr-pretrain", *short, "--init", "first/last.pt", "--out", "second"
+    )
     train.train(cfg, runtime)
     second = read_checkpoint("second/last.pt")
-    assert second.sizes["types"] == 4 and second.sizes["vocab"] == read_checkpoint("first/last.pt").sizes["vocab"] + 81
-    cfg, runtime, _ = configured(toy_tree, "--task", "vcr", *short, "--init", "second/last.pt", "--out", "third")
+    assert (
+        second.sizes["types"] == 4
+        and second.sizes["vocab"] == read_checkpoint("first/last.pt").sizes["vocab"] + 81
+    )
+    cfg, runtime, _ = configured(
+        toy_tree, "--task", "vcr", *short, "--init", "second/last.pt", "--out", "third"
+    )
     assert "vcr/q_ar" in train.train(cfg, runtime)
 
 
@@ -313,9 +536,14 @@ def test_heads_learn_faster_when_asked(toy_tree):
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model = train.build_model(cfg, runtime, tokenizer, streams)
     optimizer = train.build_optimizer(cfg, model)
-    train.train_step(cfg, runtime, model, optimizer, streams.train, cfg.warmup, [streams.train[0][0]])
+    train.train_step(
+        cfg, runtime, model, optimizer, streams.train, cfg.warmup, [streams.train[0][0]]
+    )
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    assert all(rates[id(p)] == pytest.approx(cfg.lr * (10 if name.startswith("task_head") else 1)) for name, p in model.named_parameters())
+    assert all(
+        rates[id(p)] == pytest.approx(cfg.lr * (10 if name.startswith("task_head") else 1))
+        for name, p in model.named_parameters()
+    )
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
 
 
@@ -328,20 +556,36 @@ def test_head_of_another_task_stays_at_its_start(toy_tree, pretrained, tmp_path,
     assert "ve/accuracy" in train.train(cfg, runtime)
 
 
-# ------------------------------------------------------------------------------------------- retrieval and its mining
+# ----------------------------------------------------------------------- retrieval and its mining
+
 
 def small_retrieval(toy_tree):
     cfg, runtime, tokenizer = configured(toy_tree, "--task", "retrieval")
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
-    return train.build_model(cfg, runtime, tokenizer, streams).eval(), make_index(read(data.karpathy_captions, toy_tree, "test", dataset="flickr30k")[0], streams.store, tokenizer)
+    return train.build_model(cfg, runtime, tokenizer, streams).eval(), make_index(
+        read(data.karpathy_captions, toy_tree, "test", dataset="flickr30k")[0],
+        streams.store,
+        tokenizer,
+    )
 
 
-def test_all_pairs_are_the_pairs_one_by_one_and_features_are_read_once(toy_tree, tmp_path, monkeypatch):
+def test_all_pairs_are_the_pairs_one_by_one_and_features_are_read_once(
+    toy_tree, tmp_path, monkeypatch
+):
     model, pairs = small_retrieval(toy_tree)
     T, I = len(pairs), len(pairs.images)
-    slow = evaluate.score_pairs(model, pairs, np.repeat(np.arange(T), I), np.tile(pairs.images, T)).reshape(T, I)
+    slow = evaluate.score_pairs(
+        model, pairs, np.repeat(np.arange(T), I), np.tile(pairs.images, T)
+    ).reshape(T, I)
     reads, read = [], RegionStore.read
-    monkeypatch.setattr(RegionStore, "read", lambda self, images, column="features": (reads.append(len(images)) if column == "features" else None, read(self, images, column))[1])
+    monkeypatch.setattr(
+        RegionStore,
+        "read",
+        lambda self, images, column="features": (
+            reads.append(len(images)) if column == "features" else None,
+            read(self, images, column),
+        )[1],
+    )
     np.testing.assert_allclose(evaluate.score_all(model, pairs), slow, atol=2e-5)
     assert sum(reads) == I
 
@@ -358,6 +602,7 @@ def test_retrieval_goes_on_after_a_kill(toy_tree, tmp_path):
         if len(made) > 5:
             raise KeyboardInterrupt
         return forward(*a, **k)
+
     model.forward = dies
     with pytest.raises(KeyboardInterrupt):
         evaluate.score_all(model, pairs, keep=keep)
@@ -365,22 +610,44 @@ def test_retrieval_goes_on_after_a_kill(toy_tree, tmp_path):
     done = ~np.isnan(half).any(axis=0)
     assert 0 < done.sum() < len(done)
     keep_open = np.load(keep, mmap_mode="r+")
-    keep_open[:, 0] = 7.0                           # a mark: it must not be made again
+    keep_open[:, 0] = 7.0  # a mark: it must not be made again
     model.forward = forward
     again = np.array(evaluate.score_all(model, pairs, keep=keep))
     assert (again[:, 0] == 7.0).all()
     np.testing.assert_array_equal(again[:, 1:], whole[:, 1:])
     with pytest.raises(DataError, match="another file"):
-        evaluate.score_all(model, make_index(read(data.karpathy_captions, toy_tree, "val", dataset="flickr30k")[0][:-3], pairs.store, pairs.tokenizer), keep=keep)
+        evaluate.score_all(
+            model,
+            make_index(
+                read(data.karpathy_captions, toy_tree, "val", dataset="flickr30k")[0][:-3],
+                pairs.store,
+                pairs.tokenizer,
+            ),
+            keep=keep,
+        )
 
 
 def test_mining_keeps_the_hardest(toy_tree):
     model, _ = small_retrieval(toy_tree)
     cfg, runtime, tokenizer = configured(toy_tree, "--task", "retrieval")
     store = RegionStore(toy_tree / "regions/flickr30k")
-    stream = Batches("rank", make_index(read(data.karpathy_captions, toy_tree, "train", dataset="flickr30k")[0], store, tokenizer), 600, 0, negatives=2, mined=True)
+    stream = Batches(
+        "rank",
+        make_index(
+            read(data.karpathy_captions, toy_tree, "train", dataset="flickr30k")[0],
+            store,
+            tokenizer,
+        ),
+        600,
+        0,
+        negatives=2,
+        mined=True,
+    )
     captions, images = data.mining_candidates(stream.index, np.random.default_rng(0), 128)
-    assert (images != stream.index.image[:, None]).all() and images.shape == (len(stream.index), 128)
+    assert (images != stream.index.image[:, None]).all() and images.shape == (
+        len(stream.index),
+        128,
+    )
     scores = np.random.default_rng(1).random(images.shape, np.float32)
     hard = data.hardest_of(stream.index, captions, images, scores)
     best = scores.argmax(1)
@@ -400,15 +667,39 @@ def test_mining_keeps_the_hardest(toy_tree):
 
 
 def test_mining_resumes_to_the_same_bits(toy_tree, pretrained, tmp_path):
-    args = ["--task", "retrieval", "--data", toy_tree, "--init", pretrained[0], "--candidates", 0, "--mine-every", 4, "--mine-pool", 6, "--negatives", 2, "--steps", 8,
-            "--warmup", 2, "--batch-tokens", 256, "--save-every", 3, *QUICK]
+    args = [
+        "--task",
+        "retrieval",
+        "--data",
+        toy_tree,
+        "--init",
+        pretrained[0],
+        "--candidates",
+        0,
+        "--mine-every",
+        4,
+        "--mine-pool",
+        6,
+        "--negatives",
+        2,
+        "--steps",
+        8,
+        "--warmup",
+        2,
+        "--batch-tokens",
+        256,
+        "--save-every",
+        3,
+        *QUICK,
+    ]
     run(tmp_path, *args, "--out", "whole")
     run_and_kill(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
-# ------------------------------------------------------------------------------------------------- evaluation, files
+# ------------------------------------------------------------------------------ evaluation, files
+
 
 def test_nlvr2_metrics_against_the_official_script(tmp_path):
     """Accuracy and consistency, overall and on the balanced and unbalanced subsets."""
@@ -418,31 +709,74 @@ def test_nlvr2_metrics_against_the_official_script(tmp_path):
         said = z[f"pred/{name}"].astype(bool)
         for subset in ("dev", "balanced", "unbalanced"):
             some = np.ones(len(ids), bool) if subset == "dev" else z[f"subset/{subset}"]
-            ours = evaluate.nlvr2_scores(said[some].tolist(), ids[some].tolist(), labels[some].tolist())
+            ours = evaluate.nlvr2_scores(
+                said[some].tolist(), ids[some].tolist(), labels[some].tolist()
+            )
             accuracy, consistency = z[f"official/{name}/{subset}"]
-            assert ours["nlvr2/accuracy"] / 100 == pytest.approx(accuracy, abs=1e-12) and ours["nlvr2/consistency"] / 100 == pytest.approx(consistency, abs=1e-12)
-            assert ours["nlvr2/accuracy"] == pytest.approx(float(z[f"official_filtered_percent/{name}/{subset}"]), abs=1e-9)
+            assert ours["nlvr2/accuracy"] / 100 == pytest.approx(accuracy, abs=1e-12) and ours[
+                "nlvr2/consistency"
+            ] / 100 == pytest.approx(consistency, abs=1e-12)
+            assert ours["nlvr2/accuracy"] == pytest.approx(
+                float(z[f"official_filtered_percent/{name}/{subset}"]), abs=1e-9
+            )
 
 
 @pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2"])
 def test_submission_files(toy_tree, pretrained, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    cfg, runtime, _ = configured(toy_tree, "--task", name, "--init", pretrained[0], "--steps", 2, "--warmup", 1, "--batch-tokens", 256)
+    cfg, runtime, _ = configured(
+        toy_tree,
+        "--task",
+        name,
+        "--init",
+        pretrained[0],
+        "--steps",
+        2,
+        "--warmup",
+        1,
+        "--batch-tokens",
+        256,
+    )
     train.train(cfg, runtime)
     file = tmp_path / f"submit.{'json' if name == 'vqa' else 'csv'}"
     split = {"vqa": "val2014", "vcr": "val", "nlvr2": "test1"}[name]
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", name, "--ckpt", f"{cfg.out}/last.pt", "--data", str(toy_tree), "--split", split,
-                           "--submit", str(file)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "evaluate.py"),
+            "--task",
+            name,
+            "--ckpt",
+            f"{cfg.out}/last.pt",
+            "--data",
+            str(toy_tree),
+            "--split",
+            split,
+            "--submit",
+            str(file),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     if name == "vqa":
         rows = json.loads(file.read_text())
-        assert {r["question_id"] for r in rows} == {int(t.id) for t in read(data.vqa_questions, toy_tree, split)[0]} and all(isinstance(r["answer"], str) for r in rows)
+        assert {r["question_id"] for r in rows} == {
+            int(t.id) for t in read(data.vqa_questions, toy_tree, split)[0]
+        } and all(isinstance(r["answer"], str) for r in rows)
     else:
         rows = list(csv.reader(file.open()))
         if name == "nlvr2":
-            assert [r[0] for r in rows] == [e.id for e in read(data.nlvr2_pairs, toy_tree, split, rows="triplet")[0]] and {r[1] for r in rows} <= {"True", "False"}
+            assert [r[0] for r in rows] == [
+                e.id for e in read(data.nlvr2_pairs, toy_tree, split, rows="triplet")[0]
+            ] and {r[1] for r in rows} <= {"True", "False"}
         else:
-            assert len(rows[0]) == 21 and rows[0][:2] == ["annot_id", "answer_0"] and rows[0][-1] == "rationale_conditioned_on_a3_3"
+            assert (
+                len(rows[0]) == 21
+                and rows[0][:2] == ["annot_id", "answer_0"]
+                and rows[0][-1] == "rationale_conditioned_on_a3_3"
+            )
             values = np.array([r[1:] for r in rows[1:]], float).reshape(len(rows) - 1, 5, 4)
             np.testing.assert_allclose(values.sum(-1), 1, atol=1e-5)
 
@@ -453,9 +787,14 @@ def test_a_test_set_without_labels_can_be_answered(toy_tree, pretrained, tmp_pat
     tree = shutil.copytree(toy_tree, tmp_path / "toy")
     questions = json.loads((tree / "vqa2/v2_OpenEnded_mscoco_val2014_questions.json").read_text())
     store = tree / "regions/coco"
-    ids = [name.replace(b"COCO_val2014", b"COCO_test2015") for name in np.load(store / "ids.npy").tolist()]
+    ids = [
+        name.replace(b"COCO_val2014", b"COCO_test2015")
+        for name in np.load(store / "ids.npy").tolist()
+    ]
     np.save(store / "ids.npy", np.array(ids))
-    (tree / "vqa2/v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(questions))
+    (tree / "vqa2/v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(
+        json.dumps(questions)
+    )
     task = load(tree, "vqa", "test-dev2015")
     assert not task.arrays["answered"].any() and len(task) == len(questions["questions"])
     with pytest.raises(DataError, match="no example with an answer"):
@@ -470,7 +809,8 @@ def test_a_test_set_without_labels_can_be_answered(toy_tree, pretrained, tmp_pat
         load_vcr(tree, "test", "qar")
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------- bad input
+
 
 def edited(toy_tree, tmp_path, file, change, lines=False):
     """A copy of the tree with one file changed."""
@@ -486,44 +826,99 @@ def edited(toy_tree, tmp_path, file, change, lines=False):
 
 
 def banner(tree, pretrained, tmp_path, *argv, expect=0):
-    return run(tmp_path, "--data", tree, "--init", pretrained[0], "--steps", 1, "--warmup", 1, "--batch-tokens", 256, *QUICK, "--task", *argv, expect=expect)
+    return run(
+        tmp_path,
+        "--data",
+        tree,
+        "--init",
+        pretrained[0],
+        "--steps",
+        1,
+        "--warmup",
+        1,
+        "--batch-tokens",
+        256,
+        *QUICK,
+        "--task",
+        *argv,
+        expect=expect,
+    )
 
 
 def test_vqa_questions_without_annotations_are_counted(toy_tree, pretrained, tmp_path):
-    tree = edited(toy_tree, tmp_path, "vqa2/v2_mscoco_train2014_annotations.json", lambda r: r["annotations"].__delitem__(slice(0, 7)))
+    tree = edited(
+        toy_tree,
+        tmp_path,
+        "vqa2/v2_mscoco_train2014_annotations.json",
+        lambda r: r["annotations"].__delitem__(slice(0, 7)),
+    )
     assert "7 questions without annotations" in banner(tree, pretrained, tmp_path, "vqa").stdout
 
 
 def test_nlvr2_missing_image_is_counted_or_an_error(toy_tree, pretrained, tmp_path):
     def lose(records):
         records[0]["identifier"] = "train-9999-0-0"
+
     tree = edited(toy_tree, tmp_path, "nlvr2/train.json", lose, lines=True)
     stopped = banner(tree, pretrained, tmp_path, "nlvr2", expect=1)
-    assert "train-9999-0-img0" in stopped.stderr and "--skip-missing" in stopped.stderr and "Traceback" not in stopped.stderr
-    assert "1 examples left out: no features" in banner(tree, pretrained, tmp_path, "nlvr2", "--skip-missing").stdout
+    assert (
+        "train-9999-0-img0" in stopped.stderr
+        and "--skip-missing" in stopped.stderr
+        and "Traceback" not in stopped.stderr
+    )
+    assert (
+        "1 examples left out: no features"
+        in banner(tree, pretrained, tmp_path, "nlvr2", "--skip-missing").stdout
+    )
 
 
-def test_nlvr2_missing_image_counts_as_wrong_in_evaluation(toy_tree, pretrained, tmp_path, monkeypatch):
+def test_nlvr2_missing_image_counts_as_wrong_in_evaluation(
+    toy_tree, pretrained, tmp_path, monkeypatch
+):
     index = load(toy_tree, "nlvr2", "dev")
     right = np.eye(2)[index.target_numbers(examples(index))]
+    run = evaluate.Run(None, None, {"task": "nlvr2"}, {}, None)
     monkeypatch.setattr(evaluate, "predict", lambda *a, **k: right)
-    of = lambda: evaluate.evaluate_nlvr2(None, None, index, "dev")[0]["nlvr2/accuracy"]
+    monkeypatch.setattr(evaluate, "open_task", lambda *a: index)
+    of = lambda: evaluate.evaluate_nlvr2(run, None, "dev")[0]["nlvr2/accuracy"]
     assert of() == 100
     index.meta["counts"]["missing"] = len(index)
     assert of() == 50
 
 
 def test_vcr_tag_past_the_boxes_is_counted(toy_tree, pretrained, tmp_path):
-    tree = edited(toy_tree, tmp_path, "vcr1/train.jsonl", lambda r: r[0]["question"].__setitem__(3, [17]), lines=True)
-    assert "2 tags that point past the boxes, read as [UNK]" in banner(tree, pretrained, tmp_path, "vcr").stdout      # once for answers, once for reasons
+    tree = edited(
+        toy_tree,
+        tmp_path,
+        "vcr1/train.jsonl",
+        lambda r: r[0]["question"].__setitem__(3, [17]),
+        lines=True,
+    )
+    # once for answers, once for reasons
+    assert (
+        "2 tags that point past the boxes, read as [UNK]"
+        in banner(tree, pretrained, tmp_path, "vcr").stdout
+    )
     texts, _ = read(data.vcr_choices, tree, "train", parts=("qa",))
     assert texts[0].text[0] == (0, "What color is [UNK] ?")
 
 
 def test_snli_ve_without_a_gold_label_is_counted(toy_tree, pretrained, tmp_path):
-    tree = edited(toy_tree, tmp_path, "snli_ve/snli_ve_train.jsonl", lambda r: [{**x, "gold_label": "-"} if i < 3 else x for i, x in enumerate(r)], lines=True)
+    tree = edited(
+        toy_tree,
+        tmp_path,
+        "snli_ve/snli_ve_train.jsonl",
+        lambda r: [{**x, "gold_label": "-"} if i < 3 else x for i, x in enumerate(r)],
+        lines=True,
+    )
     assert "3 pairs left out: label '-'" in banner(tree, pretrained, tmp_path, "ve").stdout
-    tree = edited(tree, tmp_path, "snli_ve/snli_ve_train.jsonl", lambda r: [{**x, "gold_label": "perhaps"} for x in r], lines=True)
+    tree = edited(
+        tree,
+        tmp_path,
+        "snli_ve/snli_ve_train.jsonl",
+        lambda r: [{**x, "gold_label": "perhaps"} for x in r],
+        lines=True,
+    )
     with pytest.raises(DataError, match="label 'perhaps', wanted one of"):
         read(data.entailment_pairs, tree, "train")
 
@@ -531,13 +926,16 @@ def test_snli_ve_without_a_gold_label_is_counted(toy_tree, pretrained, tmp_path)
 def test_snli_ve_image_names_old_and_new(toy_tree, tmp_path):
     old = lambda records: [{"Flikr30kID": r.pop("Flickr30K_ID") + ".jpg", **r} for r in records]
     tree = edited(toy_tree, tmp_path, "snli_ve/snli_ve_dev.jsonl", old, lines=True)
-    assert [t.image for t in read(data.entailment_pairs, tree, "dev")[0]] == [t.image for t in read(data.entailment_pairs, toy_tree, "dev")[0]]
+    assert [t.image for t in read(data.entailment_pairs, tree, "dev")[0]] == [
+        t.image for t in read(data.entailment_pairs, toy_tree, "dev")[0]
+    ]
 
 
 def test_expression_that_matches_no_region_is_counted_and_wrong(toy_tree, pretrained, tmp_path):
     def move(record):
         for a in record["annotations"][-5:]:
             a["bbox"] = [0.0, 0.0, 2.0, 2.0]
+
     tree = edited(toy_tree, tmp_path, "refer/refcoco/instances.json", move)
     assert "10 texts without a matching region" in banner(tree, pretrained, tmp_path, "re").stdout
     task = load(tree, "re", "train")
@@ -546,8 +944,16 @@ def test_expression_that_matches_no_region_is_counted_and_wrong(toy_tree, pretra
 
 
 def test_expression_about_an_unknown_object_is_counted(toy_tree, pretrained, tmp_path):
-    tree = edited(toy_tree, tmp_path, "refer/refcoco/instances.json", lambda r: r["annotations"].__delitem__(slice(-3, None)))
-    assert "6 expressions whose object is not in instances.json" in banner(tree, pretrained, tmp_path, "re").stdout
+    tree = edited(
+        toy_tree,
+        tmp_path,
+        "refer/refcoco/instances.json",
+        lambda r: r["annotations"].__delitem__(slice(-3, None)),
+    )
+    assert (
+        "6 expressions whose object is not in instances.json"
+        in banner(tree, pretrained, tmp_path, "re").stdout
+    )
 
 
 class Evil:
@@ -555,7 +961,11 @@ class Evil:
         return os.system, ("touch /tmp/nanoalign_was_here",)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps([Evil()]), b"\x80\x02]q", b"no pickle at all", pickle.dumps(np.arange(3))], ids=["code", "cut", "text", "array"])
+@pytest.mark.parametrize(
+    "content",
+    [pickle.dumps([Evil()]), b"\x80\x02]q", b"no pickle at all", pickle.dumps(np.arange(3))],
+    ids=["code", "cut", "text", "array"],
+)
 def test_pickles_with_more_than_plain_containers_are_refused(toy_tree, tmp_path, content):
     tree = shutil.copytree(toy_tree, tmp_path / "toy")
     (tree / "refer/refcoco/refs(unc).p").write_bytes(content)
@@ -576,51 +986,131 @@ def test_python2_pickles_are_read(tmp_path):
     assert data.read_refs(tmp_path, "refcoco") == [{"sent": "a cup"}]
 
 
-@pytest.mark.parametrize("task, file", [("vqa", "vqa2/v2_OpenEnded_mscoco_train2014_questions.json"), ("vqa", "vqa2/v2_mscoco_train2014_annotations.json"),
-                                        ("vcr", "vcr1/train.jsonl"), ("nlvr2", "nlvr2/train.json"), ("ve", "snli_ve/snli_ve_train.jsonl"), ("re", "refer/refcoco/instances.json")])
+@pytest.mark.parametrize(
+    "task, file",
+    [
+        ("vqa", "vqa2/v2_OpenEnded_mscoco_train2014_questions.json"),
+        ("vqa", "vqa2/v2_mscoco_train2014_annotations.json"),
+        ("vcr", "vcr1/train.jsonl"),
+        ("nlvr2", "nlvr2/train.json"),
+        ("ve", "snli_ve/snli_ve_train.jsonl"),
+        ("re", "refer/refcoco/instances.json"),
+    ],
+)
 @pytest.mark.parametrize("how", ["cut", "missing", "another"])
 def test_malformed_files_are_one_clear_error(toy_tree, tmp_path, task, file, how):
     tree = tmp_path / "toy"
     tree.mkdir()
-    for name in (f for f in toy_tree.iterdir() if f.name != "index"):                 # links, but for the data set at hand
-        (tree / name.name).symlink_to(name) if name.name != file.split("/")[0] else shutil.copytree(name, tree / name.name)
+    # links, but for the data set at hand
+    for name in (f for f in toy_tree.iterdir() if f.name != "index"):
+        (tree / name.name).symlink_to(name) if name.name != file.split("/")[0] else shutil.copytree(
+            name, tree / name.name
+        )
     path = tree / file
     text = path.read_text()
     if how == "missing":
         path.unlink()
     else:
-        path.write_text(text[:len(text) // 2] if how == "cut" else re.sub(r'"(question_id|question|sentence|sentence2|annotations)":', r'"x_\1":', text))
+        path.write_text(
+            text[: len(text) // 2]
+            if how == "cut"
+            else re.sub(
+                r'"(question_id|question|sentence|sentence2|annotations)":', r'"x_\1":', text
+            )
+        )
     with pytest.raises(DataError) as error:
         load(tree, task, {"vqa": "train2014"}.get(task, "train"))
     assert path.name in str(error.value) and "\n" in str(error.value)
 
 
 def test_evaluating_a_model_of_another_task(toy_tree, pretrained, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", "vqa", "--ckpt", str(pretrained[0]), "--data", str(toy_tree)],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "was trained for pretrain, not for vqa" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "evaluate.py"),
+            "--task",
+            "vqa",
+            "--ckpt",
+            str(pretrained[0]),
+            "--data",
+            str(toy_tree),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and "was trained for pretrain, not for vqa" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
-@pytest.mark.parametrize("argv, match", [(["--task", "re", "--dataset", "refcocoo"], "did you mean refcoco"), (["--task", "vqa", "--task-loss", "rank"], "not for --task vqa"),
-                                         (["--corpora", "coco+vgg"], "did you mean vg"), (["--corpora", "coco+vcr"], "vcr alone"), (["--mine-every", "5"], "choose one"), (["--ablate", "text"], "not for --task retrieval"), (["--head-lr", "0"], "more than 0")])
+@pytest.mark.parametrize(
+    "argv, match",
+    [
+        (["--task", "re", "--dataset", "refcocoo"], "did you mean refcoco"),
+        (["--task", "vqa", "--task-loss", "rank"], "not for --task vqa"),
+        (["--corpora", "coco+vgg"], "did you mean vg"),
+        (["--corpora", "coco+vcr"], "vcr alone"),
+        (["--mine-every", "5"], "choose one"),
+        (["--ablate", "text"], "not for --task retrieval"),
+        (["--head-lr", "0"], "more than 0"),
+    ],
+)
 def test_wrong_settings(argv, match):
     with pytest.raises(train.UserError, match=match):
         train.parse(argv)
 
 
-def test_an_official_fine_tuned_checkpoint_is_judged_as_it_comes(toy_tree, pretrained, tmp_path, monkeypatch):
+def test_an_official_fine_tuned_checkpoint_is_judged_as_it_comes(
+    toy_tree, pretrained, tmp_path, monkeypatch
+):
     """Weights alone, under the authors' names, with nothing but --size and the task."""
     monkeypatch.chdir(tmp_path)
-    cfg, runtime, _ = configured(toy_tree, "--task", "vqa", "--init", pretrained[0], "--steps", 3, "--warmup", 1, "--batch-tokens", 256)
+    cfg, runtime, _ = configured(
+        toy_tree,
+        "--task",
+        "vqa",
+        "--init",
+        pretrained[0],
+        "--steps",
+        3,
+        "--warmup",
+        1,
+        "--batch-tokens",
+        256,
+    )
     numbers = train.train(cfg, runtime)
-    names = {"text_embedding.word": "uniter.embeddings.word_embeddings", "task_head": "vqa_output", "pooler": "uniter.pooler.dense"}
+    names = {
+        "text_embedding.word": "uniter.embeddings.word_embeddings",
+        "task_head": "vqa_output",
+        "pooler": "uniter.pooler.dense",
+    }
     official = {}
     for name, tensor in read_checkpoint(f"{cfg.out}/last.pt").model.items():
-        if not name.startswith("classifier"):       # the toy's detector knows other classes
+        if not name.startswith("classifier"):  # the toy's detector knows other classes
             ours = next((k for k in names if name.startswith(k)), "")
-            official[names.get(ours, "") + name[len(ours):]] = tensor
+            official[names.get(ours, "") + name[len(ours) :]] = tensor
     torch.save(official, "vqa.pt")
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--task", "vqa", "--size", "toy", "--ckpt", "vqa.pt", "--data", str(toy_tree)],
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "evaluate.py"),
+            "--task",
+            "vqa",
+            "--size",
+            "toy",
+            "--ckpt",
+            "vqa.pt",
+            "--data",
+            str(toy_tree),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["vqa/accuracy"] == pytest.approx(numbers["vqa/accuracy"], abs=0.3)
+    assert json.loads(done.stdout)["vqa/accuracy"] == pytest.approx(
+        numbers["vqa/accuracy"], abs=0.3
+    )

@@ -1,4 +1,5 @@
 """The loop as a user meets it: runs, resumes, several processes, settings, and what goes wrong."""
+
 import json
 import os
 import shutil
@@ -16,22 +17,53 @@ from conftest import QUICK, ROOT, last_line, prepared_run, run, run_and_kill, sa
 from model import CheckpointError, read_checkpoint
 from train import UserError, alignment_weight, lr_at, make_config, parse
 
+
 def toy_run(toy_tree, pretrained, *more):
-    return ["--recipe", "toy", "--data", toy_tree, "--init", pretrained[0], "--warmup", 2, "--batch-tokens", 256, "--candidates", 6, *QUICK, *more]
+    return [
+        "--recipe",
+        "toy",
+        "--data",
+        toy_tree,
+        "--init",
+        pretrained[0],
+        "--warmup",
+        2,
+        "--batch-tokens",
+        256,
+        "--candidates",
+        6,
+        *QUICK,
+        *more,
+    ]
 
 
 def test_pretraining_runs_every_task(pretrained):
     checkpoint, done = pretrained
     numbers = last_line(done)
-    assert {"val/mlm", "val/itm", "val/mrc", "val/mrckl", "val/mrfr", "winoground/text", "winoground/image", "winoground/group"} <= set(numbers)
+    assert {
+        "val/mlm",
+        "val/itm",
+        "val/mrc",
+        "val/mrckl",
+        "val/mrfr",
+        "winoground/text",
+        "winoground/image",
+        "winoground/group",
+    } <= set(numbers)
     log = [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
     assert {"mlm", "itm"} & set().union(*log) and (checkpoint.parent / "figures/curve.png").exists()
 
 
-@pytest.mark.parametrize("loss", [*(name for name, row in train.LOSSES.items() if row.recipe == "toy"), "cacr+wra", "none"])       # the others: test_align.py, test_pixels.py
+# the others: test_align.py, test_pixels.py
+@pytest.mark.parametrize(
+    "loss",
+    [*(name for name, row in train.LOSSES.items() if row.recipe == "toy"), "cacr+wra", "none"],
+)
 def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = parse([*map(str, toy_run(toy_tree, pretrained, "--loss", loss, "--steps", 20, "--log-every", 1))])
+    cfg = parse(
+        [*map(str, toy_run(toy_tree, pretrained, "--loss", loss, "--steps", 20, "--log-every", 1))]
+    )
     runtime = train.setup_runtime(cfg)
     numbers = train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
@@ -39,54 +71,98 @@ def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkey
         if name != "none":
             values = [r[name] for r in log if name in r]
             assert len(values) == 20 and all(np.isfinite(values)) and any(v != 0 for v in values)
-    assert 0 <= numbers["winoground/group"] <= 100 and len(list((tmp_path / cfg.out / "figures").glob("winoground_*.png"))) == 8
+    assert (
+        0 <= numbers["winoground/group"] <= 100
+        and len(list((tmp_path / cfg.out / "figures").glob("winoground_*.png"))) == 8
+    )
 
 
 @pytest.mark.parametrize("task", ["mlm", "itm", "mrfr", "mrc", "mrckl"])
 def test_training_lowers_the_loss(toy_tree, task, tmp_path, monkeypatch):
     """Twenty updates on one batch: a sign error or a cut gradient would show."""
     monkeypatch.chdir(tmp_path)
-    cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain=task, steps=20, warmup=1, lr=1e-4 if task == "itm" else 1e-3,
-                      batch_tokens=512, precision="fp32")
+    cfg = make_config(
+        "toy-pretrain",
+        data=str(toy_tree),
+        pretrain=task,
+        steps=20,
+        warmup=1,
+        lr=1e-4 if task == "itm" else 1e-3,
+        batch_tokens=512,
+        precision="fp32",
+    )
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
     loaded = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model, streams = train.build_model(cfg, runtime, tokenizer, loaded), loaded.train
     optimizer, batch = train.build_optimizer(cfg, model), streams[0][0]
-    values = [train.train_step(cfg, runtime, model, optimizer, streams, 1, [batch])[0][task].item() for _ in range(40)]
+    values = [
+        train.train_step(cfg, runtime, model, optimizer, streams, 1, [batch])[0][task].item()
+        for _ in range(40)
+    ]
     assert values[-1] < 0.9 * values[0], values
 
 
 def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
     """6 steps = 3, kill -9 while the fourth or a later one runs, resume."""
-    args = toy_run(toy_tree, pretrained, "--loss", "cacr", "--steps", 6, "--save-every", 3, "--dropout", 0.1)
+    args = toy_run(
+        toy_tree, pretrained, "--loss", "cacr", "--steps", 6, "--save-every", 3, "--dropout", 0.1
+    )
     run(tmp_path, *args, "--out", "whole")
     run_and_kill(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    strip = lambda p: [{k: v for k, v in json.loads(l).items() if k not in ("pairs_per_s", "seconds_left")} for l in (p / "log.jsonl").read_text().splitlines()]
+    strip = lambda p: [
+        {k: v for k, v in json.loads(l).items() if k not in ("pairs_per_s", "seconds_left")}
+        for l in (p / "log.jsonl").read_text().splitlines()
+    ]
     assert strip(tmp_path / "whole")[-1] == strip(tmp_path / "cut")[-1]
     finished = run(tmp_path, *args, "--out", "cut", "--resume")
     assert "winoground/group" in last_line(finished)
 
 
 def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
-    """The first run of a recipe makes its pre-training too; kill -9 hits either, anywhere. NANOALIGN_KILLS=20 kills twenty times."""
-    kills, rng = int(os.environ.get("NANOALIGN_KILLS", 2)), np.random.default_rng(int(os.environ.get("NANOALIGN_KILL_SEED", 0)))
-    code = (f"import train; train.RECIPES['toy-pretrain'].update(steps={30 * kills}, warmup=5, batch_tokens=512, save_every=4, eval_every=30)\n"
-            f"train.RECIPES['toy'].update(steps={20 * kills}, warmup=5, batch_tokens=256, save_every=3, eval_every=20, dropout=0.1)\ntrain.main()")
-    command = [sys.executable, "-c", code, "--loss", "cacr+wra", "--data", str(toy_tree), "--resume", *QUICK]
+    """The first run of a recipe makes its pre-training too; kill -9 hits either, anywhere.
+    NANOALIGN_KILLS=20 kills twenty times.
+    """
+    kills, rng = (
+        int(os.environ.get("NANOALIGN_KILLS", 2)),
+        np.random.default_rng(int(os.environ.get("NANOALIGN_KILL_SEED", 0))),
+    )
+    code = (
+        f"import train; train.RECIPES['toy-pretrain'].update(steps={30 * kills}, warmup=5, "
+        "batch_tokens=512, save_every=4, eval_every=30)\n"
+        f"train.RECIPES['toy'].update(steps={20 * kills}, warmup=5, batch_tokens=256, "
+        "save_every=3, eval_every=20, dropout=0.1)\ntrain.main()"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--loss",
+        "cacr+wra",
+        "--data",
+        str(toy_tree),
+        "--resume",
+        *QUICK,
+    ]
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
-    start = lambda folder: subprocess.Popen(command, cwd=tmp_path / folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    start = lambda folder: subprocess.Popen(
+        command,
+        cwd=tmp_path / folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     began, process = time.time(), start("whole")
     while not list((tmp_path / "whole").glob("out/*/log.jsonl")) and process.poll() is None:
         time.sleep(0.01)
-    ready = time.time() - began                     # imports, data and model
+    ready = time.time() - began  # imports, data and model
     assert process.wait() == 0
     share = (time.time() - began - ready) / (kills + 1)
     for kill in range(kills):
         process = start("cut")
-        with pytest.raises(subprocess.TimeoutExpired):              # it may not finish before the last kill
+        # it may not finish before the last kill
+        with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.1, ready + share * rng.uniform(-0.5, 1.9)))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -101,10 +177,37 @@ def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
 def test_two_processes_are_one_with_the_doubled_batch(toy_tree, pretrained, tmp_path, kind):
     args = toy_run(toy_tree, pretrained, "--loss", "cacr+wra", "--steps", 6, "--dropout", 0)
     if kind == "pretrain":
-        args = ["--recipe", "toy-pretrain", "--data", toy_tree, "--pretrain", "mlm+itm+mrfr+mrckl+wra", "--loss", "cacr", "--steps", 12, "--warmup", 2, *QUICK]
-    if kind in ("vcr", "nlvr2"):                    # several rows an example
-        args = ["--task", kind, "--data", toy_tree, "--init", pretrained[0], "--steps", 6, "--warmup", 2, *QUICK]
-    units = 30 if kind == "few" else 256            # few: one group at a time, so the second process has nothing to do
+        args = [
+            "--recipe",
+            "toy-pretrain",
+            "--data",
+            toy_tree,
+            "--pretrain",
+            "mlm+itm+mrfr+mrckl+wra",
+            "--loss",
+            "cacr",
+            "--steps",
+            12,
+            "--warmup",
+            2,
+            *QUICK,
+        ]
+    if kind in ("vcr", "nlvr2"):  # several rows an example
+        args = [
+            "--task",
+            kind,
+            "--data",
+            toy_tree,
+            "--init",
+            pretrained[0],
+            "--steps",
+            6,
+            "--warmup",
+            2,
+            *QUICK,
+        ]
+    # few: one group at a time, so the second process has nothing to do
+    units = 30 if kind == "few" else 256
     run(tmp_path, *args, "--batch-tokens", 2 * units, "--out", "one")
     run(tmp_path, *args, "--batch-tokens", units, "--out", "two", processes=2)
     same(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
@@ -114,36 +217,78 @@ def test_schedules_are_the_authors():
     folder = os.environ.get("GOLDEN_DIR", ROOT / "tests/golden")
     z = np.load(f"{folder}/schedules.npz")
     p = json.loads(str(z["uniter_lr/params"]))
-    ours = [lr_at(int(s), p["learning_rate"], p["warmup_steps"], p["num_train_steps"]) for s in z["steps"]]
+    ours = [
+        lr_at(int(s), p["learning_rate"], p["warmup_steps"], p["num_train_steps"])
+        for s in z["steps"]
+    ]
     np.testing.assert_allclose(ours, z["uniter_lr/get_lr_sched"], rtol=1e-9)
     q = json.loads(str(z["uniter_lr/params"]))
-    np.testing.assert_allclose([max(lr_at(int(s), 1.0, q["warmup_steps"], q["num_train_steps"]), 0) for s in z["steps"]],
-                               np.maximum(z["uniter_lr/warmup_linear_factor"], 1e-8), rtol=1e-9)
-    q = json.loads(str(z["lxmert_lr/params"]))                      # the same ramp, counted from 0
+    np.testing.assert_allclose(
+        [max(lr_at(int(s), 1.0, q["warmup_steps"], q["num_train_steps"]), 0) for s in z["steps"]],
+        np.maximum(z["uniter_lr/warmup_linear_factor"], 1e-8),
+        rtol=1e-9,
+    )
+    q = json.loads(str(z["lxmert_lr/params"]))  # the same ramp, counted from 0
     for ours, theirs in (("linear-from-0", "warmup_linear"), ("constant", "warmup_constant")):
-        ramp = [lr_at(int(s) + (ours != "constant"), q["lr"], q["warmup"] * q["t_total"], q["t_total"], ours) for s in z["steps"]]
-        np.testing.assert_allclose(ramp, np.maximum(z[f"lxmert_lr/{theirs}"], 0 if ours != "constant" else 1e-8), rtol=1e-9)
+        ramp = [
+            lr_at(
+                int(s) + (ours != "constant"),
+                q["lr"],
+                q["warmup"] * q["t_total"],
+                q["t_total"],
+                ours,
+            )
+            for s in z["steps"]
+        ]
+        np.testing.assert_allclose(
+            ramp, np.maximum(z[f"lxmert_lr/{theirs}"], 0 if ours != "constant" else 1e-8), rtol=1e-9
+        )
     halved = [lr_at(int(s) + 1, q["lr"] / 2, 0, q["t_total"], "linear-from-0") for s in z["steps"]]
-    np.testing.assert_allclose(halved, z["lxmert_lr/warmup_linear_warmup_minus1"], rtol=1e-9)       # "no warm-up" there halves the rate
+    # "no warm-up" there halves the rate
+    np.testing.assert_allclose(halved, z["lxmert_lr/warmup_linear_warmup_minus1"], rtol=1e-9)
     w = json.loads(str(z["noam/params"]))["warmup_step"]
-    np.testing.assert_allclose([lr_at(int(s), 1.0, w, 1000, "noam") for s in z["steps"]], np.maximum(z["noam/factor"], 1e-8), rtol=1e-9)
+    np.testing.assert_allclose(
+        [lr_at(int(s), 1.0, w, 1000, "noam") for s in z["steps"]],
+        np.maximum(z["noam/factor"], 1e-8),
+        rtol=1e-9,
+    )
     v = json.loads(str(z["vqa/params"]))
-    ours = [lr_at(int(s), 1.0, 3 * v["warmup_interval"], 1000, "steps", (v["decay_start"], v["decay_interval"], v["decay_rate"])) for s in z["steps"]]
+    ours = [
+        lr_at(
+            int(s),
+            1.0,
+            3 * v["warmup_interval"],
+            1000,
+            "steps",
+            (v["decay_start"], v["decay_interval"], v["decay_rate"]),
+        )
+        for s in z["steps"]
+    ]
     np.testing.assert_allclose(ours, np.maximum(z["vqa/factor"], 1e-8), rtol=1e-9)
     T = json.loads(str(z["iais_tsa/params"]))["num_train_steps"]
     for how in ("exp", "linear", "log"):
-        np.testing.assert_allclose([alignment_weight(int(s), T, how) for s in z["steps"]], z[f"iais_tsa/{how}_schedule"], rtol=1e-6, atol=6e-8)       # float32 there: 1 - exp(...)
+        # float32 there: 1 - exp(...)
+        np.testing.assert_allclose(
+            [alignment_weight(int(s), T, how) for s in z["steps"]],
+            z[f"iais_tsa/{how}_schedule"],
+            rtol=1e-6,
+            atol=6e-8,
+        )
 
 
 def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
-    """UNITER's AdamW adds eps before the bias correction and decays after the update; without both they agree."""
+    """UNITER's AdamW adds eps before the bias correction and decays after the update; without
+    both they agree.
+    """
     folder = os.environ.get("GOLDEN_DIR", ROOT / "tests/golden")
     z = np.load(f"{folder}/schedules.npz")
     p, A, b = json.loads(str(z["opt/params"])), torch.tensor(z["opt/A"]), torch.tensor(z["opt/b"])
     w = torch.nn.Parameter(torch.tensor(z["opt/w0"])[None])
     module = torch.nn.Module()
     module.w = w
-    cfg = make_config("toy", lr=p["lr"], beta2=p["betas"][1], eps=p["eps"], weight_decay=p["weight_decay"])
+    cfg = make_config(
+        "toy", lr=p["lr"], beta2=p["betas"][1], eps=p["eps"], weight_decay=p["weight_decay"]
+    )
     optimizer, path = train.build_optimizer(cfg, module), [w.detach()[0].numpy().copy()]
     for _ in range(len(z["opt/torch_adamw_same_settings"]) - 1):
         optimizer.zero_grad()
@@ -158,16 +303,35 @@ def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
 def test_bertadam_is_the_authors(scheduled):
     folder = os.environ.get("GOLDEN_DIR", ROOT / "tests/golden")
     z = np.load(f"{folder}/schedules.npz")
-    p, A, b = json.loads(str(z["opt/bertadam_params"])), torch.tensor(z["opt/A"]), torch.tensor(z["opt/b"])
-    wanted, module = z["opt/bertadam_scheduled" if scheduled else "opt/bertadam_constant_lr"], torch.nn.Module()
-    module.w = torch.nn.Parameter(torch.tensor(z["opt/w0"]))        # a vector: LXMERT decays those too
-    cfg = make_config("toy", lr=p["lr"], beta2=p["b2"], eps=p["e"], weight_decay=p["weight_decay"], optimizer="bertadam")
+    p, A, b = (
+        json.loads(str(z["opt/bertadam_params"])),
+        torch.tensor(z["opt/A"]),
+        torch.tensor(z["opt/b"]),
+    )
+    wanted, module = (
+        z["opt/bertadam_scheduled" if scheduled else "opt/bertadam_constant_lr"],
+        torch.nn.Module(),
+    )
+    # a vector: LXMERT decays those too
+    module.w = torch.nn.Parameter(torch.tensor(z["opt/w0"]))
+    cfg = make_config(
+        "toy",
+        lr=p["lr"],
+        beta2=p["b2"],
+        eps=p["e"],
+        weight_decay=p["weight_decay"],
+        optimizer="bertadam",
+    )
     optimizer, path = train.build_optimizer(cfg, module), [module.w.detach().numpy().copy()]
     for step in range(1, len(wanted)):
         optimizer.zero_grad()
         (0.5 * module.w @ A @ module.w - module.w @ b).backward()
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, p["lr"], p["warmup"] * p["t_total"], p["t_total"], "linear-from-0") if scheduled else p["lr"]
+            group["lr"] = (
+                lr_at(step, p["lr"], p["warmup"] * p["t_total"], p["t_total"], "linear-from-0")
+                if scheduled
+                else p["lr"]
+            )
         optimizer.step()
         path.append(module.w.detach().numpy().copy())
     np.testing.assert_allclose(path, wanted, rtol=1e-9)
@@ -175,12 +339,20 @@ def test_bertadam_is_the_authors(scheduled):
 
 @pytest.mark.parametrize("decay", [True, False])
 def test_the_two_differences_make_the_authors_adamw(decay):
-    """torch's Adam with eps * sqrt(1 - beta2^t), then w *= 1 - lr * decay, is UNITER's trajectory to the last digits."""
+    """torch's Adam with eps * sqrt(1 - beta2^t), then w *= 1 - lr * decay, is UNITER's trajectory
+    to the last digits.
+    """
     folder = os.environ.get("GOLDEN_DIR", ROOT / "tests/golden")
     z = np.load(f"{folder}/schedules.npz")
     p, A, b = json.loads(str(z["opt/params"])), torch.tensor(z["opt/A"]), torch.tensor(z["opt/b"])
-    w, wanted = torch.nn.Parameter(torch.tensor(z["opt/w0"])), z["opt/uniter_adamw" if decay else "opt/uniter_adamw_nodecay"]
-    optimizer, path = torch.optim.Adam([w], lr=p["lr"], betas=p["betas"], eps=p["eps"]), [w.detach().numpy().copy()]
+    w, wanted = (
+        torch.nn.Parameter(torch.tensor(z["opt/w0"])),
+        z["opt/uniter_adamw" if decay else "opt/uniter_adamw_nodecay"],
+    )
+    optimizer, path = (
+        torch.optim.Adam([w], lr=p["lr"], betas=p["betas"], eps=p["eps"]),
+        [w.detach().numpy().copy()],
+    )
     for step in range(1, len(wanted)):
         optimizer.zero_grad()
         (0.5 * w @ A @ w - w @ b).backward()
@@ -195,62 +367,118 @@ def test_the_two_differences_make_the_authors_adamw(decay):
 def test_accumulation_is_the_larger_batch_in_pieces(toy_tree, tmp_path, monkeypatch):
     """The gradient of two batches accumulated is the gradient of a mean over both."""
     monkeypatch.chdir(tmp_path)
-    cfg = make_config("toy-pretrain", data=str(toy_tree), pretrain="mlm", batch_tokens=256, steps=2, warmup=1, precision="fp32", clip=0)
+    cfg = make_config(
+        "toy-pretrain",
+        data=str(toy_tree),
+        pretrain="mlm",
+        batch_tokens=256,
+        steps=2,
+        warmup=1,
+        precision="fp32",
+        clip=0,
+    )
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
     loaded = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model, streams = train.build_model(cfg, runtime, tokenizer, loaded), loaded.train
     batches, grads = [streams[0][0], streams[0][1]], []
     for some in (batches, batches[:1], batches[1:]):
         seen = {}
-        keep = lambda m: seen.update({n: q.grad.clone() for n, q in m.named_parameters() if q.grad is not None})
+        keep = lambda m: seen.update(
+            {n: q.grad.clone() for n, q in m.named_parameters() if q.grad is not None}
+        )
 
         class Peek(torch.optim.SGD):
             def step(self):
                 keep(model)
+
         train.train_step(cfg, runtime, model, Peek(model.parameters(), lr=0.0), streams, 1, some)
         grads.append(seen)
     n = [b["counts"][""] for b in batches]
     for name in grads[0]:
-        torch.testing.assert_close(grads[0][name], (n[0] * grads[1][name] + n[1] * grads[2][name]) / sum(n), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            grads[0][name],
+            (n[0] * grads[1][name] + n[1] * grads[2][name]) / sum(n),
+            atol=1e-6,
+            rtol=1e-4,
+        )
 
 
-# -------------------------------------------------------------------------------------------------------- settings
+# --------------------------------------------------------------------------------------- settings
+
 
 def test_recipe_then_typed_settings():
     cfg = parse(["--loss", "cacr+wra", "--lr", "1e-3"])
     assert (cfg.recipe, cfg.size, cfg.lr, cfg.loss) == ("toy", "toy", 1e-3, "cacr+wra")
     paper = parse(["--recipe", "flickr30k", "--data", "/full"])
-    assert (paper.lr, paper.negatives, paper.candidates, paper.alternate, paper.size, paper.init) == (5e-5, 31, 399, True, "base", "/full/checkpoints/uniter-base.pt")
+    assert (
+        paper.lr,
+        paper.negatives,
+        paper.candidates,
+        paper.alternate,
+        paper.size,
+        paper.init,
+    ) == (5e-5, 31, 399, True, "base", "/full/checkpoints/uniter-base.pt")
     assert parse(["--task", "vqa"]).recipe == "toy-vqa" and parse(["--recipe", "vqa"]).task == "vqa"
     for recipe in train.RECIPES:
         make_config(recipe)
     assert parse(["--no-alternate"]).alternate is False
-    assert set().union(*train.RECIPES.values()) <= {f.name for f in train.dataclasses.fields(train.Config)}
+    assert set().union(*train.RECIPES.values()) <= {
+        f.name for f in train.dataclasses.fields(train.Config)
+    }
 
 
-@pytest.mark.parametrize("argv, match", [(["--loss", "carc"], "did you mean cacr"), (["--loss", "cacr+war"], "did you mean wra"),
-                                         (["--cacr-wieght", "2"], "is not an option"), (["--recipe", "flicker30k"], "did you mean flickr30k"),
-                                         (["--align-wieght", "2"], "did you mean --align-weight"), (["--steps", "0"], "at least 1"),
-                                         (["--pretrain", "mlm+imt"], "did you mean itm"), (["--negatives", "9", "--candidates", "3"], "cannot hold"),
-                                         (["--seed", "-1"], "--seed -1: wanted 0 or more"), (["--dropout", "1"], "--dropout 1.0: wanted"), (["--lr", "nan"], "--lr nan: wanted")])
+@pytest.mark.parametrize(
+    "argv, match",
+    [
+        (["--loss", "carc"], "did you mean cacr"),
+        (["--loss", "cacr+war"], "did you mean wra"),
+        (["--cacr-wieght", "2"], "is not an option"),
+        (["--recipe", "flicker30k"], "did you mean flickr30k"),
+        (["--align-wieght", "2"], "did you mean --align-weight"),
+        (["--steps", "0"], "at least 1"),
+        (["--pretrain", "mlm+imt"], "did you mean itm"),
+        (["--negatives", "9", "--candidates", "3"], "cannot hold"),
+        (["--seed", "-1"], "--seed -1: wanted 0 or more"),
+        (["--dropout", "1"], "--dropout 1.0: wanted"),
+        (["--lr", "nan"], "--lr nan: wanted"),
+    ],
+)
 def test_wrong_settings_are_answered(argv, match):
     with pytest.raises(UserError, match=match):
         parse(argv)
 
 
 def test_help_teaches():
-    text = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     for f in train.dataclasses.fields(train.Config):
         assert f"--{f.name.replace('_', '-')}" in text
-    assert text.count("default:") == len(train.dataclasses.fields(train.Config)) and "flickr30k" in text
+    assert (
+        text.count("default:") == len(train.dataclasses.fields(train.Config))
+        and "flickr30k" in text
+    )
 
 
-# ------------------------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------- what goes wrong
 
-@pytest.mark.parametrize("argv, match", [(["--loss", "carc"], "did you mean cacr"), (["--data", "nowhere"], "is missing"),
-                                         (["--init", "nothing.pt"], "is not there")])
+
+@pytest.mark.parametrize(
+    "argv, match",
+    [
+        (["--loss", "carc"], "did you mean cacr"),
+        (["--data", "nowhere"], "is missing"),
+        (["--init", "nothing.pt"], "is not there"),
+    ],
+)
 def test_errors_are_one_message(toy_tree, tmp_path, argv, match):
-    done = run(tmp_path, *(argv if "--data" in argv else ["--data", toy_tree, *argv]), "--init", *(["x"] if "--init" not in argv else argv[argv.index("--init") + 1:]), expect=1)
+    done = run(
+        tmp_path,
+        *(argv if "--data" in argv else ["--data", toy_tree, *argv]),
+        "--init",
+        *(["x"] if "--init" not in argv else argv[argv.index("--init") + 1 :]),
+        expect=1,
+    )
     assert match in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.pt"))
 
@@ -261,8 +489,26 @@ def test_nan_in_the_features_met_while_training(toy_tree, pretrained, tmp_path, 
     features = np.lib.format.open_memmap(tree / "regions/coco/features.npy", mode="r+")
     features[:] = np.nan
     features.flush()
-    done = run(tmp_path, "--recipe", "toy", "--data", tree, "--init", pretrained[0], "--steps", 2, "--warmup", 1, "--workers", workers, expect=1)
-    assert "holds nan or inf in the features of image" in done.stderr and "Traceback" not in done.stderr
+    done = run(
+        tmp_path,
+        "--recipe",
+        "toy",
+        "--data",
+        tree,
+        "--init",
+        pretrained[0],
+        "--steps",
+        2,
+        "--warmup",
+        1,
+        "--workers",
+        workers,
+        expect=1,
+    )
+    assert (
+        "holds nan or inf in the features of image" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_out_of_another_configuration_is_refused_and_kept(toy_tree, pretrained, tmp_path):
@@ -278,20 +524,47 @@ def test_out_of_another_configuration_is_refused_and_kept(toy_tree, pretrained, 
 
 def test_checkpoint_of_another_size(toy_tree, pretrained, tmp_path):
     done = run(tmp_path, *toy_run(toy_tree, pretrained, "--size", "base", "--steps", 2), expect=1)
-    assert "does not fit" in done.stderr and "--size" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "does not fit" in done.stderr and "--size" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(toy_tree, pretrained, tmp_path, monkeypatch, poison):
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
+    toy_tree, pretrained, tmp_path, monkeypatch, poison
+):
     monkeypatch.chdir(tmp_path)
-    cfg = parse([*map(str, toy_run(toy_tree, pretrained, "--loss", "cacr", "--steps", 6, "--save-every", 2, "--out", "run"))])
+    cfg = parse(
+        [
+            *map(
+                str,
+                toy_run(
+                    toy_tree,
+                    pretrained,
+                    "--loss",
+                    "cacr",
+                    "--steps",
+                    6,
+                    "--save-every",
+                    2,
+                    "--out",
+                    "run",
+                ),
+            )
+        ]
+    )
     calls, real = [0], train.losses.ranking
 
     def ranking(scores, margin):
         calls[0] += 1
         if calls[0] < 5:
             return real(scores, margin)
-        return real(scores, margin) * float("nan") if poison == "loss" else real(scores, margin) + (scores.sum() * 0).sqrt()
+        return (
+            real(scores, margin) * float("nan")
+            if poison == "loss"
+            else real(scores, margin) + (scores.sum() * 0).sqrt()
+        )
+
     monkeypatch.setattr(train.losses, "ranking", ranking)
     with pytest.raises(train.NonFinite, match="step 5") as error:
         train.train(cfg, train.setup_runtime(cfg))
@@ -303,13 +576,30 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(toy_tree, pret
 def test_full_disk_keeps_the_old_checkpoint(toy_tree, pretrained, tmp_path):
     """A limit on file size stands for the full disk: the write fails half way."""
     args = toy_run(toy_tree, pretrained, "--steps", 4, "--save-every", 2, "--out", "run")
-    code = ("import sys, resource, signal; sys.argv = sys.argv[1:]; import train; real = train.save_checkpoint; calls = []\n"
-            "def save(*a):\n    calls.append(1)\n    if len(calls) == 2:\n        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n    real(*a)\ntrain.save_checkpoint = save\ntrain.main()")
-    done = subprocess.run([sys.executable, "-c", code, "train.py", *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 1 and "could not be saved at step 4" in done.stderr and "still whole" in done.stderr and "Traceback" not in done.stderr
-    assert read_checkpoint(tmp_path / "run/last.pt").step == 2 and not list((tmp_path / "run").glob("*.tmp"))
+    code = (
+        "import sys, resource, signal; sys.argv = sys.argv[1:]; import train; real = "
+        "train.save_checkpoint; calls = []\n"
+        "def save(*a):\n    calls.append(1)\n    if len(calls) == 2:\n"
+        "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "    real(*a)\ntrain.save_checkpoint = save\ntrain.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train.py", *map(str, args)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert (
+        done.returncode == 1
+        and "could not be saved at step 4" in done.stderr
+        and "still whole" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+    assert read_checkpoint(tmp_path / "run/last.pt").step == 2 and not list(
+        (tmp_path / "run").glob("*.tmp")
+    )
 
 
 def test_broken_checkpoint_in_out(toy_tree, pretrained, tmp_path):

@@ -1,8 +1,10 @@
-"""ShapesWorld, the toy tree: scenes of coloured shapes, drawn, described by templates, and seen by a noisy
-detector, written in every data set's official format, so that no reader knows that it is a toy.
+"""ShapesWorld, the toy tree: scenes of coloured shapes, drawn, described by templates, and seen
+by a noisy detector, written in every data set's official format, so that no reader knows that it
+is a toy.
 
 python tests/toy.py --out data/toy --seed 0 --scenes 6000
 """
+
 import argparse
 import json
 import os
@@ -19,35 +21,92 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import COLOURS, COLUMNS, REFER, SHAPES, SIZES, DataError, StoreWriter, WordPiece, appearance, read_json, write_atomic
+from data import (
+    COLOURS,
+    COLUMNS,
+    REFER,
+    SHAPES,
+    SIZES,
+    DataError,
+    StoreWriter,
+    WordPiece,
+    appearance,
+    read_json,
+    write_atomic,
+)
 
-TOY_VERSION = 4                                     # raised whenever the bytes change; an older tree is made again
-RGB = {"red": (214, 48, 40), "green": (46, 160, 67), "blue": (0, 120, 230), "yellow": (245, 205, 30), "black": (25, 25, 25), "purple": (140, 60, 180)}
-KINDS = dict(zip(SHAPES, ("people", "clothing", "animals", "vehicles", "instruments", "other")))      # Flickr30k Entities' types
-PIXELS = {"small": 26, "medium": 42, "large": 64}    # pixels
+# raised whenever the bytes change; an older tree is made again
+TOY_VERSION = 4
+RGB = {
+    "red": (214, 48, 40),
+    "green": (46, 160, 67),
+    "blue": (0, 120, 230),
+    "yellow": (245, 205, 30),
+    "black": (25, 25, 25),
+    "purple": (140, 60, 180),
+}
+# Flickr30k Entities' types
+KINDS = dict(zip(SHAPES, ("people", "clothing", "animals", "vehicles", "instruments", "other")))
+PIXELS = {"small": 26, "medium": 42, "large": 64}  # pixels
 WIDTH, HEIGHT = 240, 180
-CLASSES = ("background", *SHAPES, "box")            # the detector's; "box" is NLVR's grey container
-LABELS = "disc", "square", "triangle", "star", "plus", "rhombus", "box"      # what it calls them: rarely as people do
-OUTLINES = {                                        # corners in the unit square
-    "triangle": np.array([(0.5, 0), (1, 1), (0, 1)]), "diamond": np.array([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)]),
-    "star": np.array([(0.5, 0), (0.62, 0.38), (1, 0.38), (0.69, 0.6), (0.81, 1), (0.5, 0.75), (0.19, 1), (0.31, 0.6), (0, 0.38), (0.38, 0.38)]),
-    "cross": np.array([(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65), (0.65, 1), (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)]),
+CLASSES = ("background", *SHAPES, "box")  # the detector's; "box" is NLVR's grey container
+# what it calls them: rarely as people do
+LABELS = "disc", "square", "triangle", "star", "plus", "rhombus", "box"
+OUTLINES = {  # corners in the unit square
+    "triangle": np.array([(0.5, 0), (1, 1), (0, 1)]),
+    "diamond": np.array([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)]),
+    "star": np.array(
+        [
+            (0.5, 0),
+            (0.62, 0.38),
+            (1, 0.38),
+            (0.69, 0.6),
+            (0.81, 1),
+            (0.5, 0.75),
+            (0.19, 1),
+            (0.31, 0.6),
+            (0, 0.38),
+            (0.38, 0.38),
+        ]
+    ),
+    "cross": np.array(
+        [
+            (0.35, 0),
+            (0.65, 0),
+            (0.65, 0.35),
+            (1, 0.35),
+            (1, 0.65),
+            (0.65, 0.65),
+            (0.65, 1),
+            (0.35, 1),
+            (0.35, 0.65),
+            (0, 0.65),
+            (0, 0.35),
+            (0.35, 0.35),
+        ]
+    ),
 }
 RELATIONS = "left of", "right of", "above", "below", "inside", "in front of"
-OTHER_WORDS = """the an and of on in at to is are it its there with that this one two three four five six seven eight nine ten no not none all
-each every both only exactly least most more than less same different other another any some many few several number total box boxes grey gray
-tower towers block blocks item items object objects shape shapes thing things line row column edge edges side sides corner wall walls base top
-bottom left right middle center centre above below over under between next near touching touch touches contains contain containing have has
-having consists consist contain colour color colours colors coloured colored small medium large big size sized very always either or but also as
-by for from does do first second third last high height tall circles squares triangles stars red green blue yellow black purple white closely what how person because contains only
-stacked stack multiple single equal odd even atleast which them they their different exactly images image grey roof attached""".split()
+OTHER_WORDS = """
+the an and of on in at to is are it its there with that this one two three four five six seven
+eight nine ten no not none all each every both only exactly least most more than less same
+different other another any some many few several number total box boxes grey gray tower towers
+block blocks item items object objects shape shapes thing things line row column edge edges side
+sides corner wall walls base top bottom left right middle center centre above below over under
+between next near touching touch touches contains contain containing have has having consists
+consist contain colour color colours colors coloured colored small medium large big size sized
+very always either or but also as by for from does do first second third last high height tall
+circles squares triangles stars red green blue yellow black purple white closely what how person
+because contains only stacked stack multiple single equal odd even atleast which them they their
+different exactly images image grey roof attached
+""".split()
 
 
 class Thing(NamedTuple):
     shape: str
     colour: str
     size: str
-    box: tuple                                      # x1 y1 x2 y2 in pixels
+    box: tuple  # x1 y1 x2 y2 in pixels
 
 
 def relation(a, b):
@@ -55,8 +114,13 @@ def relation(a, b):
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.box, b.box
     if ax1 >= bx1 and ay1 >= by1 and ax2 <= bx2 and ay2 <= by2:
         return "inside"
-    if ax1 < bx2 and bx1 < ax2 and ay1 < by2 and by1 < ay2:         # they overlap: the lower edge is nearer
-        return "in front of" if ay2 > by2 + 4 and not (bx1 >= ax1 and by1 >= ay1 and bx2 <= ax2 and by2 <= ay2) else None
+    # they overlap: the lower edge is nearer
+    if ax1 < bx2 and bx1 < ax2 and ay1 < by2 and by1 < ay2:
+        return (
+            "in front of"
+            if ay2 > by2 + 4 and not (bx1 >= ax1 and by1 >= ay1 and bx2 <= ax2 and by2 <= ay2)
+            else None
+        )
     dx, dy = ax1 + ax2 - bx1 - bx2, ay1 + ay2 - by1 - by2
     if abs(dx) > 1.3 * abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -66,7 +130,9 @@ def relation(a, b):
 
 
 def placed(rng, kinds, touching):
-    """Things of these (shape, colour) kinds at random places: apart, or with `touching` the first two inside or over each other."""
+    """Things of these (shape, colour) kinds at random places: apart, or with `touching` the first
+    two inside or over each other.
+    """
     while True:
         sizes = [str(rng.choice(list(SIZES))) for _ in kinds]
         if touching == "inside":
@@ -75,15 +141,35 @@ def placed(rng, kinds, touching):
         for (shape, colour), size in zip(kinds, sizes):
             side = PIXELS[size]
             for _ in range(30):
-                x, y = int(rng.integers(2, WIDTH - side - 2)), int(rng.integers(2, HEIGHT - side - 2))
-                if touching and len(things) == 1:   # drawn around the first one
+                x, y = (
+                    int(rng.integers(2, WIDTH - side - 2)),
+                    int(rng.integers(2, HEIGHT - side - 2)),
+                )
+                if touching and len(things) == 1:  # drawn around the first one
                     x1, y1, x2, y2 = things[0].box
-                    x, y = ((x1 + x2 - side) // 2 + int(rng.integers(-8, 9)), (y1 + y2 - side) // 2 + int(rng.integers(-8, 9))) \
-                        if touching == "inside" else (x1 + int(rng.integers(-side, x2 - x1)) // 2, y1 - int(rng.integers(6, side - 6)))
+                    x, y = (
+                        (
+                            (x1 + x2 - side) // 2 + int(rng.integers(-8, 9)),
+                            (y1 + y2 - side) // 2 + int(rng.integers(-8, 9)),
+                        )
+                        if touching == "inside"
+                        else (
+                            x1 + int(rng.integers(-side, x2 - x1)) // 2,
+                            y1 - int(rng.integers(6, side - 6)),
+                        )
+                    )
                 new = Thing(shape, colour, size, (x, y, x + side, y + side))
                 fits = x >= 1 and y >= 1 and x + side < WIDTH and y + side < HEIGHT
-                apart = all(new.box[2] + 3 < t.box[0] or t.box[2] + 3 < x or new.box[3] + 3 < t.box[1] or t.box[3] + 3 < y for t in things)
-                if fits and (apart or touching and len(things) == 1 and relation(things[0], new) == touching):
+                apart = all(
+                    new.box[2] + 3 < t.box[0]
+                    or t.box[2] + 3 < x
+                    or new.box[3] + 3 < t.box[1]
+                    or t.box[3] + 3 < y
+                    for t in things
+                )
+                if fits and (
+                    apart or touching and len(things) == 1 and relation(things[0], new) == touching
+                ):
                     things.append(new)
                     break
             else:
@@ -93,8 +179,9 @@ def placed(rng, kinds, touching):
 
 
 def draw_kinds(rng, n):
-    """n things of n shapes and n colours, so that "a red circle" is never in doubt; some are common and some rare (1 / rank), as words
-    are, so that another picture often has the same things elsewhere."""
+    """n things of n shapes and n colours, so that "a red circle" is never in doubt; some are
+    common and some rare (1 / rank), as words are, so that another picture often has the same
+    things elsewhere."""
     rare = 1 / np.arange(1, len(SHAPES) + 1)
     pick = lambda names: rng.choice(list(names), n, replace=False, p=rare / rare.sum())
     return [(str(s), str(c)) for s, c in zip(pick(SHAPES), pick(COLOURS))]
@@ -102,7 +189,9 @@ def draw_kinds(rng, n):
 
 def draw_scene(rng):
     n = int(rng.choice([2, 3, 4, 5, 6], p=[0.3, 0.4, 0.2, 0.07, 0.03]))
-    return placed(rng, draw_kinds(rng, n), str(rng.choice(["", "inside", "in front of"], p=[0.8, 0.1, 0.1])))
+    return placed(
+        rng, draw_kinds(rng, n), str(rng.choice(["", "inside", "in front of"], p=[0.8, 0.1, 0.1]))
+    )
 
 
 def phrase(thing, sized=False):
@@ -110,7 +199,9 @@ def phrase(thing, sized=False):
 
 
 def describe(rng, things, whole=0.0):
-    """One true caption as a list of parts: text, or (text, index of the thing it names). whole: how often it names all of them."""
+    """One true caption as a list of parts: text, or (text, index of the thing it names). whole:
+    how often it names all of them.
+    """
     order = [int(i) for i in rng.permutation(len(things))]
     if whole and rng.random() < whole:
         parts = [(phrase(things[order[0]], True), order[0])]
@@ -128,13 +219,34 @@ def describe(rng, things, whole=0.0):
     if form == "list":
         i, j = order[:2]
         return [(phrase(things[i], rng.random() < 0.5), i), " and ", (phrase(things[j]), j)]
-    first = [(phrase(things[order[0]], rng.random() < 0.25), order[0]), whereabouts(rng, things[order[0]])]
-    return first if form == "place" else [*first, " and ", (phrase(things[order[1]]), order[1]), whereabouts(rng, things[order[1]])]
+    first = [
+        (phrase(things[order[0]], rng.random() < 0.25), order[0]),
+        whereabouts(rng, things[order[0]]),
+    ]
+    return (
+        first
+        if form == "place"
+        else [
+            *first,
+            " and ",
+            (phrase(things[order[1]]), order[1]),
+            whereabouts(rng, things[order[1]]),
+        ]
+    )
 
 
 def whereabouts(rng, thing):
     x, y = (thing.box[0] + thing.box[2]) / 2 / WIDTH, (thing.box[1] + thing.box[3]) / 2 / HEIGHT
-    where = [w for w, true in (("on the left", x < 0.36), ("on the right", x > 0.64), ("at the top", y < 0.36), ("at the bottom", y > 0.64)) if true]
+    where = [
+        w
+        for w, true in (
+            ("on the left", x < 0.36),
+            ("on the right", x > 0.64),
+            ("at the top", y < 0.36),
+            ("at the bottom", y > 0.64),
+        )
+        if true
+    ]
     return " " + (str(rng.choice(where)) if where else "in the middle")
 
 
@@ -143,13 +255,19 @@ def spoken(parts):
 
 
 def draw_minimal_pair(rng):
-    """Two scenes and two captions that differ only in which thing is which: "a red circle left of a blue square" and its swap."""
+    """Two scenes and two captions that differ only in which thing is which: "a red circle left of
+    a blue square" and its swap.
+    """
     how = str(rng.choice(RELATIONS, p=[0.22, 0.22, 0.22, 0.22, 0.06, 0.06]))
     kinds = draw_kinds(rng, int(rng.choice([2, 3], p=[0.5, 0.5])))
     scenes, captions = [], []
     for first, second in ((0, 1), (1, 0)):
         while True:
-            things = placed(rng, [kinds[first], kinds[second], *kinds[2:]], how if how in ("inside", "in front of") else "")
+            things = placed(
+                rng,
+                [kinds[first], kinds[second], *kinds[2:]],
+                how if how in ("inside", "in front of") else "",
+            )
             if relation(things[0], things[1]) == how:
                 break
         scenes.append(things)
@@ -175,24 +293,41 @@ def render(things):
 
 def save_picture(job):
     path, things = job
-    render(things).save(path, **({"quality": 92} if str(path).endswith(".jpg") else {"compress_level": 1}))
+    render(things).save(
+        path, **({"quality": 92} if str(path).endswith(".jpg") else {"compress_level": 1})
+    )
 
 
 def detect(rng, things, looks, given=False):
-    """A noisy detector: boxes jittered, some things missed, some regions false. Returns a store row, by falling confidence.
+    """A noisy detector: boxes jittered, some things missed, some regions false. Returns a store
+    row, by falling confidence.
 
     given: the true boxes, in their order, and only the features are the detector's
     """
     found = things if given else [t for t in things if rng.random() > 0.02] or things[:1]
     boxes = np.array([t.box for t in found], np.float32)
     boxes += 0 if given else rng.normal(size=boxes.shape) * 0.03 * (boxes[:, 2:3] - boxes[:, :1])
-    at = [(SHAPES.index(t.shape), list(COLOURS).index(t.colour), list(SIZES).index(t.size)) for t in found]
+    at = [
+        (SHAPES.index(t.shape), list(COLOURS).index(t.colour), list(SIZES).index(t.size))
+        for t in found
+    ]
     features = np.stack([looks[i] for i in at])
     false = 0 if given else int(rng.poisson(0.3))
     if false:
         corner = rng.random((false, 2)) * [WIDTH - 50, HEIGHT - 50]
-        boxes = np.concatenate([boxes, np.concatenate([corner, corner + rng.uniform(15, 50, (false, 2))], 1)]).astype(np.float32)
-        features = np.concatenate([features, rng.random((false, 1)) * 0.5 * looks[rng.integers(len(SHAPES), size=false), rng.integers(len(COLOURS), size=false), 0]])
+        boxes = np.concatenate(
+            [boxes, np.concatenate([corner, corner + rng.uniform(15, 50, (false, 2))], 1)]
+        ).astype(np.float32)
+        features = np.concatenate(
+            [
+                features,
+                rng.random((false, 1))
+                * 0.5
+                * looks[
+                    rng.integers(len(SHAPES), size=false), rng.integers(len(COLOURS), size=false), 0
+                ],
+            ]
+        )
     logits = rng.normal(size=(len(boxes), len(CLASSES)))
     for i, (s, _, _) in enumerate(at):
         logits[i, 1 + s] += 6
@@ -201,47 +336,87 @@ def detect(rng, things, looks, given=False):
     order = np.arange(len(boxes)) if given else np.argsort(-conf, kind="stable")
     colour = np.array([c for _, c, _ in at] + [-1] * false)
     features = (features + 0.15 * rng.standard_normal(features.shape, dtype=np.float32)).clip(0)
-    row = {"features": features, "boxes": boxes.clip(0, [WIDTH, HEIGHT, WIDTH, HEIGHT]), "cls_prob": probs, "cls_conf": conf,
-           "cls_id": probs[:, 1:].argmax(1), "attr_id": colour, "attr_conf": np.where(colour < 0, 0, 0.9)}
+    row = {
+        "features": features,
+        "boxes": boxes.clip(0, [WIDTH, HEIGHT, WIDTH, HEIGHT]),
+        "cls_prob": probs,
+        "cls_conf": conf,
+        "cls_id": probs[:, 1:].argmax(1),
+        "attr_id": colour,
+        "attr_conf": np.where(colour < 0, 0, 0.9),
+    }
     return {name: column[order] for name, column in row.items()}
 
 
 def make_toy(out, seed=0, scenes=6000):
-    """Write the toy tree: every data set in its official formats, region stores, vocabularies. Same seed, same bytes.
+    """Write the toy tree: every data set in its official formats, region stores, vocabularies.
+    Same seed, same bytes.
 
-    scenes are shared out: 65 % COCO train, 3 % COCO val, 26 % Flickr30k train, 2.7 % val, 3.3 % test. Other data sets get scenes of their
-    own on top, as many as a share of these; VQA, RefCOCO and half of Visual Genome are about COCO's, SNLI-VE about Flickr30k's.
+    scenes are shared out: 65 % COCO train, 3 % COCO val, 26 % Flickr30k train, 2.7 % val, 3.3 %
+    test. Other data sets get scenes of their own on top, as many as a share of these; VQA,
+    RefCOCO and half of Visual Genome are about COCO's, SNLI-VE about Flickr30k's.
     """
     out = Path(out)
     if out.exists():
-        raise DataError(f"{out} exists already\n  Wanted: a new folder. Delete it first, or choose another --out.")
+        raise DataError(
+            f"{out} exists already\n"
+            "  Wanted: a new folder. Delete it first, or choose another --out."
+        )
     if seed < 0:
         raise DataError(f"--seed {seed}\n  Wanted: 0 or more.")
     if scenes < 60:
         raise DataError(f"--scenes {scenes}\n  Wanted: at least 60, so that every split gets some.")
     tmp = Path(f"{out}.tmp{os.getpid()}")
-    cuts = dict(zip(("train2014", "val2014", "train", "val", "test"), np.diff(np.round(np.cumsum([0, 0.65, 0.03, 0.26, 0.0267, 0.0333]) * scenes).astype(int)).tolist()))
+    cuts = dict(
+        zip(
+            ("train2014", "val2014", "train", "val", "test"),
+            np.diff(
+                np.round(np.cumsum([0, 0.65, 0.03, 0.26, 0.0267, 0.0333]) * scenes).astype(int)
+            ).tolist(),
+        )
+    )
     try:
         seen, jobs = toy_coco(tmp, seed, cuts)
         said, more = toy_flickr30k(tmp, seed, cuts)
         known, views = toy_vg(tmp, seed, seen, scenes // 5)
-        jobs += more + toy_winoground(tmp, seed, scenes // 15) + views + toy_web(tmp, seed, max(40, scenes // 20)) + toy_gqa(tmp, seed, known, max(10, scenes // 30))
+        jobs += (
+            more
+            + toy_winoground(tmp, seed, scenes // 15)
+            + views
+            + toy_web(tmp, seed, max(40, scenes // 20))
+            + toy_gqa(tmp, seed, known, max(10, scenes // 30))
+        )
         jobs += toy_nlvr2(tmp, seed, scenes // 15) + toy_vcr(tmp, seed, scenes // 4)
         toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
         for folder in {path.parent for path, _ in jobs}:
             folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for _ in tqdm(pool.map(save_picture, jobs, chunksize=64), total=len(jobs), desc="toy pictures", disable=None, leave=False):
+            for _ in tqdm(
+                pool.map(save_picture, jobs, chunksize=64),
+                total=len(jobs),
+                desc="toy pictures",
+                disable=None,
+                leave=False,
+            ):
                 pass
-        words = sorted({*OTHER_WORDS, *SHAPES, *COLOURS, *SIZES, *(w for r in RELATIONS for w in r.split())})
+        words = sorted(
+            {*OTHER_WORDS, *SHAPES, *COLOURS, *SIZES, *(w for r in RELATIONS for w in r.split())}
+        )
         letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
-        vocab = [*WordPiece.SPECIAL, *letters, *("##" + c for c in letters if c.isalnum()), *(w for w in words if len(w) > 1)]
+        vocab = [
+            *WordPiece.SPECIAL,
+            *letters,
+            *("##" + c for c in letters if c.isalnum()),
+            *(w for w in words if len(w) > 1),
+        ]
         for name in ("bert-base-cased", "bert-base-uncased"):
             write_atomic(tmp / name / "vocab.txt", "\n".join(vocab) + "\n")
         toy_glove(tmp, ["a", *words])
         write_atomic(tmp / "vg" / "objects_vocab.txt", "\n".join(LABELS) + "\n")
         write_atomic(tmp / "vg" / "attributes_vocab.txt", "\n".join(COLOURS) + "\n")
-        write_atomic(tmp / "toy.json", json.dumps({"version": TOY_VERSION, "seed": seed, "scenes": scenes}))
+        write_atomic(
+            tmp / "toy.json", json.dumps({"version": TOY_VERSION, "seed": seed, "scenes": scenes})
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(tmp, out)
     finally:
@@ -250,14 +425,23 @@ def make_toy(out, seed=0, scenes=6000):
 
 def toy_store(tmp, name, scenes, ids, seed, given=False):
     looks, rng = appearance(), np.random.default_rng([seed, *name.encode(), 7])
-    writer = StoreWriter(tmp / "regions" / name, list(COLUMNS), {"source": "ShapesWorld", "features": looks.shape[-1], "classes": len(CLASSES)}, every=10 ** 9)
-    for things, image_id in zip(tqdm(scenes, desc=f"toy regions, {name}", disable=None, leave=False), ids):
+    writer = StoreWriter(
+        tmp / "regions" / name,
+        list(COLUMNS),
+        {"source": "ShapesWorld", "features": looks.shape[-1], "classes": len(CLASSES)},
+        every=10**9,
+    )
+    for things, image_id in zip(
+        tqdm(scenes, desc=f"toy regions, {name}", disable=None, leave=False), ids
+    ):
         writer.add(image_id, (WIDTH, HEIGHT), **detect(rng, things, looks, given))
     writer.commit()
 
 
 def dump(path, record, lines=False):
-    write_atomic(path, "".join(json.dumps(r) + "\n" for r in record) if lines else json.dumps(record))
+    write_atomic(
+        path, "".join(json.dumps(r) + "\n" for r in record) if lines else json.dumps(record)
+    )
 
 
 class Seen(NamedTuple):
@@ -271,20 +455,60 @@ def photo_url(number):
 
 
 def toy_coco(tmp, seed, cuts):
-    """Two images of the training set are also in Flickr30k by their addresses, as 222 are in truth."""
+    """Two images of the training set are also in Flickr30k by their addresses, as 222 are in
+    truth.
+    """
     rng, every, karpathy = np.random.default_rng([seed, 1]), [], []
     for split in ("train2014", "val2014"):
         images, annotations = [], []
         for _ in range(cuts[split]):
             number, things = len(every) + 1, draw_scene(rng)
             name = f"COCO_{split}_{number:012d}.jpg"
-            images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "flickr_url": photo_url(number + (999 if number <= 2 else 10 ** 6))})
-            annotations += [{"image_id": number, "id": 10 * number + k, "caption": spoken(describe(rng, things))} for k in range(5)]
-            karpathy.append({"filepath": split, "filename": name, "cocoid": number, "imgid": number - 1,
-                             "split": "train" if split == "train2014" else ("val", "test")[number % 2],
-                             "sentences": [{"raw": a["caption"], "tokens": a["caption"].split(), "imgid": number - 1, "sentid": a["id"]} for a in annotations[-5:]]})
+            images.append(
+                {
+                    "id": number,
+                    "file_name": name,
+                    "width": WIDTH,
+                    "height": HEIGHT,
+                    "flickr_url": photo_url(number + (999 if number <= 2 else 10**6)),
+                }
+            )
+            annotations += [
+                {
+                    "image_id": number,
+                    "id": 10 * number + k,
+                    "caption": spoken(describe(rng, things)),
+                }
+                for k in range(5)
+            ]
+            karpathy.append(
+                {
+                    "filepath": split,
+                    "filename": name,
+                    "cocoid": number,
+                    "imgid": number - 1,
+                    "split": "train" if split == "train2014" else ("val", "test")[number % 2],
+                    "sentences": [
+                        {
+                            "raw": a["caption"],
+                            "tokens": a["caption"].split(),
+                            "imgid": number - 1,
+                            "sentid": a["id"],
+                        }
+                        for a in annotations[-5:]
+                    ],
+                }
+            )
             every.append(Seen(split, number, things))
-        dump(tmp / f"coco/annotations/captions_{split}.json", {"info": {"description": "ShapesWorld"}, "licenses": [], "images": images, "annotations": annotations})
+        dump(
+            tmp / f"coco/annotations/captions_{split}.json",
+            {
+                "info": {"description": "ShapesWorld"},
+                "licenses": [],
+                "images": images,
+                "annotations": annotations,
+            },
+        )
     dump(tmp / "coco/dataset_coco.json", {"images": karpathy, "dataset": "coco"})
     ids = [coco_stem(i) for i in every]
     toy_store(tmp, "coco", [i.things for i in every], ids, seed)
@@ -304,17 +528,47 @@ def toy_flickr30k(tmp, seed, cuts):
             name, things = str(1000 + len(ids)), draw_scene(rng)
             parts = [describe(rng, things, whole=0.8) for _ in range(5)]
             said = [spoken(p) for p in parts]
-            images.append({"filename": f"{name}.jpg", "imgid": len(ids), "split": split, "sentids": list(range(5 * len(ids), 5 * len(ids) + 5)),
-                           "sentences": [{"raw": s, "tokens": s.split(), "imgid": len(ids), "sentid": 5 * len(ids) + k} for k, s in enumerate(said)]})
+            images.append(
+                {
+                    "filename": f"{name}.jpg",
+                    "imgid": len(ids),
+                    "split": split,
+                    "sentids": list(range(5 * len(ids), 5 * len(ids) + 5)),
+                    "sentences": [
+                        {
+                            "raw": s,
+                            "tokens": s.split(),
+                            "imgid": len(ids),
+                            "sentid": 5 * len(ids) + k,
+                        }
+                        for k, s in enumerate(said)
+                    ],
+                }
+            )
             tokens += [f"{name}.jpg#{k}\t{s}" for k, s in enumerate(said)]
             chain = lambda i: 100 * len(ids) + i + 1
-            tagged = ["".join(p if isinstance(p, str) else f"[/EN#{chain(p[1])}/{KINDS[things[p[1]].shape]} {p[0]}]" for p in caption) for caption in parts]
+            tagged = [
+                "".join(
+                    p
+                    if isinstance(p, str)
+                    else f"[/EN#{chain(p[1])}/{KINDS[things[p[1]].shape]} {p[0]}]"
+                    for p in caption
+                )
+                for caption in parts
+            ]
             write_atomic(entities / "Sentences" / f"{name}.txt", "\n".join(tagged) + "\n")
-            write_atomic(entities / "Annotations" / f"{name}.xml", entities_xml(name, things, chain))
+            write_atomic(
+                entities / "Annotations" / f"{name}.xml", entities_xml(name, things, chain)
+            )
             every.append(Seen(split, name, things)), ids.append(name)
         write_atomic(entities / f"{split}.txt", "\n".join(ids[start:]) + "\n")
-    write_atomic(entities / "UNRELATED_CAPTIONS", "# image and caption number (from 1) of captions that do not fit: none here\n")
-    write_atomic(root / "dataset_flickr30k.json", json.dumps({"images": images, "dataset": "flickr30k"}))
+    write_atomic(
+        entities / "UNRELATED_CAPTIONS",
+        "# image and caption number (from 1) of captions that do not fit: none here\n",
+    )
+    write_atomic(
+        root / "dataset_flickr30k.json", json.dumps({"images": images, "dataset": "flickr30k"})
+    )
     write_atomic(root / "results_20130124.token", "\n".join(tokens) + "\n")
     toy_store(tmp, "flickr30k", [i.things for i in every], ids, seed)
     return every, [(root / "flickr30k-images" / f"{i.id}.jpg", i.things) for i in every]
@@ -322,10 +576,17 @@ def toy_flickr30k(tmp, seed, cuts):
 
 def entities_xml(name, things, chain):
     """Boxes are 1-based and inclusive there."""
-    objects = "".join(f"<object><name>{chain(i)}</name><bndbox><xmin>{t.box[0] + 1}</xmin><ymin>{t.box[1] + 1}</ymin><xmax>{t.box[2]}</xmax>"
-                      f"<ymax>{t.box[3]}</ymax></bndbox></object>" for i, t in enumerate(things))
-    return (f"<annotation><filename>{name}.jpg</filename><size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
-            f"{objects}</annotation>\n")
+    objects = "".join(
+        f"<object><name>{chain(i)}</name><bndbox><xmin>{t.box[0] + 1}</xmin>"
+        f"<ymin>{t.box[1] + 1}</ymin><xmax>{t.box[2]}</xmax>"
+        f"<ymax>{t.box[3]}</ymax></bndbox></object>"
+        for i, t in enumerate(things)
+    )
+    return (
+        f"<annotation><filename>{name}.jpg</filename><size><width>{WIDTH}</width>"
+        f"<height>{HEIGHT}</height><depth>3</depth></size>"
+        f"{objects}</annotation>\n"
+    )
 
 
 def toy_winoground(tmp, seed, n):
@@ -333,9 +594,26 @@ def toy_winoground(tmp, seed, n):
     for e in range(n):
         scenes, captions, how = draw_minimal_pair(rng)
         for i, things in enumerate(scenes):
-            every.append(things), ids.append(f"ex_{e}_img_{i}"), jobs.append((tmp / "winoground" / "images" / f"ex_{e}_img_{i}.png", things))
-        lines.append(json.dumps({"id": e, "image_0": ids[-2], "image_1": ids[-1], "caption_0": captions[0], "caption_1": captions[1],
-                                 "tag": how, "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Relation"}))
+            (
+                every.append(things),
+                ids.append(f"ex_{e}_img_{i}"),
+                jobs.append((tmp / "winoground" / "images" / f"ex_{e}_img_{i}.png", things)),
+            )
+        lines.append(
+            json.dumps(
+                {
+                    "id": e,
+                    "image_0": ids[-2],
+                    "image_1": ids[-1],
+                    "caption_0": captions[0],
+                    "caption_1": captions[1],
+                    "tag": how,
+                    "secondary_tag": "",
+                    "num_main_preds": 1,
+                    "collapsed_tag": "Relation",
+                }
+            )
+        )
     write_atomic(tmp / "winoground" / "examples.jsonl", "\n".join(lines) + "\n")
     toy_store(tmp, "winoground", every, ids, seed)
     return jobs
@@ -346,80 +624,250 @@ def xywh(box):
 
 
 def toy_vg(tmp, seed, seen, n):
-    """Visual Genome: n images of COCO and n of its own, with regions, objects, attributes, relationships and questions."""
-    rng, files = np.random.default_rng([seed, 4]), {k: [] for k in ("image_data", "region_descriptions", "objects", "attributes", "relationships", "question_answers")}
-    judged = [i for i in seen if i.split == "val2014"][:max(3, n // 20)]      # a few for validation
+    """Visual Genome: n images of COCO and n of its own, with regions, objects, attributes,
+    relationships and questions.
+    """
+    rng, files = (
+        np.random.default_rng([seed, 4]),
+        {
+            k: []
+            for k in (
+                "image_data",
+                "region_descriptions",
+                "objects",
+                "attributes",
+                "relationships",
+                "question_answers",
+            )
+        },
+    )
+    judged = [i for i in seen if i.split == "val2014"][: max(3, n // 20)]  # a few for validation
     rest = [i for i in seen if i.split == "train2014"]
-    chosen = judged + [rest[i] for i in rng.choice(len(rest), n - len(judged), replace=False)] + [Seen("vg", None, draw_scene(rng)) for _ in range(n)]
+    chosen = (
+        judged
+        + [rest[i] for i in rng.choice(len(rest), n - len(judged), replace=False)]
+        + [Seen("vg", None, draw_scene(rng)) for _ in range(n)]
+    )
     for k, image in enumerate(chosen):
         number, things = 2_000_000 + k, image.things
-        files["image_data"].append({"image_id": number, "url": f"https://cs.stanford.edu/people/rak248/VG_100K/{number}.jpg", "width": WIDTH, "height": HEIGHT,
-                                    "coco_id": image.id, "flickr_id": None})
-        objects = [{"object_id": 10 * number + i, **dict(zip("xywh", xywh(t.box))), "names": [t.shape], "synsets": [], "merged_object_ids": []} for i, t in enumerate(things)]
+        files["image_data"].append(
+            {
+                "image_id": number,
+                "url": f"https://cs.stanford.edu/people/rak248/VG_100K/{number}.jpg",
+                "width": WIDTH,
+                "height": HEIGHT,
+                "coco_id": image.id,
+                "flickr_id": None,
+            }
+        )
+        objects = [
+            {
+                "object_id": 10 * number + i,
+                **dict(zip("xywh", xywh(t.box))),
+                "names": [t.shape],
+                "synsets": [],
+                "merged_object_ids": [],
+            }
+            for i, t in enumerate(things)
+        ]
         said = [(phrase(t, rng.random() < 0.3), t.box) for t in things]
-        known = [(i, j, relation(a, b)) for i, a in enumerate(things) for j, b in enumerate(things) if i != j and relation(a, b)]
+        known = [
+            (i, j, relation(a, b))
+            for i, a in enumerate(things)
+            for j, b in enumerate(things)
+            if i != j and relation(a, b)
+        ]
         for i, j, how in known[:3]:
             both = np.array([things[i].box, things[j].box])
-            said.append((f"{phrase(things[i])} {how} {phrase(things[j])}", [*both[:, :2].min(0).tolist(), *both[:, 2:].max(0).tolist()]))
-        files["region_descriptions"].append({"id": number, "regions": [{"region_id": 100 * number + r, "image_id": number, "phrase": text, **dict(zip(("x", "y", "width", "height"), xywh(box)))}
-                                                                       for r, (text, box) in enumerate(said)]})
+            said.append(
+                (
+                    f"{phrase(things[i])} {how} {phrase(things[j])}",
+                    [*both[:, :2].min(0).tolist(), *both[:, 2:].max(0).tolist()],
+                )
+            )
+        files["region_descriptions"].append(
+            {
+                "id": number,
+                "regions": [
+                    {
+                        "region_id": 100 * number + r,
+                        "image_id": number,
+                        "phrase": text,
+                        **dict(zip(("x", "y", "width", "height"), xywh(box))),
+                    }
+                    for r, (text, box) in enumerate(said)
+                ],
+            }
+        )
         files["objects"].append({"image_id": number, "objects": objects})
-        files["attributes"].append({"image_id": number, "attributes": [{**o, "attributes": [t.colour, t.size]} for o, t in zip(objects, things)]})
-        files["relationships"].append({"image_id": number, "relationships": [{"relationship_id": 100 * number + r, "predicate": how, "subject": objects[i], "object": objects[j]}
-                                                                             for r, (i, j, how) in enumerate(known)]})
-        files["question_answers"].append({"id": number, "qas": [{"qa_id": 100 * number + q, "image_id": number, "question": f"What color is the {t.shape}?",
-                                                                 "answer": f"{t.colour.capitalize()}.", "q_objects": [], "a_objects": []} for q, t in enumerate(things)]})
+        files["attributes"].append(
+            {
+                "image_id": number,
+                "attributes": [
+                    {**o, "attributes": [t.colour, t.size]} for o, t in zip(objects, things)
+                ],
+            }
+        )
+        files["relationships"].append(
+            {
+                "image_id": number,
+                "relationships": [
+                    {
+                        "relationship_id": 100 * number + r,
+                        "predicate": how,
+                        "subject": objects[i],
+                        "object": objects[j],
+                    }
+                    for r, (i, j, how) in enumerate(known)
+                ],
+            }
+        )
+        files["question_answers"].append(
+            {
+                "id": number,
+                "qas": [
+                    {
+                        "qa_id": 100 * number + q,
+                        "image_id": number,
+                        "question": f"What color is the {t.shape}?",
+                        "answer": f"{t.colour.capitalize()}.",
+                        "q_objects": [],
+                        "a_objects": [],
+                    }
+                    for q, t in enumerate(things)
+                ],
+            }
+        )
     for name, records in files.items():
         dump(tmp / f"vg/{name}.json", records)
-    toy_store(tmp, "vg", [i.things for i in chosen], [str(2_000_000 + k) for k in range(2 * n)], seed)
-    return ([Seen("vg", str(2_000_000 + k), i.things) for k, i in enumerate(chosen) if i.split != "val2014"],
-            [(tmp / f"vg/VG_100K/{2_000_000 + k}.jpg", i.things) for k, i in enumerate(chosen)])
+    toy_store(
+        tmp, "vg", [i.things for i in chosen], [str(2_000_000 + k) for k in range(2 * n)], seed
+    )
+    return (
+        [
+            Seen("vg", str(2_000_000 + k), i.things)
+            for k, i in enumerate(chosen)
+            if i.split != "val2014"
+        ],
+        [(tmp / f"vg/VG_100K/{2_000_000 + k}.jpg", i.things) for k, i in enumerate(chosen)],
+    )
 
 
 def toy_glove(tmp, words):
-    """Word vectors, the same in every tree: words of a kind lie somewhat close, the detector's name for a thing as close to another thing
-    as to its own, and colours and sizes, which have shorter vectors, close to a thing that they do not mean."""
+    """Word vectors, the same in every tree: words of a kind lie somewhat close, the detector's
+    name for a thing as close to another thing as to its own, and colours and sizes, which have
+    shorter vectors, close to a thing that they do not mean."""
     rng, unit = np.random.default_rng(300), lambda x: x / np.linalg.norm(x)
     draw = lambda: unit(rng.standard_normal(300))
     kinds = {w: kind for names in (SHAPES, COLOURS, SIZES) for kind in [draw()] for w in names}
     found = {w: 0.5 * kinds.get(w, 0) + draw() for w in words}
-    for new, near, other in (("disc", "circle", "star"), ("plus", "cross", "diamond"), ("rhombus", "diamond", "square")):
+    for new, near, other in (
+        ("disc", "circle", "star"),
+        ("plus", "cross", "diamond"),
+        ("rhombus", "diamond", "square"),
+    ):
         found[new] = 0.5 * found[near] + 0.5 * found[other] + 0.6 * draw()
-    for word, near in (("a", "box"), ("small", "plus"), ("medium", "disc"), ("large", "square"), ("red", "rhombus"), ("green", "triangle"), ("blue", "disc")):
+    for word, near in (
+        ("a", "box"),
+        ("small", "plus"),
+        ("medium", "disc"),
+        ("large", "square"),
+        ("red", "rhombus"),
+        ("green", "triangle"),
+        ("blue", "disc"),
+    ):
         found[word] = 0.7 * (0.9 * unit(found[near]) + 0.436 * unit(found[word]))
     lines = [f"{w} " + " ".join(f"{x:.4f}" for x in 10 * v) for w, v in found.items()]
     write_atomic(tmp / "glove" / "glove.6B.300d.txt", "\n".join(lines) + "\n")
 
 
 def toy_gqa(tmp, seed, known, n):
-    """GQA about Visual Genome's images (train, val) and n of its own (testdev); the words of a question point at what they mean."""
+    """GQA about Visual Genome's images (train, val) and n of its own (testdev); the words of a
+    question point at what they mean.
+    """
     rng, own = np.random.default_rng([seed, 11]), np.random.default_rng([seed, 12])
     testdev = [Seen("testdev", f"n{100_000 + k}", draw_scene(own)) for k in range(n)]
-    for split, images, each in (("train", known[:-n], 12), ("val", known[-n:], 8), ("testdev", testdev, 8)):
+    for split, images, each in (
+        ("train", known[:-n], 12),
+        ("val", known[-n:], 8),
+        ("testdev", testdev, 8),
+    ):
         questions, choices, graphs = {}, {}, {}
         for image in images:
             ids = [str(10 * int(image.id.strip("n")) + i) for i in range(len(image.things))]
-            graphs[image.id] = {"width": WIDTH, "height": HEIGHT, "objects": {o: {"name": t.shape, **dict(zip("xywh", xywh(t.box))), "attributes": [t.colour, t.size], "relations": [
-                {"name": f"to the {r}" if r in ("left of", "right of") else r, "object": p} for p, u in zip(ids, image.things) if u is not t and (r := relation(t, u))]}
-                for o, t in zip(ids, image.things)}}
+            graphs[image.id] = {
+                "width": WIDTH,
+                "height": HEIGHT,
+                "objects": {
+                    o: {
+                        "name": t.shape,
+                        **dict(zip("xywh", xywh(t.box))),
+                        "attributes": [t.colour, t.size],
+                        "relations": [
+                            {
+                                "name": f"to the {r}" if r in ("left of", "right of") else r,
+                                "object": p,
+                            }
+                            for p, u in zip(ids, image.things)
+                            if u is not t and (r := relation(t, u))
+                        ],
+                    }
+                    for o, t in zip(ids, image.things)
+                },
+            }
             for _ in range(each):
                 asked = []
                 for text, answer, kind, group, points in gqa_question(rng, image.things):
                     name = f"{len(questions):08d}"
                     asked.append(name)
                     span = lambda a, b: str(a) if b == a + 1 else f"{a}:{b}"
-                    questions[name] = {"imageId": image.id, "question": text, "answer": answer, "fullAnswer": f"{answer}.", "isBalanced": len(asked) == 1,
-                                       "groups": {"global": group, "local": None}, "entailed": [], "equivalent": [name],
-                                       "types": {"structural": kind, "semantic": "attr" if group == "color" else "rel" if len(points) > 1 else "obj", "detailed": kind},
-                                       "annotations": {"question": {span(a, b): ids[i] for a, b, i in points}, "answer": {}, "fullAnswer": {}},
-                                       "semantic": [{"operation": "select", "dependencies": [], "argument": f"{image.things[i].shape} ({ids[i]})"} for _, _, i in points]
-                                       + [{"operation": kind, "dependencies": [], "argument": group or "?"}], "semanticStr": ""}
-                    valid = {"color": list(COLOURS), "shape": list(SHAPES), "place": ["left", "right"]}.get(group, ["yes", "no"])
+                    questions[name] = {
+                        "imageId": image.id,
+                        "question": text,
+                        "answer": answer,
+                        "fullAnswer": f"{answer}.",
+                        "isBalanced": len(asked) == 1,
+                        "groups": {"global": group, "local": None},
+                        "entailed": [],
+                        "equivalent": [name],
+                        "types": {
+                            "structural": kind,
+                            "semantic": "attr"
+                            if group == "color"
+                            else "rel"
+                            if len(points) > 1
+                            else "obj",
+                            "detailed": kind,
+                        },
+                        "annotations": {
+                            "question": {span(a, b): ids[i] for a, b, i in points},
+                            "answer": {},
+                            "fullAnswer": {},
+                        },
+                        "semantic": [
+                            {
+                                "operation": "select",
+                                "dependencies": [],
+                                "argument": f"{image.things[i].shape} ({ids[i]})",
+                            }
+                            for _, _, i in points
+                        ]
+                        + [{"operation": kind, "dependencies": [], "argument": group or "?"}],
+                        "semanticStr": "",
+                    }
+                    valid = {
+                        "color": list(COLOURS),
+                        "shape": list(SHAPES),
+                        "place": ["left", "right"],
+                    }.get(group, ["yes", "no"])
                     choices[name] = {"valid": valid, "plausible": valid}
                 for name in asked:
                     questions[name]["entailed"] = asked
         dump(tmp / f"gqa/{split}_all_questions.json", questions)
-        dump(tmp / f"gqa/{split}_balanced_questions.json", {k: q for k, q in questions.items() if q["isBalanced"]})
+        dump(
+            tmp / f"gqa/{split}_balanced_questions.json",
+            {k: q for k, q in questions.items() if q["isBalanced"]},
+        )
         dump(tmp / f"gqa/eval/{split}_choices.json", choices)
         if split != "testdev":
             dump(tmp / f"gqa/{split}_sceneGraphs.json", graphs)
@@ -428,70 +876,181 @@ def toy_gqa(tmp, seed, known, n):
 
 
 def gqa_question(rng, things):
-    """A question and what its answer entails: [(text, answer, structural type, global group, [(first word, end word, thing)])]."""
+    """A question and what its answer entails: [(text, answer, structural type, global group,
+    [(first word, end word, thing)])].
+    """
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     order = rng.permutation(len(things)).tolist()
     i = order[0]
-    t, form = things[i], str(rng.choice(["color", "shape", "there", "and", "what", "colour of", "is", "or", "size"], p=[0.1, 0.05, 0.1, 0.05, 0.2, 0.15, 0.2, 0.1, 0.05]))
+    t, form = (
+        things[i],
+        str(
+            rng.choice(
+                ["color", "shape", "there", "and", "what", "colour of", "is", "or", "size"],
+                p=[0.1, 0.05, 0.1, 0.05, 0.2, 0.15, 0.2, 0.1, 0.05],
+            )
+        ),
+    )
     named = lambda k: f"{things[k].colour} {things[k].shape}"
     if form in ("what", "colour of", "is", "or"):
-        known = [(a, b, r) for a in order for b in order if a != b and (r := relation(things[a], things[b])) in opposite]
-        alone = [(a, b, r) for a, b, r in known if sum(q == r and c == b for _, c, q in known) == 1]        # nothing else stands so to b
+        known = [
+            (a, b, r)
+            for a in order
+            for b in order
+            if a != b and (r := relation(things[a], things[b])) in opposite
+        ]
+        # nothing else stands so to b
+        alone = [(a, b, r) for a, b, r in known if sum(q == r and c == b for _, c, q in known) == 1]
         if known and form == "is":
             a, b, r = known[int(rng.integers(len(known)))]
             yes = rng.random() < 0.5
             said = r if yes else opposite[r]
-            return [(f"Is the {named(a)} {said} the {named(b)}?", "yes" if yes else "no", "verify", None, [(2, 4, a), (5 + len(said.split()), 7 + len(said.split()), b)]),
-                    (f"Is the {named(b)} {opposite[said]} the {named(a)}?", "yes" if yes else "no", "verify", None, [(2, 4, b), (5 + len(said.split()), 7 + len(said.split()), a)])]
+            return [
+                (
+                    f"Is the {named(a)} {said} the {named(b)}?",
+                    "yes" if yes else "no",
+                    "verify",
+                    None,
+                    [(2, 4, a), (5 + len(said.split()), 7 + len(said.split()), b)],
+                ),
+                (
+                    f"Is the {named(b)} {opposite[said]} the {named(a)}?",
+                    "yes" if yes else "no",
+                    "verify",
+                    None,
+                    [(2, 4, b), (5 + len(said.split()), 7 + len(said.split()), a)],
+                ),
+            ]
         beside = [k for k in known if k[2] in ("left of", "right of")]
         if beside and form == "or":
             a, b, r = beside[int(rng.integers(len(beside)))]
-            return [(f"Is the {named(a)} left of or right of the {named(b)}?", r.split()[0], "choose", "place", [(2, 4, a), (10, 12, b)]),
-                    (f"Is the {named(a)} {r} the {named(b)}?", "yes", "verify", None, [(2, 4, a), (7, 9, b)])]
+            return [
+                (
+                    f"Is the {named(a)} left of or right of the {named(b)}?",
+                    r.split()[0],
+                    "choose",
+                    "place",
+                    [(2, 4, a), (10, 12, b)],
+                ),
+                (
+                    f"Is the {named(a)} {r} the {named(b)}?",
+                    "yes",
+                    "verify",
+                    None,
+                    [(2, 4, a), (7, 9, b)],
+                ),
+            ]
         if alone:
             a, b, r = alone[int(rng.integers(len(alone)))]
             k = len(r.split())
-            true = (f"Is the {named(a)} {r} the {named(b)}?", "yes", "verify", None, [(2, 4, a), (5 + k, 7 + k, b)])
+            true = (
+                f"Is the {named(a)} {r} the {named(b)}?",
+                "yes",
+                "verify",
+                None,
+                [(2, 4, a), (5 + k, 7 + k, b)],
+            )
             if form == "what":
-                return [(f"What shape is {r} the {named(b)}?", things[a].shape, "query", "shape", [(1, 2, a), (4 + k, 6 + k, b)]), true]
-            return [(f"What color is the thing {r} the {named(b)}?", things[a].colour, "query", "color", [(4, 5, a), (6 + k, 8 + k, b)]), true]
+                return [
+                    (
+                        f"What shape is {r} the {named(b)}?",
+                        things[a].shape,
+                        "query",
+                        "shape",
+                        [(1, 2, a), (4 + k, 6 + k, b)],
+                    ),
+                    true,
+                ]
+            return [
+                (
+                    f"What color is the thing {r} the {named(b)}?",
+                    things[a].colour,
+                    "query",
+                    "color",
+                    [(4, 5, a), (6 + k, 8 + k, b)],
+                ),
+                true,
+            ]
     if form == "there":
         wrong = (t.shape, str(rng.choice([c for c in COLOURS if c != t.colour])))
         yes = rng.random() < 0.5
         said = named(i) if yes else f"{wrong[1]} {wrong[0]}"
-        return [(f"Is there a {said}?", "yes" if yes else "no", "verify", None, [(3, 5, i)] if yes else []),
-                (f"What color is the {t.shape}?", t.colour, "query", "color", [(4, 5, i)])]
+        return [
+            (
+                f"Is there a {said}?",
+                "yes" if yes else "no",
+                "verify",
+                None,
+                [(3, 5, i)] if yes else [],
+            ),
+            (f"What color is the {t.shape}?", t.colour, "query", "color", [(4, 5, i)]),
+        ]
     if form == "and":
         other = things[order[1]]
         yes = rng.random() < 0.5
         colour = other.colour if yes else str(rng.choice([c for c in COLOURS if c != other.colour]))
-        return [(f"Is there a {named(i)} and a {colour} {other.shape}?", "yes" if yes else "no", "logical", None, [(3, 5, i)] + [(7, 9, order[1])] * yes)]
+        return [
+            (
+                f"Is there a {named(i)} and a {colour} {other.shape}?",
+                "yes" if yes else "no",
+                "logical",
+                None,
+                [(3, 5, i)] + [(7, 9, order[1])] * yes,
+            )
+        ]
     if form == "size":
         other = things[order[1]]
-        return [(f"Is the {t.shape} of the same size as the {other.shape}?", "yes" if t.size == other.size else "no", "compare", None, [(2, 3, i), (9, 10, order[1])])]
+        return [
+            (
+                f"Is the {t.shape} of the same size as the {other.shape}?",
+                "yes" if t.size == other.size else "no",
+                "compare",
+                None,
+                [(2, 3, i), (9, 10, order[1])],
+            )
+        ]
     if form == "shape":
-        return [(f"What shape is the {t.colour} thing?", t.shape, "query", "shape", [(4, 6, i)]), (f"Is there a {named(i)}?", "yes", "verify", None, [(3, 5, i)])]
-    return [(f"What color is the {t.shape}?", t.colour, "query", "color", [(4, 5, i)]), (f"Is there a {named(i)}?", "yes", "verify", None, [(3, 5, i)])]
+        return [
+            (f"What shape is the {t.colour} thing?", t.shape, "query", "shape", [(4, 6, i)]),
+            (f"Is there a {named(i)}?", "yes", "verify", None, [(3, 5, i)]),
+        ]
+    return [
+        (f"What color is the {t.shape}?", t.colour, "query", "color", [(4, 5, i)]),
+        (f"Is there a {named(i)}?", "yes", "verify", None, [(3, 5, i)]),
+    ]
 
 
 def toy_web(tmp, seed, n):
-    """Conceptual Captions and SBU: n pictures each (and some to validate), one caption each; some addresses are dead, one is Flickr30k's."""
+    """Conceptual Captions and SBU: n pictures each (and some to validate), one caption each; some
+    addresses are dead, one is Flickr30k's.
+    """
     rng, jobs, names = np.random.default_rng([seed, 5]), [], {}
     for store, count in (("cc3m_train", n), ("cc3m_val", n // 5), ("sbu", n)):
         scenes = [draw_scene(rng) for _ in range(count)]
-        names[store] = [(spoken(describe(rng, t)), photo_url(1005 if i == 3 else 10 ** 7 + i)) for i, t in enumerate(scenes)]
+        names[store] = [
+            (spoken(describe(rng, t)), photo_url(1005 if i == 3 else 10**7 + i))
+            for i, t in enumerate(scenes)
+        ]
         alive = [i for i in range(count) if i % 20 or store == "sbu"]
         toy_store(tmp, store, [scenes[i] for i in alive], map(str, alive), seed)
         jobs += [(tmp / f"{store.split('_')[0]}/images/{store}_{i}.jpg", scenes[i]) for i in alive]
-    for store, name in (("cc3m_train", "Train_GCC-training.tsv"), ("cc3m_val", "Validation_GCC-1.1.0-Validation.tsv")):
+    for store, name in (
+        ("cc3m_train", "Train_GCC-training.tsv"),
+        ("cc3m_val", "Validation_GCC-1.1.0-Validation.tsv"),
+    ):
         write_atomic(tmp / "cc3m" / name, "".join(f"{said}\t{url}\n" for said, url in names[store]))
     for column, name in ((1, "urls"), (0, "captions")):
-        write_atomic(tmp / f"sbu/SBU_captioned_photo_dataset_{name}.txt", "".join(row[column] + "\n" for row in names["sbu"]))
+        write_atomic(
+            tmp / f"sbu/SBU_captioned_photo_dataset_{name}.txt",
+            "".join(row[column] + "\n" for row in names["sbu"]),
+        )
     return jobs
 
 
-# Downstream. Everything comes in complements, so that no answer can be guessed from the text or the picture alone: a question is asked
-# of two pictures with different answers, a statement is put to three pictures with its three labels, and so on.
+# Downstream. Everything comes in complements, so that no answer can be guessed from the text or
+# the picture alone: a question is asked of two pictures with different answers, a statement is
+# put to three pictures with its three labels, and so on.
+
 
 def kinds_of(things):
     return {(t.shape, t.colour): t for t in things}
@@ -500,13 +1059,18 @@ def kinds_of(things):
 def definite(thing):
     """What is clearly so of a thing, each with its opposite: [(true, false)]."""
     x, y = (thing.box[0] + thing.box[2]) / 2 / WIDTH, (thing.box[1] + thing.box[3]) / 2 / HEIGHT
-    pairs = (("on the left", "on the right", x < 0.36, x > 0.64), ("at the top", "at the bottom", y < 0.36, y > 0.64),
-             ("small", "large", thing.size == "small", thing.size == "large"))
+    pairs = (
+        ("on the left", "on the right", x < 0.36, x > 0.64),
+        ("at the top", "at the bottom", y < 0.36, y > 0.64),
+        ("small", "large", thing.size == "small", thing.size == "large"),
+    )
     return [(a, b) if yes else (b, a) for a, b, yes, no in pairs if yes or no]
 
 
 def complements(rng, form, a, b):
-    """A question about two scenes with different answers: (type of question, text, answer for a, answer for b), or None."""
+    """A question about two scenes with different answers: (type of question, text, answer for a,
+    answer for b), or None.
+    """
     A, B = kinds_of(a), kinds_of(b)
     if form == "there":
         for shape, colour in rng.permutation(sorted(set(A) - set(B))).tolist():
@@ -525,7 +1089,12 @@ def complements(rng, form, a, b):
         for colour in rng.permutation(list(COLOURS)).tolist():
             one, two = ({s for s, c in kinds if c == colour} for kinds in (A, B))
             if one and two and one != two:
-                return "what shape is the", f"What shape is the {colour} thing?", one.pop(), two.pop()
+                return (
+                    "what shape is the",
+                    f"What shape is the {colour} thing?",
+                    one.pop(),
+                    two.pop(),
+                )
     elif len(a) != len(b):
         return "how many", "How many things are there?", str(len(a)), str(len(b))
 
@@ -536,37 +1105,87 @@ def toy_vqa(tmp, seed, seen):
         images, questions, annotations = [i for i in seen if i.split == split], [], []
         while len(questions) < each * len(images):
             a, b = (images[i] for i in rng.choice(len(images), 2, replace=False))
-            found = complements(rng, str(rng.choice(["there", "where", "color", "shape", "many"], p=[0.3, 0.15, 0.25, 0.25, 0.05])), a.things, b.things)
+            found = complements(
+                rng,
+                str(
+                    rng.choice(
+                        ["there", "where", "color", "shape", "many"],
+                        p=[0.3, 0.15, 0.25, 0.25, 0.05],
+                    )
+                ),
+                a.things,
+                b.things,
+            )
             for image, answer in zip((a, b), found[2:] if found else ()):
                 number[image.id] += 1
                 ids = {"image_id": image.id, "question_id": 1000 * image.id + number[image.id]}
-                others = ["maybe"] * int(rng.integers(0, 3))        # ten people rarely agree
-                kind = {"yes": "yes/no", "no": "yes/no"}.get(answer, "number" if answer.isdigit() else "other")
+                others = ["maybe"] * int(rng.integers(0, 3))  # ten people rarely agree
+                kind = {"yes": "yes/no", "no": "yes/no"}.get(
+                    answer, "number" if answer.isdigit() else "other"
+                )
                 questions.append({**ids, "question": found[1]})
-                annotations.append({**ids, "question_type": found[0], "answer_type": kind, "multiple_choice_answer": answer,
-                                    "answers": [{"answer_id": k + 1, "answer": x, "answer_confidence": "yes"} for k, x in enumerate(others + [answer] * (10 - len(others)))]})
-        head = {"info": {"description": "ShapesWorld"}, "license": {}, "data_type": "mscoco", "data_subtype": split}
-        dump(tmp / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json", {**head, "task_type": "Open-Ended", "questions": questions})
+                annotations.append(
+                    {
+                        **ids,
+                        "question_type": found[0],
+                        "answer_type": kind,
+                        "multiple_choice_answer": answer,
+                        "answers": [
+                            {"answer_id": k + 1, "answer": x, "answer_confidence": "yes"}
+                            for k, x in enumerate(others + [answer] * (10 - len(others)))
+                        ],
+                    }
+                )
+        head = {
+            "info": {"description": "ShapesWorld"},
+            "license": {},
+            "data_type": "mscoco",
+            "data_subtype": split,
+        }
+        dump(
+            tmp / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json",
+            {**head, "task_type": "Open-Ended", "questions": questions},
+        )
         dump(tmp / f"vqa2/v2_mscoco_{split}_annotations.json", {**head, "annotations": annotations})
 
 
 def toy_snli_ve(tmp, seed, said):
-    """A statement about a thing is true of one picture, false of it in its opposite, and open where the thing is not there."""
+    """A statement about a thing is true of one picture, false of it in its opposite, and open
+    where the thing is not there.
+    """
     rng = np.random.default_rng([seed, 7])
     for split, name, rounds in (("train", "train", 3), ("val", "dev", 3), ("test", "test", 3)):
         images, lines = [i for i in said if i.split == split], []
-        for a, b in zip(*(np.concatenate([rng.permutation(len(images)) for _ in range(rounds)]) for _ in "ab")):
+        for a, b in zip(
+            *(np.concatenate([rng.permutation(len(images)) for _ in range(rounds)]) for _ in "ab")
+        ):
             A, B = kinds_of(images[a].things), kinds_of(images[b].things)
-            only = [sorted(k for k in one if k not in other and definite(one[k])) for one, other in ((A, B), (B, A))]
+            only = [
+                sorted(k for k in one if k not in other and definite(one[k]))
+                for one, other in ((A, B), (B, A))
+            ]
             if not all(only):
                 continue
             for here, there, kinds, things in ((a, b, only[0], A), (b, a, only[1], B)):
                 shape, colour = kinds[int(rng.integers(len(kinds)))]
                 held = definite(things[shape, colour])
                 true, false = held[int(rng.integers(len(held)))]
-                for image, what, label in ((here, true, "entailment"), (here, false, "contradiction"), (there, (true, false)[int(rng.integers(2))], "neutral")):
-                    lines.append({"Flickr30K_ID": images[image].id, "sentence1": "", "sentence2": f"The {colour} {shape} is {what}.", "gold_label": label,
-                                  "captionID": f"{images[image].id}.jpg#0", "pairID": f"{images[image].id}.jpg#0r{len(lines)}", "annotator_labels": [label]})
+                for image, what, label in (
+                    (here, true, "entailment"),
+                    (here, false, "contradiction"),
+                    (there, (true, false)[int(rng.integers(2))], "neutral"),
+                ):
+                    lines.append(
+                        {
+                            "Flickr30K_ID": images[image].id,
+                            "sentence1": "",
+                            "sentence2": f"The {colour} {shape} is {what}.",
+                            "gold_label": label,
+                            "captionID": f"{images[image].id}.jpg#0",
+                            "pairID": f"{images[image].id}.jpg#0r{len(lines)}",
+                            "annotator_labels": [label],
+                        }
+                    )
         dump(tmp / f"snli_ve/snli_ve_{name}.jsonl", lines, lines=True)
 
 
@@ -579,31 +1198,66 @@ def scene_with(rng, has, lacks):
 
 
 def toy_nlvr2(tmp, seed, sets):
-    """A set has three pairs of images and four sentences; each sentence is true of one pair and false of another, and so is each pair."""
+    """A set has three pairs of images and four sentences; each sentence is true of one pair and
+    false of another, and so is each pair.
+    """
     rng, jobs, names, scenes = np.random.default_rng([seed, 8]), [], [], []
     for split, count in (("train", sets), ("dev", max(2, sets // 8)), ("test1", max(2, sets // 8))):
         lines = []
         for number in range(count):
             a, b = draw_kinds(rng, 2)
             thing, folder = f"{a[1]} {a[0]}", number % 100
-            for pair, (left, right) in enumerate((((a, b), (b, a)), ((b, a), (a, b)), ((a, b), (a, b)))):
+            for pair, (left, right) in enumerate(
+                (((a, b), (b, a)), ((b, a), (a, b)), ((a, b), (a, b)))
+            ):
                 for side, kinds in enumerate((left, right)):
                     names.append(f"{split}-{number}-{pair}-img{side}")
                     scenes.append(scene_with(rng, *kinds))
-                    jobs.append((tmp / "nlvr2/images" / (f"train/{folder}" if split == "train" else split) / f"{names[-1]}.png", scenes[-1]))
-            for sentence, (text, yes, no) in enumerate(((f"The left image contains a {thing}.", 0, 1), (f"The right image contains a {thing}.", 1, 0),
-                                                        (f"Both images contain a {thing}.", 2, number % 2), (f"Only one image contains a {thing}.", number % 2, 2))):
-                lines += [{"identifier": f"{split}-{number}-{pair}-{sentence}", "sentence": text, "label": label, "left_url": "", "right_url": "", "writer": "0",
-                           **({"directory": folder} if split == "train" else {})} for pair, label in ((yes, "True"), (no, "False"))]
+                    jobs.append(
+                        (
+                            tmp
+                            / "nlvr2/images"
+                            / (f"train/{folder}" if split == "train" else split)
+                            / f"{names[-1]}.png",
+                            scenes[-1],
+                        )
+                    )
+            for sentence, (text, yes, no) in enumerate(
+                (
+                    (f"The left image contains a {thing}.", 0, 1),
+                    (f"The right image contains a {thing}.", 1, 0),
+                    (f"Both images contain a {thing}.", 2, number % 2),
+                    (f"Only one image contains a {thing}.", number % 2, 2),
+                )
+            ):
+                lines += [
+                    {
+                        "identifier": f"{split}-{number}-{pair}-{sentence}",
+                        "sentence": text,
+                        "label": label,
+                        "left_url": "",
+                        "right_url": "",
+                        "writer": "0",
+                        **({"directory": folder} if split == "train" else {}),
+                    }
+                    for pair, label in ((yes, "True"), (no, "False"))
+                ]
         dump(tmp / f"nlvr2/{split}.json", lines, lines=True)
-        for k, part in enumerate(("balanced", "unbalanced") if split != "train" else ()):               # whole groups, as the official subsets
-            dump(tmp / f"nlvr2/{part}/{part}_{split}.json", [e for e in lines if int(e["identifier"].split("-")[1]) % 2 == k], lines=True)
+        # whole groups, as the official subsets
+        for k, part in enumerate(("balanced", "unbalanced") if split != "train" else ()):
+            dump(
+                tmp / f"nlvr2/{part}/{part}_{split}.json",
+                [e for e in lines if int(e["identifier"].split("-")[1]) % 2 == k],
+                lines=True,
+            )
     toy_store(tmp, "nlvr2", scenes, names, seed)
     return jobs
 
 
 def toy_vcr(tmp, seed, n):
-    """The circle plays the person. Answers differ in the colour, one of each scene's own; reasons in where the thing is."""
+    """The circle plays the person. Answers differ in the colour, one of each scene's own; reasons
+    in where the thing is.
+    """
     rng, jobs, scenes, names = np.random.default_rng([seed, 9]), [], [], []
     corner = lambda t: (t.box[1] + t.box[3] > HEIGHT, t.box[0] + t.box[2] > WIDTH)
     corners = [(y, x) for y in (False, True) for x in (False, True)]
@@ -615,20 +1269,63 @@ def toy_vcr(tmp, seed, n):
             objects = ["person" if t.shape == "circle" else t.shape for t in things]
             name = f"{1000 + k // 50}_Shapes_{split}_{k:05d}@0"
             stem = f"lsmdc_{1000 + k // 50}_Shapes/{name}"
-            names.append(name), scenes.append(things), jobs.append((tmp / f"vcr1/vcr1images/{stem}.jpg", things))
-            dump(tmp / f"vcr1/vcr1images/{stem}.json", {"boxes": [[*map(float, t.box), 1.0] for t in things], "segms": [[] for _ in things], "names": objects,
-                                                        "width": WIDTH, "height": HEIGHT})
+            (
+                names.append(name),
+                scenes.append(things),
+                jobs.append((tmp / f"vcr1/vcr1images/{stem}.jpg", things)),
+            )
+            dump(
+                tmp / f"vcr1/vcr1images/{stem}.json",
+                {
+                    "boxes": [[*map(float, t.box), 1.0] for t in things],
+                    "segms": [[] for _ in things],
+                    "names": objects,
+                    "width": WIDTH,
+                    "height": HEIGHT,
+                },
+            )
             for q in rng.permutation(4)[:2].tolist():
-                colours, places = [things[i].colour for i in rng.permutation(4)], [corners[i] for i in rng.permutation(4)]
-                for choices, right, at in ((colours, things[q].colour, len(lines) % 4), (places, corner(things[q]), len(lines) // 4 % 4)):
-                    choices.remove(right)           # the right one stands at each place equally often
+                colours, places = (
+                    [things[i].colour for i in rng.permutation(4)],
+                    [corners[i] for i in rng.permutation(4)],
+                )
+                for choices, right, at in (
+                    (colours, things[q].colour, len(lines) % 4),
+                    (places, corner(things[q]), len(lines) // 4 % 4),
+                ):
+                    # the right one stands at each place equally often
+                    choices.remove(right)
                     choices.insert(at, right)
-                lines.append({"movie": stem.split("/")[0], "objects": objects, "img_fn": f"{stem}.jpg", "metadata_fn": f"{stem}.json",
-                              "question": ["What", "color", "is", [q], "?"], "answer_choices": [[[q], "is", c, "."] for c in colours],
-                              "answer_label": colours.index(things[q].colour),
-                              "rationale_choices": [[[q], "is", "at", "the", "bottom" if y else "top", "on", "the", "right" if x else "left", "."] for y, x in places],
-                              "rationale_label": places.index(corner(things[q])), "img_id": f"{split}-{k}", "question_number": q, "annot_id": f"{split}-{len(lines)}",
-                              "match_fold": f"{split}-0"})
+                lines.append(
+                    {
+                        "movie": stem.split("/")[0],
+                        "objects": objects,
+                        "img_fn": f"{stem}.jpg",
+                        "metadata_fn": f"{stem}.json",
+                        "question": ["What", "color", "is", [q], "?"],
+                        "answer_choices": [[[q], "is", c, "."] for c in colours],
+                        "answer_label": colours.index(things[q].colour),
+                        "rationale_choices": [
+                            [
+                                [q],
+                                "is",
+                                "at",
+                                "the",
+                                "bottom" if y else "top",
+                                "on",
+                                "the",
+                                "right" if x else "left",
+                                ".",
+                            ]
+                            for y, x in places
+                        ],
+                        "rationale_label": places.index(corner(things[q])),
+                        "img_id": f"{split}-{k}",
+                        "question_number": q,
+                        "annot_id": f"{split}-{len(lines)}",
+                        "match_fold": f"{split}-0",
+                    }
+                )
         dump(tmp / f"vcr1/{split}.jsonl", lines, lines=True)
     toy_store(tmp, "vcr_gt", scenes, names, seed, given=True)
     toy_store(tmp, "vcr_det", scenes, names, seed)
@@ -636,45 +1333,107 @@ def toy_vcr(tmp, seed, n):
 
 
 def toy_referring(tmp, seed, seen):
-    """RefCOCO, RefCOCO+ (no places), RefCOCOg (longer), about each thing of a quarter of COCO's training images, each thing equally often."""
+    """RefCOCO, RefCOCO+ (no places), RefCOCOg (longer), about each thing of a quarter of COCO's
+    training images, each thing equally often.
+    """
     rng = np.random.default_rng([seed, 10])
     images = [i for i in seen if i.split == "train2014"][2:]
-    images = images[:max(20, len(images) // 4)]
+    images = images[: max(20, len(images) // 4)]
     part = len(images) // 16
-    splits = {"refcoco": ("val", "testA", "testB"), "refcoco+": ("val", "testA", "testB"), "refcocog": ("val", "test")}
+    splits = {
+        "refcoco": ("val", "testA", "testB"),
+        "refcoco+": ("val", "testA", "testB"),
+        "refcocog": ("val", "test"),
+    }
     for name, tests in splits.items():
         found, annotations = [], []
         for k, image in enumerate(images):
             for i, t in enumerate(image.things):
-                number, known = 100 * image.id + i, [(o, relation(t, o)) for o in image.things if o is not t and relation(t, o)]
+                number, known = (
+                    100 * image.id + i,
+                    [(o, relation(t, o)) for o in image.things if o is not t and relation(t, o)],
+                )
                 other = known[int(rng.integers(len(known)))] if known else None
-                said = [str(rng.choice([f"{t.colour} {t.shape}", f"the {t.shape}", f"{t.colour} thing"])),
-                        {"refcoco": f"{t.shape}{whereabouts(rng, t)}", "refcoco+": f"the {t.size} {t.colour} {t.shape}",
-                         "refcocog": f"the {t.colour} {t.shape}" + (f" {other[1]} the {other[0].colour} {other[0].shape}" if other else "")}[name]]
-                annotations.append({"id": number, "image_id": image.id, "category_id": 1 + SHAPES.index(t.shape), "bbox": list(map(float, xywh(t.box))), "iscrowd": 0})
-                found.append({"ref_id": len(found), "ann_id": number, "category_id": 1 + SHAPES.index(t.shape), "image_id": image.id,
-                              "file_name": f"{coco_stem(image)}_{i}.jpg", "split": tests[k // part] if k // part < len(tests) else "train",
-                              "sent_ids": [10 * number + j for j in (0, 1)],
-                              "sentences": [{"sent_id": 10 * number + j, "raw": x, "sent": x, "tokens": x.split()} for j, x in enumerate(said)]})
+                said = [
+                    str(
+                        rng.choice([f"{t.colour} {t.shape}", f"the {t.shape}", f"{t.colour} thing"])
+                    ),
+                    {
+                        "refcoco": f"{t.shape}{whereabouts(rng, t)}",
+                        "refcoco+": f"the {t.size} {t.colour} {t.shape}",
+                        "refcocog": f"the {t.colour} {t.shape}"
+                        + (f" {other[1]} the {other[0].colour} {other[0].shape}" if other else ""),
+                    }[name],
+                ]
+                annotations.append(
+                    {
+                        "id": number,
+                        "image_id": image.id,
+                        "category_id": 1 + SHAPES.index(t.shape),
+                        "bbox": list(map(float, xywh(t.box))),
+                        "iscrowd": 0,
+                    }
+                )
+                found.append(
+                    {
+                        "ref_id": len(found),
+                        "ann_id": number,
+                        "category_id": 1 + SHAPES.index(t.shape),
+                        "image_id": image.id,
+                        "file_name": f"{coco_stem(image)}_{i}.jpg",
+                        "split": tests[k // part] if k // part < len(tests) else "train",
+                        "sent_ids": [10 * number + j for j in (0, 1)],
+                        "sentences": [
+                            {"sent_id": 10 * number + j, "raw": x, "sent": x, "tokens": x.split()}
+                            for j, x in enumerate(said)
+                        ],
+                    }
+                )
         write_atomic(tmp / f"refer/{name}/refs({REFER[name]}).p", pickle.dumps(found, protocol=2))
-        dump(tmp / f"refer/{name}/instances.json", {"images": [{"id": i.id, "file_name": f"{coco_stem(i)}.jpg", "width": WIDTH, "height": HEIGHT} for i in images],
-                                                    "annotations": annotations, "categories": [{"id": 1 + k, "name": s, "supercategory": "shape"} for k, s in enumerate(SHAPES)]})
+        dump(
+            tmp / f"refer/{name}/instances.json",
+            {
+                "images": [
+                    {
+                        "id": i.id,
+                        "file_name": f"{coco_stem(i)}.jpg",
+                        "width": WIDTH,
+                        "height": HEIGHT,
+                    }
+                    for i in images
+                ],
+                "annotations": annotations,
+                "categories": [
+                    {"id": 1 + k, "name": s, "supercategory": "shape"} for k, s in enumerate(SHAPES)
+                ],
+            },
+        )
     for store, given in (("refcoco_gt", True), ("refcoco_det", False)):
-        toy_store(tmp, store, [i.things for i in images], [coco_stem(i) for i in images], seed, given)
+        toy_store(
+            tmp, store, [i.things for i in images], [coco_stem(i) for i in images], seed, given
+        )
 
 
 def ensure_toy(folder, seed=0, scenes=6000):
-    """Make the toy tree if it is not there, or again if an older version made it; any other folder is left alone."""
+    """Make the toy tree if it is not there, or again if an older version made it; any other
+    folder is left alone.
+    """
     mark = Path(folder) / "toy.json"
     if not Path(folder).exists():
         make_toy(folder, seed, scenes)
-    elif mark.exists() and (made := read_json(mark, "the toy tree's mark"))["version"] != TOY_VERSION:
-        print(f"{folder} was made by version {made['version']} of ShapesWorld, this is version {TOY_VERSION}: making it again", file=sys.stderr)
+    elif (
+        mark.exists() and (made := read_json(mark, "the toy tree's mark"))["version"] != TOY_VERSION
+    ):
+        print(
+            f"{folder} was made by version {made['version']} of ShapesWorld, this is version "
+            f"{TOY_VERSION}: making it again",
+            file=sys.stderr,
+        )
         new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
         make_toy(new, made["seed"], made["scenes"])
-        for mine in Path(folder).iterdir():         # what the user put beside it stays, e.g. nlvr/
+        for mine in Path(folder).iterdir():  # what the user put beside it stays, e.g. nlvr/
             if not (new / mine.name).exists():
                 shutil.move(mine, new / mine.name)
         os.replace(folder, old)
@@ -683,11 +1442,27 @@ def ensure_toy(folder, seed=0, scenes=6000):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", default="data/toy", help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world of scenes; the same seed gives the same bytes")
-    parser.add_argument("--scenes", type=int, default=6000, help="scenes of COCO and Flickr30k together; Winoground adds two for each 15")
-    parser.add_argument("--if-needed", action="store_true", help="do nothing where the folder holds this version of the toy tree already")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="another seed is another world of scenes; the same seed gives the same bytes",
+    )
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=6000,
+        help="scenes of COCO and Flickr30k together; Winoground adds two for each 15",
+    )
+    parser.add_argument(
+        "--if-needed",
+        action="store_true",
+        help="do nothing where the folder holds this version of the toy tree already",
+    )
     args = parser.parse_args(argv)
     try:
         if args.if_needed:

