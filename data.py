@@ -1490,9 +1490,9 @@ def coco_captions(data, split, stats):
 
 def own_captions(data, split, stats):
     """Your own: DATA/own/captions.json in COCO's format, pictures in DATA/own/images. The last
-    hundredth is for validation.
+    tenth is for validation.
     """
-    return last_hundredth(read_captions(Path(data) / "own" / "captions.json"), split)
+    return split_off(read_captions(Path(data) / "own" / "captions.json"), split, 10)
 
 
 def karpathy_images(data, dataset):
@@ -1723,10 +1723,10 @@ def web_captions(path, columns, stats, out):
             yield Record(str(number), row[caption], str(number))
 
 
-def last_hundredth(records, split):
-    """Of a corpus without a validation split the last hundredth, or all before it."""
+def split_off(records, split, part=100):
+    """Of a corpus without a validation split the last hundredth, or another part, or all before."""
     records = list(records)
-    cut = len(records) - max(1, len(records) // 100)
+    cut = len(records) - max(1, len(records) // part)
     return records[:cut] if split == "train" else records[cut:]
 
 
@@ -1741,7 +1741,7 @@ def cc12m_captions(data, split, stats):
     """Conceptual 12M: address, caption, the other way round."""
     path = Path(data) / "cc12m" / "cc12m.tsv"
     records = web_captions(path, ("address", "caption"), stats, held_out(data))
-    return last_hundredth(records, split)
+    return split_off(records, split)
 
 
 def sbu_captions(data, split, stats):

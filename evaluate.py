@@ -1390,7 +1390,7 @@ def grid(rows, titles):
 def save_png(picture, path):
     """Write a picture, its folder too"""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, optimize=True)
+    picture.save(path)
 
 
 def training_curve(log, out):

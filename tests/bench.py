@@ -303,7 +303,7 @@ class VisualBert(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = Uniter(28996, D_V, 1601, **SIZES["base"])
+        self.encoder = Uniter(28996, D_V, 1601, **SIZES[SIZE])
         for layer in self.encoder.layers:
             always_explicit(layer.attention)
 

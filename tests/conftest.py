@@ -21,6 +21,21 @@ sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("SHARED_DIR", ROOT.parent / "shared"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: many processes, kills, memory, or minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: python -m pytest --slow"))
+
+
 def shared(path):
     """A file of third-party data that is not ours to commit; the test is skipped where it is
     absent.
@@ -77,8 +92,11 @@ def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
     return done
 
 
-def inside(folder, args):
+def inside(folder, args, main=None):
+    """main(args) of train.py, or of another script, in this process and in this folder."""
     import train
+
+    main = main or train.main
 
     out, err, code, here, threads = (
         io.StringIO(),
@@ -91,7 +109,7 @@ def inside(folder, args):
     torch.set_num_threads(1)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            train.main(list(map(str, args)))
+            main(list(map(str, args)))
     # as Python ends: a text goes to stderr and the code is 1
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -187,3 +205,29 @@ def same(a, b, **tolerance):
 def ids_of(store):
     """The names of a store's images."""
     return [store.image_id(i) for i in range(len(store))]
+
+
+def write_nlvr(tree):
+    """NLVR v1, small: dev and test of eight sentences, their pictures in all six orders."""
+    from PIL import Image
+
+    for split in ("dev", "test"):
+        (tree / f"nlvr/{split}/images/3").mkdir(parents=True)
+        lines = []
+        for i in range(8):
+            item = {"type": "circle", "color": "#0099ff", "size": 20, "x_loc": 10 * i, "y_loc": 5}
+            lines.append(
+                json.dumps(
+                    {
+                        "identifier": f"{i}-0",
+                        "sentence": "there is a blue circle",
+                        "label": "true" if i % 2 else "false",
+                        "structured_rep": [[item], [], []],
+                    }
+                )
+            )
+            for k in range(6):
+                picture = Image.new("RGBA", (400, 100), (200, 200, 200, 255))
+                picture.paste((0, 153, 255, 255), (10 * i, 5, 10 * i + 20, 25))
+                picture.save(tree / f"nlvr/{split}/images/3/{split}-{i}-0-{k}.png")
+        (tree / f"nlvr/{split}/{split}.json").write_text("\n".join(lines))

@@ -53,7 +53,7 @@ def run(*command, **env):
     return done.stdout
 
 
-def one_seed(seed, threads, results, nlvr):
+def run_seed(seed, threads, results, nlvr):
     data = f"data/toy-seed{seed}"
     if not (ROOT / data).exists():
         run("tests/toy.py", "--out", data, "--seed", str(seed))
@@ -331,7 +331,8 @@ def several(results, pattern):
 def align_table(results):
     lines = [
         "| two-stream, toy | paper: GQA accuracy, consistency | GQA accuracy | consistency | "
-        "words that point right | accuracy, seed by seed | paper: NLVR2 test-P (balanced, "
+        "words that point to their object | accuracy, seed by seed | paper: NLVR2 test-P "
+        "(balanced, "
         "unbalanced) | NLVR2 dev | balanced | unbalanced |",
         "|" + "---|" * 10,
     ]
@@ -467,7 +468,7 @@ def fill(**tables):
     README.write_text(text)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -486,7 +487,7 @@ def main():
         help="AMC's tables instead; a number: only its first so many rows",
     )
     parser.add_argument("--patches", action="store_true", help="CACR and AMC on patches instead")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     threads = max(1, os.cpu_count() // args.jobs)
 
@@ -496,7 +497,7 @@ def main():
         elif args.align:
             align_seed(seed, threads, results)
         else:
-            one_seed(seed, threads, results, args.nlvr)
+            run_seed(seed, threads, results, args.nlvr)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, args.seeds))

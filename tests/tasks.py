@@ -184,7 +184,7 @@ def numbers(found, keys):
     return ", ".join(f"{found[k]:.1f}" for k in keys)
 
 
-def told(row, results, name):
+def table_row(row, results, name):
     found = results.get(f"tasks/{name}")
     if not found:
         return None
@@ -202,7 +202,7 @@ def told(row, results, name):
 def table(results):
     lines = [
         "| toy command | recipe at full size | in the paper | paper, base | toy | words hidden | "
-        "regions hidden | a guess | minutes |",
+        "regions hidden | majority | minutes |",
         "|" + "---|" * 9,
     ]
     return "\n".join(
@@ -210,7 +210,7 @@ def table(results):
         + [
             line
             for name, row in [*ROWS.items(), ("zero-shot", ZERO_SHOT)]
-            if (line := told(row, results, name))
+            if (line := table_row(row, results, name))
         ]
     )
 
@@ -287,13 +287,13 @@ def one_line(line, results):
         )
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=list(ROWS))
     parser.add_argument("--ablation", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if args.ablation:
         # the first by itself, since it draws the toy world

@@ -3,10 +3,7 @@ steps of everything, and bad input.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -20,6 +17,7 @@ import train
 from conftest import (
     QUICK,
     ROOT,
+    inside,
     last_line,
     prepared_run,
     read,
@@ -30,7 +28,7 @@ from conftest import (
     weights,
 )
 from data import Batches, DataError, make_index
-from model import Lxmert, Maf, Uniter, load_pretrained, read_checkpoint
+from model import Lxmert, Maf, Uniter, load_pretrained
 
 
 def copied(toy_tree, tmp_path, *folders):
@@ -770,13 +768,7 @@ def test_fine_tuning_from_two_streams(toy_tree, tmp_path, aligned, argv):
 
 
 def evaluated(tmp_path, *argv, expect=0):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), *map(str, argv)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = inside(tmp_path, [*map(str, argv)], evaluate.main)
     assert done.returncode == expect, done.stderr[-2000:]
     return done
 

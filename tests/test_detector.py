@@ -19,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
 import model as parts
 from conftest import QUICK, ROOT, ids_of, last_line, run
@@ -276,6 +275,7 @@ def test_extraction_makes_a_store(extracted, photos, weights_file):
     )
 
 
+@pytest.mark.slow
 def test_killed_anywhere_the_store_is_the_same(extracted, photos, weights_file, tmp_path):
     out, rng = (
         tmp_path / "cut",
@@ -445,6 +445,7 @@ def test_a_full_disk_keeps_the_finished_shards(photos, weights_file, extracted, 
     assert files(out) == files(extracted[0])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(toy_tree, weights_file, tmp_path):
     """What a process has allocated after each shard: no more after the last than half way.
     glibc's own count, since what the process holds of the system (RSS) also tells of holes, and

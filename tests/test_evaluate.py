@@ -1,15 +1,13 @@
 """Metrics against slow loops, perfect and reversed rankers, and the figures."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import evaluate
-from conftest import ROOT, run
+from conftest import ROOT, inside
 
 
 def slow_recall(scores, image_of_text):
@@ -100,19 +98,8 @@ def test_winoground_scores():
 
 
 def test_command_line(toy_tree, pretrained, tmp_path):
-    ask = lambda *a: subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "evaluate.py"),
-            "--data",
-            str(toy_tree),
-            "--ckpt",
-            str(pretrained[0]),
-            *a,
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    ask = lambda *a: inside(
+        tmp_path, ["--data", str(toy_tree), "--ckpt", str(pretrained[0]), *a], evaluate.main
     )
     done = ask("--task", "winoground")
     numbers = json.loads(done.stdout.strip().splitlines()[-1])
@@ -136,19 +123,9 @@ def test_command_line(toy_tree, pretrained, tmp_path):
     ), done.stderr
     picture = Image.open(tmp_path / "figures/winoground_0_0.png")
     assert picture.width > 400 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    bad = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "evaluate.py"),
-            "--data",
-            str(toy_tree),
-            "--task",
-            "winoground",
-            "--ckpt",
-            "nothing.pt",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    bad = inside(
+        tmp_path,
+        ["--data", str(toy_tree), "--task", "winoground", "--ckpt", "nothing.pt"],
+        evaluate.main,
     )
     assert bad.returncode == 1 and "is not there" in bad.stderr and "Traceback" not in bad.stderr

@@ -7,7 +7,6 @@ import os
 import pickle
 import struct
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,6 @@ from model import (
     Uniter,
     load_pretrained,
     read_checkpoint,
-    read_safetensors,
 )
 
 TINY = dict(width=32, layers=2, heads=4, mlp_dim=64)
@@ -136,7 +134,6 @@ def test_width_that_heads_do_not_divide():
 
 def as_bert(model, gamma=True):
     """Our text part under BERT's names, gamma and beta as in the first files."""
-    from model import RENAMES
 
     official = {
         "text_embedding.word.weight": "bert.embeddings.word_embeddings.weight",

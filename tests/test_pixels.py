@@ -14,7 +14,17 @@ import data
 import evaluate
 import losses
 import train
-from conftest import QUICK, ids_of, last_line, prepared_run, read, run, same, weights
+from conftest import (
+    QUICK,
+    ids_of,
+    last_line,
+    prepared_run,
+    read,
+    run,
+    same,
+    weights,
+    write_nlvr,
+)
 from data import Batches, DataError, PatchStore, Record, Vision, WordPiece, make_index, open_picture
 from model import Albef, PatchStem, build, load_pretrained, resize_position
 
@@ -965,26 +975,7 @@ def test_nlvr_as_pictures(toy_tree, patched, tmp_path):
 
     tree = tmp_path / "toy"
     shutil.copytree(toy_tree, tree)
-    for split in ("dev", "test"):
-        (tree / f"nlvr/{split}/images/3").mkdir(parents=True)
-        lines = []
-        for i in range(8):
-            item = {"type": "circle", "color": "#0099ff", "size": 20, "x_loc": 10 * i, "y_loc": 5}
-            lines.append(
-                json.dumps(
-                    {
-                        "identifier": f"{i}-0",
-                        "sentence": "there is a blue circle",
-                        "label": "true" if i % 2 else "false",
-                        "structured_rep": [[item], [], []],
-                    }
-                )
-            )
-            for k in range(6):
-                picture = Image.new("RGBA", (400, 100), (200, 200, 200, 255))
-                picture.paste((0, 153, 255, 255), (10 * i, 5, 10 * i + 20, 25))
-                picture.save(tree / f"nlvr/{split}/images/3/{split}-{i}-0-{k}.png")
-        (tree / f"nlvr/{split}/{split}.json").write_text("\n".join(lines))
+    write_nlvr(tree)
     done = run(
         tmp_path,
         "--task",

@@ -1,41 +1,63 @@
-"""The front page keeps its word: its commands parse, its table is the results file's, its
-functions exist.
+"""The front page keeps its word: its commands run, its tables are the results file's, its functions
+and settings exist.
 """
 
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 import bench
 import data
 import evaluate
 import losses
+import model
 import seeds
 import tasks
+import toy
 import train
-from conftest import ROOT
+from conftest import ROOT, inside, write_nlvr
 
 README = (ROOT / "README.md").read_text()
+FRONT = re.sub(r"<details>.*?</details>", "", README, flags=re.S)
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+# what needs files that a toy tree has not
+NEEDS_DATA = "DATA", "pytorch_model.bin", "photo.jpg"
 
 
-def commands():
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
-        for line in block.splitlines():
-            yield shlex.split(line, comments=True)
+def commands(blocks=BLOCKS):
+    for block in blocks:
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split("&&"):
+                if words := shlex.split(command, comments=True):
+                    yield words
+
+
+def script_of(words):
+    """(script, its arguments) of a command that runs one of ours, else (None, [])"""
+    script = next((w for w in words if w.endswith(".py")), None)
+    return script, words[words.index(script) + 1 :] if script else []
 
 
 def test_commands_parse():
     seen, outs = set(), {}
     for words in commands():
-        script = next((w for w in words if w.endswith(".py")), None)
+        script, args = script_of(words)
         if script is None or "--help" in words:
             continue
-        args = words[words.index(script) + 1 :]
         seen.add(script)
         if script == "train.py":
             cfg = train.parse(args)
             run = train.dataclasses.asdict(cfg) | {"save_every": 0, "resume": False, "out": ""}
-            assert outs.setdefault(cfg.out, run) == run, f"two different runs would go to {cfg.out}"
+            same = outs.setdefault(cfg.out, run)
+            assert same == run, f"two different runs would go to {cfg.out}"
+        elif script == "evaluate.py" and args[0] == "extract":
+            evaluate.make_extract_parser().parse_args(args[1:])
         elif script == "evaluate.py":
             evaluate.make_parser().parse_args(args)
         elif script == "data.py":
@@ -45,41 +67,48 @@ def test_commands_parse():
     outs |= {train.parse(shlex.split(row.command)).out: row for row in tasks.ROWS.values()}
     for checkpoint in re.findall(r"(out/\S+)/last\.pt", README):
         assert checkpoint in outs, f"no command of the README makes {checkpoint}"
-    assert {"train.py", "evaluate.py", "data.py", "tests/bench.py", "tests/seeds.py"} <= seen
+    scripts = {"train.py", "evaluate.py", "data.py", "tests/bench.py", "tests/seeds.py"}
+    assert scripts <= seen
 
 
 def test_set_up_commands_are_there_and_ci_runs_one():
     first = README.split("\n")[:40]
-    assert any(
-        "pip install -r requirements.txt && torchrun train.py --loss cacr" in line for line in first
-    )
-    assert any("pip install -r requirements.txt && python -m pytest" in line for line in first)
-    assert "pip install -r requirements.txt && python -m pytest" in (ROOT / ".ci/run").read_text()
+    for command in ("torchrun train.py --loss cacr", "python -m pytest"):
+        assert any(f"pip install -r requirements.txt && {command}" in line for line in first)
+    ci = (ROOT / ".ci/run").read_text()
+    assert "pip install -r requirements.txt && python -m pytest" in ci
 
 
-def test_seed_table_is_the_results_file():
+TABLES = {
+    "seeds": seeds.table,
+    "nlvr": seeds.nlvr_table,
+    "tasks": tasks.table,
+    "ablation": tasks.ablation,
+    "bench": bench.table,
+    "align": seeds.align_table,
+    "maf": seeds.maf_table,
+    "maf_ablation": seeds.maf_ablation,
+    "amc": seeds.amc_table,
+    "patches": seeds.patches_table,
+}
+
+
+@pytest.mark.parametrize("mark", TABLES)
+def test_tables_are_the_results_file(mark):
     results = json.loads((ROOT / "tests/results.json").read_text())
-    for mark, table in (
-        ("seeds", seeds.table),
-        ("nlvr", seeds.nlvr_table),
-        ("tasks", tasks.table),
-        ("ablation", tasks.ablation),
-        ("bench", bench.table),
-        ("align", seeds.align_table),
-        ("maf", seeds.maf_table),
-        ("maf_ablation", seeds.maf_ablation),
-        ("amc", seeds.amc_table),
-        ("patches", seeds.patches_table),
-    ):
-        assert re.search(rf"<!-- {mark} -->\n(.*?)\n?<!-- /{mark} -->", README, re.S)[1] == table(
-            results
-        ), mark
+    found = re.search(rf"<!-- {mark} -->\n(.*?)\n?<!-- /{mark} -->", README, re.S)[1]
+    assert found == TABLES[mark](results)
 
 
 def test_functions_named_exist():
     table = README.split("| idea | equation | function in losses.py |")[1].split("\n\n")[0]
     for name in re.findall(r"`(\w+)`", table):
         assert hasattr(losses, name), name
+    modules = {"losses": losses, "model": model, "data": data, "evaluate": evaluate, "train": train}
+    exercises = {"matrix_kl_gradient", "ipot_fast"}
+    for module, name in re.findall(r"`?\b(losses|model|data|evaluate|train)\.(\w+)", FRONT):
+        if name not in exercises | {"py"}:
+            assert hasattr(modules[module], name), f"{module}.{name}"
 
 
 def test_commands_of_the_task_table_parse():
@@ -87,25 +116,152 @@ def test_commands_of_the_task_table_parse():
         cfg = train.parse(shlex.split(row.command))
         assert train.parse(["--recipe", *shlex.split(row.full)]).task == cfg.task
     evaluate.make_parser().parse_args([*shlex.split(tasks.ZERO_SHOT.command), "--ckpt", "x"])
-    for tasks_of_line, _ in tasks.LINES.values():
-        train.parse(
-            [
-                "--recipe",
-                "toy-pretrain",
-                *(["--pretrain", *tasks_of_line.split()] if tasks_of_line else []),
-            ]
-        )
+    for pretrain, _ in tasks.LINES.values():
+        how = ["--pretrain", *pretrain.split()] if pretrain else []
+        train.parse(["--recipe", "toy-pretrain", *how])
 
 
 def test_settings_named_exist():
-    fields = {f.name for f in train.dataclasses.fields(train.Config)}
-    for name in re.findall(r"`--([a-z-]+)", README):
-        # batch: data.py extract
-        told = {
-            o.lstrip("-").replace("-", "_")
-            for a in evaluate.make_parser()._actions
-            for o in a.option_strings
-        } | {"batch"}
-        assert name.replace("-", "_") in fields | told | {"nnodes", "node_rank", "rdzv_endpoint"}, (
-            name
-        )
+    parsers = evaluate.make_parser(), evaluate.make_extract_parser(), train.make_parser()
+    options = {option for p in parsers for a in p._actions for option in a.option_strings}
+    options |= {"--nnodes", "--node-rank", "--rdzv-endpoint", "--slow", "--small", "--readme"}
+    for name in re.findall(r"`(--[a-z0-9-]+)", README):
+        assert name in options, name
+
+
+# ------------------------------------------------------------------------- every command is run
+
+
+def shrunk(recipe):
+    """A recipe's settings with a few updates"""
+    steps = {"steps": 2, "warmup": 1, "save_every": 2, "eval_every": 2, "log_every": 1}
+    steps |= {"candidates": 6} if recipe.get("candidates") else {}
+    return recipe | steps | {"batch_tokens": 256, "batch_size": 8, "queue": 20, "workers": 0}
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """A folder with data/toy in it, where every recipe has two updates."""
+    toy.make_toy(tmp_path / "data/toy", scenes=600)
+    write_nlvr(tmp_path / "data/toy")
+    monkeypatch.chdir(tmp_path)
+    for name, recipe in train.RECIPES.items():
+        monkeypatch.setitem(train.RECIPES, name, shrunk(recipe))
+    monkeypatch.setattr(train, "make_toy_tree", lambda folder: None)
+    return tmp_path
+
+
+def run_commands(folder, blocks):
+    """Each command of the blocks, in order, small; returns how many ran."""
+    count, done_before = 0, set()
+    for words in commands(blocks):
+        if tuple(words) in done_before:
+            continue
+        done_before.add(tuple(words))
+        script, args = script_of(words)
+        if any(w.startswith(NEEDS_DATA) for w in words) or "pip" in words or "pytest" in words:
+            continue
+        if "--help" in words or script and script.startswith("tests/"):
+            continue
+        count += 1
+        if script == "train.py":
+            done = inside(folder, args)
+        elif script == "evaluate.py":
+            make_checkpoints(folder, args)
+            done = inside(folder, small_picture(folder, args), evaluate.main)
+        else:
+            done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-2000:]}"
+    return count
+
+
+def make_checkpoints(folder, args):
+    """Those that a command of the table of tasks makes."""
+    for path in (a for a in args if a.endswith("last.pt") and not (folder / a).exists()):
+        made_by = [shlex.split(row.command) for row in tasks.ROWS.values()]
+        for command in (c for c in made_by if f"{train.parse(c).out}/last.pt" == path):
+            assert inside(folder, command).returncode == 0
+
+
+def small_picture(folder, args):
+    """The README's picture is of the tree of 6,000 scenes; this one has other numbers."""
+    if "--image" in args:
+        picture = folder / args[args.index("--image") + 1]
+        if not picture.exists():
+            args = list(args)
+            args[args.index("--image") + 1] = str(next(picture.parent.glob("*.jpg")))
+    return args
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(quick):
+    assert run_commands(quick, BLOCKS) > 40
+
+
+def test_the_commands_of_change_it_run(quick):
+    change_it = FRONT.split("## Change it")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", change_it, re.S)
+    assert run_commands(quick, blocks) == 6
+    assert list((quick / "out").rglob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", bench.PARTS)
+def test_every_part_of_the_bench_runs(part):
+    command = [sys.executable, "tests/bench.py", part, "--small"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "data", "tests/toy", "tests/bench"])
+def test_help(script):
+    command = [sys.executable, f"{script}.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, argv",
+    [
+        ("seeds", ["--seeds", "0"]),
+        ("seeds", ["--seeds", "0", "--align"]),
+        ("seeds", ["--seeds", "0", "--pixels"]),
+        ("seeds", ["--seeds", "0", "--patches"]),
+        ("tasks", []),
+        ("tasks", ["--ablation"]),
+    ],
+)
+def test_the_scripts_of_the_tables_run(quick, script, argv, monkeypatch):
+    """On a copy of the results and the README, with two updates a run."""
+    owner = {"seeds": seeds, "tasks": tasks}[script]
+    for name in ("results.json",):
+        (quick / name).write_text("{}")
+    shutil.copy(ROOT / "README.md", quick)
+    for module in (seeds, tasks):
+        monkeypatch.setattr(module, "ROOT", quick)
+        monkeypatch.setattr(module, "RESULTS", quick / "results.json")
+    monkeypatch.setattr(seeds, "README", quick / "README.md")
+
+    def run(*command, **env):
+        path, *args = map(str, command)
+        if path == "tests/toy.py":
+            (quick / args[args.index("--out") + 1]).symlink_to(quick / "data/toy")
+            return ""
+        mains = {"train.py": train.main, "evaluate.py": evaluate.main}
+        if path == "train.py":
+            args += ["--steps", "2", "--candidates", "0"]
+        done = inside(quick, args, mains[path])
+        assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr[-2000:]}"
+        return done.stdout
+
+    def run_and_time(*command, **env):
+        return json.loads(run(*command).strip().splitlines()[-1]) | {"minutes": 0.1}
+
+    # one at a time: all of them change this process's folder
+    monkeypatch.setattr(tasks, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
+    monkeypatch.setattr(seeds, "run", run)
+    monkeypatch.setattr(tasks, "run", run_and_time)
+    owner.main(argv)
+    assert json.loads((quick / "results.json").read_text())

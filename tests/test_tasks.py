@@ -9,8 +9,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -22,8 +20,7 @@ import evaluate
 import train
 from conftest import (
     QUICK,
-    ROOT,
-    ids_of,
+    inside,
     prepared_run,
     read,
     run,
@@ -429,10 +426,9 @@ def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
         "retrieval": ["winoground/group"],
     }[cfg.task]
     assert all(0 <= numbers[name] <= 100 for name in wanted)
-    done = subprocess.run(
+    done = inside(
+        tmp_path,
         [
-            sys.executable,
-            str(ROOT / "evaluate.py"),
             "--task",
             cfg.task,
             "--ckpt",
@@ -441,9 +437,7 @@ def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
             str(toy_tree),
             *(["--dataset", cfg.dataset] if cfg.task == "retrieval" else []),
         ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        evaluate.main,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     again = json.loads(done.stdout)
@@ -740,10 +734,9 @@ def test_submission_files(toy_tree, pretrained, tmp_path, monkeypatch, name):
     train.train(cfg, runtime)
     file = tmp_path / f"submit.{'json' if name == 'vqa' else 'csv'}"
     split = {"vqa": "val2014", "vcr": "val", "nlvr2": "test1"}[name]
-    done = subprocess.run(
+    done = inside(
+        tmp_path,
         [
-            sys.executable,
-            str(ROOT / "evaluate.py"),
             "--task",
             name,
             "--ckpt",
@@ -755,9 +748,7 @@ def test_submission_files(toy_tree, pretrained, tmp_path, monkeypatch, name):
             "--submit",
             str(file),
         ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        evaluate.main,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     if name == "vqa":
@@ -1024,20 +1015,10 @@ def test_malformed_files_are_one_clear_error(toy_tree, tmp_path, task, file, how
 
 
 def test_evaluating_a_model_of_another_task(toy_tree, pretrained, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "evaluate.py"),
-            "--task",
-            "vqa",
-            "--ckpt",
-            str(pretrained[0]),
-            "--data",
-            str(toy_tree),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    done = inside(
+        tmp_path,
+        ["--task", "vqa", "--ckpt", str(pretrained[0]), "--data", str(toy_tree)],
+        evaluate.main,
     )
     assert (
         done.returncode == 1
@@ -1093,22 +1074,10 @@ def test_an_official_fine_tuned_checkpoint_is_judged_as_it_comes(
             ours = next((k for k in names if name.startswith(k)), "")
             official[names.get(ours, "") + name[len(ours) :]] = tensor
     torch.save(official, "vqa.pt")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "evaluate.py"),
-            "--task",
-            "vqa",
-            "--size",
-            "toy",
-            "--ckpt",
-            "vqa.pt",
-            "--data",
-            str(toy_tree),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    done = inside(
+        tmp_path,
+        ["--task", "vqa", "--size", "toy", "--ckpt", "vqa.pt", "--data", str(toy_tree)],
+        evaluate.main,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["vqa/accuracy"] == pytest.approx(

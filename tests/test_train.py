@@ -14,7 +14,7 @@ import torch
 
 import train
 from conftest import QUICK, ROOT, last_line, prepared_run, run, run_and_kill, same, weights
-from model import CheckpointError, read_checkpoint
+from model import read_checkpoint
 from train import UserError, alignment_weight, lr_at, make_config, parse
 
 
@@ -120,6 +120,7 @@ def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
     assert "winoground/group" in last_line(finished)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
     """The first run of a recipe makes its pre-training too; kill -9 hits either, anywhere.
     NANOALIGN_KILLS=20 kills twenty times.
