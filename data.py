@@ -2836,7 +2836,7 @@ class Index:
 
     def examples_in_chunks(self, batch_tokens, answers=0):
         """All examples in batches of similar length: yields (examples, batch)."""
-        length = example_length(self)
+        length = example_length(self, np.arange(len(self) // self.group))
         order = np.argsort(length, kind="stable")
         for chunk in token_batches(length[order] * self.group, batch_tokens):
             yield order[chunk], example_batch(self, order[chunk], answers)
@@ -2914,14 +2914,13 @@ class Batches:
             # the last ones of an epoch wait for the next
             cut = len(columns[0]) // self.size * self.size or len(columns[0])
             return columns, np.split(np.arange(cut), range(self.size, cut, self.size))
-        cost = self.kind.cost(self, *columns)
         batches = []
-        for start in range(0, len(cost), BUCKET):
-            part = slice(start, start + BUCKET)
-            order = start + np.lexsort([self.index.n_words(columns[0][part]), cost[part]])
+        for start in range(0, len(columns[0]), BUCKET):
+            part = [column[start : start + BUCKET] for column in columns]
+            cost = self.kind.cost(self, *part)
+            order = np.lexsort([self.index.n_words(part[0]), cost])
             for batch in token_batches(cost[order], self.size):
-                batches.append(order[batch].astype(np.int32))
-        columns = tuple(c.astype(np.int32) if c.dtype == np.int64 else c for c in columns)
+                batches.append((start + order[batch]).astype(np.int32))
         return columns, [batches[i] for i in rng.permutation(len(batches))]
 
     def whole(self, k):
@@ -3001,8 +3000,20 @@ def mask_words(batches, rng, rows):
     return masked, new
 
 
+# so many are drawn at a time: the same numbers as all at once, without their temporary arrays
+DRAWN_AT_ONCE = 1 << 17
+
+
+def draw_in_pieces(draw, of):
+    """draw(piece) of each piece of an array, joined"""
+    pieces = range(0, len(of), DRAWN_AT_ONCE)
+    return np.concatenate([draw(of[i : i + DRAWN_AT_ONCE]) for i in pieces])
+
+
 def mismatched_images(rng, images, avoid):
     """One random member of images (sorted, unique) for each entry of avoid, never that entry."""
+    if len(avoid) > DRAWN_AT_ONCE:
+        return draw_in_pieces(lambda part: mismatched_images(rng, images, part), avoid)
     if len(images) < 2:
         raise DataError(
             "mismatched pairs need at least two images with captions; this split has one"
@@ -3010,11 +3021,14 @@ def mismatched_images(rng, images, avoid):
     here = np.searchsorted(images, avoid).clip(max=len(images) - 1)
     inside = images[here] == avoid
     u = rng.integers(len(images) - inside)
-    return images[u + (inside & (u >= here))]
+    u += inside & (u >= here)
+    return images[u]
 
 
 def mismatched_captions(rng, index, images):
     """One random caption for each of these images that belongs to another image."""
+    if len(images) > DRAWN_AT_ONCE:
+        return draw_in_pieces(lambda part: mismatched_captions(rng, index, part), images)
     starts = index.arrays["image_starts"]
     here = np.searchsorted(index.images, images)
     first, own = starts[here], starts[here + 1] - starts[here]
@@ -3027,8 +3041,9 @@ def mismatched_captions(rng, index, images):
 
 def draw_matched(batches, rng):
     """Every text with its image: (rows, images, match)"""
-    rows = rng.permutation(len(batches.index))
-    return rows, batches.index.image[rows], np.ones(len(rows), bool)
+    # int32: of ten million pairs a column takes 40 MB in each process
+    rows = rng.permutation(len(batches.index)).astype(np.int32)
+    return rows, np.asarray(batches.index.image[rows], np.int32), np.ones(len(rows), bool)
 
 
 def draw_matching(batches, rng):
@@ -3090,13 +3105,13 @@ def group_cost(batches, rows, images, match):
 
 def example_cost(batches, rows, examples):
     """Of all texts of an example, at the length of the longest"""
-    return example_length(batches.index)[examples] * batches.index.group
+    return example_length(batches.index, examples) * batches.index.group
 
 
-def example_length(index):
-    """(examples,) words + regions of the longest text of each"""
-    length = index.length(np.arange(len(index)), index.image)
-    return length.reshape(-1, index.group).max(axis=1)
+def example_length(index, examples):
+    """(B,) words + regions of the longest text of each example"""
+    rows = (np.asarray(examples, np.int64)[:, None] * index.group + np.arange(index.group)).ravel()
+    return index.length(rows, index.image[rows]).reshape(-1, index.group).max(axis=1)
 
 
 # ... and what a batch holds.

@@ -1384,16 +1384,17 @@ class Detector(nn.Module):
         regions=(36, 36),
         before=6000,
         after=300,
+        overlap=0.7,
         thresholds=(0.5, 0.6, 0.7),
     ):
         """[Detections] of images (B, 3, H, W) of heights and widths sizes (B, 2), padded right
         and below with 0.
 
         scales (B, 2): the picture's own height and width by these; regions: at least and at most
-            so many
+            so many; before, after, overlap: see propose; thresholds: see select_boxes
         """
         x = self.backbone_features(images)
-        proposals = self.propose(x, sizes, before, after)
+        proposals = self.propose(x, sizes, before, after, overlap)
         columns = [
             c.split([len(p) for p in proposals]) for c in self.describe_regions(x, proposals)
         ]
