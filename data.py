@@ -2564,7 +2564,7 @@ class IndexWriter:
 
 def build_index(records, store, tokenizer, name, max_words, layout, skip_missing, group, label):
     """Arrays and meta of an Index; see open_index."""
-    writer, find, missing, total, first = IndexWriter(tokenizer, max_words, layout), None, 0, 0, ""
+    writer, missing, total, first = IndexWriter(tokenizer, max_words, layout), 0, 0, ""
     store.check_rows()
     find = store.finder()
     for chunk in chunks(
@@ -2574,7 +2574,8 @@ def build_index(records, store, tokenizer, name, max_words, layout, skip_missing
         images = find([one for each in names for one in each]).reshape(len(chunk), -1)
         known = (images >= 0).all(axis=1).reshape(-1, group).all(axis=1).repeat(group)
         if not known.all():
-            first = first or names[int(known.argmin())][int(images[known.argmin()].argmin())]
+            row, column = np.argwhere(images < 0)[0]
+            first = first or names[row][column]
         missing, total = missing + int((~known).sum()), total + len(chunk)
         for record, row, keep in zip(chunk, images.tolist(), known):
             if keep:

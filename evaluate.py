@@ -347,6 +347,15 @@ def recall(scores, image_of_text):
     }
 
 
+def recall_in_folds(scores, column, size=1000, n=5):
+    """recall, mean over n consecutive folds of `size` images, each with its own captions"""
+    folds = []
+    for i in range(0, n * size, size):
+        rows = (column >= i) & (column < i + size)
+        folds.append(recall(scores[rows][:, i : i + size], column[rows] - i))
+    return {k: float(np.mean([fold[k] for fold in folds])) for k in folds[0]}
+
+
 def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
     """{"retrieval/image/r1": percent, ...} over all images and captions of Karpathy's split;
     scoring: see score_all.
@@ -363,12 +372,8 @@ def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
     found = {f"retrieval/{k}": v for k, v in recall(scores, column).items()}
     found |= {"retrieval/images": I, "retrieval/captions": len(index)}
     if dataset == "coco" and I >= 5000:
-        folds = []
-        for i in range(0, 5000, 1000):
-            rows = (column >= i) & (column < i + 1000)
-            folds.append(recall(scores[rows][:, i : i + 1000], column[rows] - i))
-        mean = {k: float(np.mean([fold[k] for fold in folds])) for k in folds[0]}
-        found |= {f"retrieval/1k/{k}": v for k, v in mean.items()}
+        folds = recall_in_folds(scores, column)
+        found |= {f"retrieval/1k/{k}": v for k, v in folds.items()}
     return found
 
 

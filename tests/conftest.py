@@ -45,6 +45,18 @@ def shared(path):
     return SHARED / path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_validation_samples():
+    """A validation of 60 samples instead of 300: no test reads its numbers."""
+    import functools
+
+    import train
+
+    whole, train.validate = train.validate, functools.partial(train.validate, samples=60)
+    yield
+    train.validate = whole
+
+
 @pytest.fixture(scope="session")
 def toy_tree(tmp_path_factory):
     """A small ShapesWorld for the whole session."""

@@ -905,6 +905,29 @@ def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
     assert evaluate.pointing_scores(None, pairs)["pointing/accuracy"] < 12
 
 
+def test_a_word_points_right_from_half_an_overlap_on(toy_tree, monkeypatch):
+    """IoU 0.6 with the pointer counts, 0.4 does not; a word without a right region is left out."""
+    records = [data.Record("2000003", "red circle", "a", pointers=((0, 1, (0, 0, 100, 100)),))]
+    _, _, tokenizer, _ = prepared(toy_tree, "--loss", "align", "--batch-tokens", 512)
+    index = make_index(records, data.RegionStore(toy_tree / "regions/vg"), tokenizer)
+    boxes = torch.tensor([[[0, 0, 100, 60], [0, 0, 100, 40], [200, 100, 210, 110]]]) / torch.tensor(
+        [240.0, 180, 240, 180]
+    )
+
+    def looks_at(region):
+        def fake(run, index, captions):
+            P = np.zeros((1, 4, 3))
+            P[0, :, region] = 1
+            mask = np.ones((1, 3), bool)
+            yield np.array([0]), {"boxes": boxes.numpy(), "region_mask": mask}, P
+
+        monkeypatch.setattr(evaluate, "word_to_region", fake)
+        return evaluate.pointing_scores(None, index)
+
+    assert [looks_at(region)["pointing/accuracy"] for region in range(3)] == [100, 0, 0]
+    assert looks_at(0)["pointing/chance"] == pytest.approx(100 / 3)
+
+
 def test_cell_map_keeps_the_attention():
     boxes = np.array([[0.0, 0.0, 0.5, 0.5], [0.2, 0.4, 0.9, 1.0]])
     grid = evaluate.cell_map(np.array([0.25, 0.75]), boxes, 4)

@@ -129,3 +129,14 @@ def test_command_line(toy_tree, pretrained, tmp_path):
         evaluate.main,
     )
     assert bad.returncode == 1 and "is not there" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_recall_in_folds_sees_only_its_fold():
+    """Two folds of three images: within the first each caption finds its image, in the second none
+    does; an image of another fold is no rival.
+    """
+    column = np.array([0, 1, 2, 3, 4, 5])
+    scores = np.full((6, 6), 9.0)
+    scores[:3, :3], scores[3:, 3:] = np.eye(3), 1 - np.eye(3)
+    found = evaluate.recall_in_folds(scores, column, size=3, n=2)
+    assert found["image/r1"] == 50 and found["text/r1"] == 50 and found["image/r5"] == 100

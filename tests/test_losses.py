@@ -771,3 +771,10 @@ def test_docstrings_tell_what_a_reader_needs(name):
             paper in doc
             for paper in ("UNITER", "CACR", "IAIS", "Kervadec", "MAF", "AMC", "ALBEF", "eq. (13)")
         ), name
+
+
+def test_mrc_names_the_likeliest_class_but_the_background():
+    """By hand: background 0.5, class 1 0.2, class 2 0.3: the target is class 2."""
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    wanted = -logits.log_softmax(-1)[0, 2]
+    torch.testing.assert_close(losses.mrc(logits, torch.tensor([[0.5, 0.2, 0.3]])), wanted)

@@ -774,16 +774,18 @@ def test_pointing_by_hand(toy_tree, tokenizer, tmp_path, monkeypatch):
         run = evaluate.Run(None, tokenizer, config, {}, evaluate.vision_of(config))
         return evaluate.pointing_games(run)
 
-    middle, corner, edge = (
+    middle, corner, left, top = (
         told(lambda b: (b[0] + b[2] / 2, b[1] + b[3] / 2)),
         told(lambda b: (0, 0)),
-        told(lambda b: (b[0], b[1])),
+        told(lambda b: (b[0], b[1] + b[3] / 2)),
+        told(lambda b: (b[0] + b[2] / 2, b[1])),
     )
     for name in ("flickr30k", "flickr30k/people", "refcoco+/testA", "refcoco+/testB/clean"):
         assert (
             middle[f"pointing/{name}"] == 100
             and corner[f"pointing/{name}"] == 0
-            and edge[f"pointing/{name}"] == 0
+            and left[f"pointing/{name}"] == 0
+            and top[f"pointing/{name}"] == 0
         ), name
     assert (
         middle["pointing/refcoco+/testA/boxes"] > 80 > corner["pointing/refcoco+/testA/boxes"]

@@ -877,6 +877,20 @@ def test_nlvr2_missing_image_counts_as_wrong_in_evaluation(
     assert of() == 50
 
 
+def test_an_example_with_one_missing_image_is_left_out_whole(toy_tree):
+    """NLVR2's two rows stay together, so that the rows after them keep their partners."""
+    records, _ = read(data.nlvr2_pairs, toy_tree, "dev")
+    broken = [records[0], records[1]._replace(image="nowhere"), *records[2:]]
+    store = RegionStore(toy_tree / "regions/nlvr2")
+    tokenizer = evaluate.load_wordpiece(toy_tree, True)
+    with pytest.raises(DataError, match="image nowhere has captions but no features"):
+        make_index(broken, store, tokenizer, group=2)
+    index = make_index(broken, store, tokenizer, group=2, skip_missing=True)
+    assert len(index) == len(records) - 2 and index.meta["counts"]["missing"] == 2
+    assert [index.id(row) for row in range(len(index))] == [r.id for r in records[2:]]
+    assert "1 examples left out: no features" in str(index)
+
+
 def test_vcr_tag_past_the_boxes_is_counted(toy_tree, pretrained, tmp_path):
     tree = edited(
         toy_tree,
