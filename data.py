@@ -181,7 +181,7 @@ NUMBER = int, float
 
 
 def field(record, name, where, kind=object):
-    """record[name], which must be a kind (str, list, NUMBER), or an error that tells the record
+    """record[name], which must be a kind (str, list, NUMBER), or an error that names the record
     and the nearest name it does have.
     """
     if not isinstance(record, dict) or name not in record:
@@ -444,7 +444,7 @@ def glove(path, words):
             if number % 50_000 == 0:
                 bar.update(file.tell() - bar.n)
             word = wanted.get(line[: line.index(b" ")])
-            # more blanks: a token of several words, which nobody asks for
+            # more blanks: a token of several words, which nothing looks up
             if word is None or word in found or blanks > d:
                 continue
             try:
@@ -669,7 +669,7 @@ class RegionStore:
         if name not in self.arrays:
             raise DataError(
                 f"{self.folder} has no {name}: {', '.join(sorted(self.arrays))}\n"
-                "  Wanted: features of a detector that tells classes and attributes, such as "
+                "  Wanted: features of a detector with classes and attributes, such as "
                 "LXMERT's 10-column TSV files, or python evaluate.py extract."
             )
         return self.arrays[name]
@@ -1049,7 +1049,7 @@ def read_picture(path, enough=None):
     """A picture, upright and in colour; enough: a JPEG may be decoded at a fraction of its size
     that is not below this.
 
-    One that cannot be read or is too large to be meant (a decompression bomb) is a DataError.
+    One that cannot be read or is too large to be real (a decompression bomb) is a DataError.
     """
     try:
         with warnings.catch_warnings():
@@ -1166,7 +1166,7 @@ class StoreWriter:
     Restartable: every `every` images the files are flushed and what is done is noted in
     progress.json; names, sizes and counts go to rows.jsonl, a line an image, so that an image
     costs the same however many came before. A writer opened on the same place later cuts what
-    lies behind the note, and `done` tells how many images to skip.
+    lies behind the note, and `done` says how many images to skip.
     """
 
     def __init__(self, folder, columns, meta, every=256):
@@ -1539,7 +1539,7 @@ def nlvr_presentations(data, split, stats, orders=6):
     """NLVR v1: sentences about three boxes of shapes, true or false; target = 1 or 0.
 
     A Record each of the first so many orders of the boxes; note = the three boxes' items as their
-    structured_rep tells them: (shape, colour, size in pixels, x, y).
+    structured_rep has them: (shape, colour, size in pixels, x, y).
     """
     path = Path(data) / "nlvr" / split / f"{split}.json"
     colours = {"yellow": "yellow", "black": "black", "#0099ff": "blue"}
@@ -1831,7 +1831,7 @@ def vqa_questions(data, split, stats, answers=()):
 
 
 def answer_list(data, minimum=9):
-    """The answers that a VQA model tells apart: trainval_label2ans.json if it is there, else by
+    """The answers that a VQA model predicts: trainval_label2ans.json if it is there, else by
     the published rule: the normalised most common answers of at least 9 questions of train2014
     and val2014, sorted (3,129 in VQA v2).
     """
@@ -2960,7 +2960,7 @@ BATCH_OPTIONS = {
     "mined": False,  # besides the random negatives one hard image and one hard caption
     "alternate": False,  # even batches: captions with other images; odd: images with other captions
     "augment": (),  # of pictures: flip, jitter, grey
-    "answers": 0,  # how many the task's head tells apart, where several may be right
+    "answers": 0,  # how many the task's head predicts, where several may be right
     "similarity": None,  # WordSimilarity of the pointed words
     "soft_target": None,  # losses.soft_alignment_target
 }
@@ -3709,7 +3709,7 @@ def make_parser():
     packing.add_argument("--out", required=True, help="a new folder, e.g. DATA/regions/coco")
     packing.add_argument(
         "--images",
-        help="folder of the pictures, to read their sizes from (.npz does not tell them)",
+        help="folder of the pictures, to read their sizes from (.npz does not hold them)",
     )
     return parser
 

@@ -813,7 +813,7 @@ def region_loss(out, batch, margin):
 
 
 def region_rank_loss(out, batch, margin):
-    """The meant region above another one."""
+    """The right region above another one."""
     target = batch["target"]
     other = wrong_region(out.scores, batch["input"]["region_mask"], target)
     scores = [out.scores.gather(1, i[:, None])[:, 0] for i in (target, other)]
@@ -1355,7 +1355,7 @@ def pointing_games(run, sets=POINTING_SETS):
 
 # 7. Figures -------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, told apart by all eyes
+# Okabe and Ito's colours, distinct to all eyes
 INK, STRONGEST, OTHERS = (40, 40, 40), (0, 158, 115), (213, 94, 0)
 BLUE, YELLOW = (0, 114, 178), (240, 228, 66)
 # cividis reads the same to all eyes
@@ -2051,7 +2051,7 @@ def run_extract(args):
 
 
 def run_benchmark(args):
-    """What --task or --image asks for: numbers"""
+    """The numbers of --task or --image"""
     name = args.task
     name = name if name in TASKS else "retrieval"
     official = {

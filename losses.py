@@ -3,9 +3,9 @@ with the helpers it names.
 
 Letters: B pairs, N_L words, N_V regions, N and M either of them, H heads, D width, C classes, K
 masked words or regions.
-S_LV = logits of one attention layer, words ask and regions answer; P_LV = the same after the
+S_LV = logits of one attention layer, rows are words, columns regions; P_LV = the same after the
 softmax over its columns.
-A mask is bool and True means real; each row of a mask has at least one True. Finite rubbish in
+A mask is bool and True means real; each row of a mask has at least one True. Finite values in
 padding changes nothing.
 Everything is computed in float32 (float64 stays), also under autocast.
 
@@ -220,7 +220,7 @@ def classify(logits, target):
 
 
 def pick_region(scores, region_mask, target):
-    """Referring expressions: which region is meant.
+    """Referring expressions: which region the text refers to.
 
         loss = -mean_b log softmax(scores_b over real regions)[target_b]                  sec. A.2
 
@@ -500,7 +500,7 @@ def wra(words, regions, text_mask, region_mask, match=None, beta=0.5, iterations
 
     words (B, N_L, D), regions (B, N_V, D), text_mask, region_mask; match (B,) bool
     returns  scalar in [0, 2], with match in [-2, 2]; cosine distance per pair
-    Source: UNITER eq. (3). The paper does not tell that the released code pushes mismatched pairs
+    Source: UNITER eq. (3). The paper does not say that the released code pushes mismatched pairs
         apart.
     Helpers: wide, cosine_cost, ipot, ot_distance.
     """
@@ -799,8 +799,8 @@ def gradcam(P, score, text_mask, create_graph=True, block_of=lambda P: P[..., 1:
 def unit_range(A, eps=1e-7):
     """Each heat map to [0, 1].
 
-        (A - min) / (max - min + eps);   A (B, ...); returns the same shape. Source: AMC's code;
-                                         not in the paper.
+    (A - min) / (max - min + eps);   A (B, ...); returns the same shape. Source: AMC's code;
+                                     not in the paper.
     """
     low, flat = (1,) * (A.dim() - 1), A.flatten(1)
     return (A - flat.amin(1).view(-1, *low)) / (flat.amax(1) - flat.amin(1) + eps).view(-1, *low)

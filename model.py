@@ -8,7 +8,7 @@ mask is bool, True = real; real entries come first.
     Attention        softmax(S) V with S = Q K^T / sqrt(d); fused, or written out where the maps S
                      are asked for
     Layer            attention and MLP, each followed by layer norm (BERT)
-    CrossLayer       words ask regions and regions ask words, with one set of weights; then a
+    CrossLayer       words attend to regions and back, with one set of weights; then a
                      Layer each
                                                                          LXMERT; Kervadec eq. 5-10
     TextEmbedding    word + position + type                                      UNITER sec. 3.1
@@ -76,7 +76,7 @@ EPS = 1e-12  # layer norm, as BERT
 
 
 class Maps(NamedTuple):
-    """The four blocks of one layer's attention logits: rows ask, columns answer; rubbish where
+    """The four blocks of one layer's attention logits: rows attend to columns; undefined where
     either is padding.
     """
 
@@ -89,12 +89,12 @@ class Maps(NamedTuple):
 class Output(NamedTuple):
     """What Uniter.forward and Lxmert.forward return; None for what was not asked for."""
 
-    # (B, N_L, D) last hidden states, rubbish in padding
+    # (B, N_L, D) last hidden states, undefined in padding
     words: torch.Tensor
     regions: torch.Tensor  # (B, N_V, D)
     maps: tuple = ()  # one Maps for each layer asked for
     word_logits: torch.Tensor = None  # (K, V) of the masked words
-    # (K, D_V) what the masked regions' features are guessed to be
+    # (K, D_V) what the masked regions' features are predicted to be
     region_features: torch.Tensor = None
     region_logits: torch.Tensor = None  # (K, C) of the masked regions
     # (K, attributes) of the masked regions; two-stream only
@@ -104,7 +104,7 @@ class Output(NamedTuple):
     rank: torch.Tensor = None  # (B,) how well they match, for ranking
     # what the downstream head says; its shape stands at the head
     scores: torch.Tensor = None
-    # (B, N_L, N_V) logits: which region each word stands for; rubbish in padding
+    # (B, N_L, N_V) logits: which region each word stands for; undefined in padding
     alignment: torch.Tensor = None
     # (P, block_of) for Grad-CAM: a layer's attention probabilities, in the graph of all that
     # follows, and block_of(P) (B, H, N_L, N_V), words asking regions, of that or any tensor like
@@ -113,11 +113,11 @@ class Output(NamedTuple):
 
 
 class Attention(nn.Module):
-    """One stream asks (queries), the other answers (keys, values).
+    """Queries of one stream attend to keys and values of another.
 
-    x        (B, N, D)  asks
-    context  (B, M, D') answers; pass x itself for self-attention; D' = context_width, D unless
-             told
+    x        (B, N, D)  queries
+    context  (B, M, D') keys, values; pass x itself for self-attention; D' = context_width, D
+             unless given
     mask     (B, M)     True = may be attended to; at least one True in each row
     returns  out (B, N, D), and with gradient S: logits (B, H, N, M) if need_maps, P:
              probabilities if need_probs, else None
@@ -183,9 +183,9 @@ class Layer(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """Each stream asks the other, then itself:
+    """Each stream attends to the other, then to itself:
 
-        words, regions = ask(words, regions), ask(regions, words);  then a Layer each
+        words, regions = attend(words, regions), attend(regions, words);  then a Layer each
 
     Both directions share one set of weights and read what the other stream was before [LXMERT's
     code].
@@ -359,7 +359,7 @@ class AlignmentDecoder(nn.Module):
                                                                            Kervadec eq. (11), (12)
 
     words (B, N_L, D), regions (B, N_V, D): the encoder's last states; returns A (B, N_L, N_V),
-        rubbish in padding
+        undefined in padding
     Here: FF is linear, GELU, linear of the model's width; the paper says "a feed-forward layer
         with layer normalization and residual".
     """
@@ -431,7 +431,7 @@ def choice_head(width, **_):
 
 
 def region_head(width, **_):
-    """Referring expressions: (B, N_V) scores, rubbish in padding."""
+    """Referring expressions: (B, N_V) scores, undefined in padding."""
     return RegionsHead(nn.Linear(width, 1))
 
 
@@ -526,7 +526,7 @@ class Uniter(nn.Module):
     vocab, features (D_V), classes (C, background included): sizes of the data; width ... mlp_dim:
         SIZES["base"]
     types       rows of the type table: 2; NLVR2 3, VCR 4
-    head        the downstream task's, a name of HEADS, or ""; answers: how many it tells apart
+    head        the downstream task's, a name of HEADS, or ""; answers: how many it predicts
     align       with an AlignmentDecoder;   patch: regions are patches of so many pixels a side, 0
                 they are not
     """
@@ -591,9 +591,9 @@ class Uniter(nn.Module):
             1], region_mask (B, N_V)
         text_type, region_type  (B, N_L), (B, N_V) int64, rows of the type table; 0 and 1 unless
                                 given
-        masked_words    (K,) int64, places in B*N_L whose word to guess: word_logits are made
+        masked_words    (K,) int64, places in B*N_L whose word to predict: word_logits are made
                         there and only there
-        masked_regions  (K,) int64, places in B*N_V whose feature and class to guess
+        masked_regions  (K,) int64, places in B*N_V whose feature and class to predict
         hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions
                         unless given)
         heads           of "features", "classes" (both for masked_regions), "pooled", "match",
@@ -674,8 +674,8 @@ class Uniter(nn.Module):
 
 
 class Lxmert(nn.Module):
-    """Two-stream encoder: words among themselves, regions among themselves, then each asks the
-    other.
+    """Two-stream encoder: words among themselves, regions among themselves, then each attends to
+    the other.
                                                                          Kervadec sec. 3.2; LXMERT
 
     vocab, features (D_V), classes (background not included), attributes: sizes of the data;
@@ -749,8 +749,8 @@ class Lxmert(nn.Module):
         length=None,
     ):
         """As Uniter.forward; heads also "attributes". maps count the cross layers: -2 is the
-        fourth of five. Of region_type and length a two-stream model has no use: images are told
-        apart by their rows, and nothing is put into one sequence."""
+        fourth of five. Of region_type and length a two-stream model has no use: images are
+        distinguished apart by their rows, and nothing is put into one sequence."""
         hidden = masked_regions if hidden_regions is None else hidden_regions
         words, regions = (
             self.text_embedding(text, text_type),
@@ -825,7 +825,7 @@ def gradcam_layer(layers, need_gradcam=True, wanted=()):
 
 
 def blocks(S, N_L, place):
-    """Cut compacted logits S (B, H, L, L) into Maps; place (B, N_V) tells each region's row."""
+    """Cut compacted logits S (B, H, L, L) into Maps; place (B, N_V) is each region's row."""
     B, H, L, _ = S.shape
     N_V = place.shape[1]
     rows_V = S.gather(2, place[:, None, :, None].expand(B, H, N_V, L))
@@ -930,7 +930,7 @@ def resize_position(position, patches):
 
 
 class FusionLayer(Layer):
-    """A BERT layer whose words also ask the image, between asking themselves and the MLP."""
+    """A BERT layer with attention from words to the image between self-attention and the MLP."""
 
     def __init__(self, width, heads, mlp_dim, dropout, image_width):
         super().__init__(width, heads, mlp_dim, dropout)
@@ -1582,7 +1582,7 @@ def roi_pool(x, rois, size, scale):
 
 
 def detector_size(h, w, shorter=800, longer=1333):
-    """(height, width) with the shorter side as told, unless the longer one would pass its own
+    """(height, width) with the shorter side as given, unless the longer one would pass its own
     bound; halves go up
     """
     scale = shorter / min(h, w)

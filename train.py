@@ -1764,8 +1764,8 @@ def main(argv=None):
 CHECKPOINTS = "{data}/checkpoints/"
 TOY = dict(size="toy", init="toy-pretrain", dropout=0.0)
 TOY |= dict(warmup=50, batch_tokens=2048, lr=3e-4, clip=2.0)
-# Small batches and much masking: what breaks the plateau before "left" is told from "right" is the
-# number of updates [ours]
+# Small batches and much masking: what breaks the plateau before "left" is distinguished from
+# "right" is the number of updates [ours]
 TOY_PRETRAIN = dict(task="pretrain", pretrain="mlm:4+itm:1", size="toy", dropout=0.0, steps=6000)
 TOY_PRETRAIN |= dict(warmup=200, batch_tokens=1024, lr=5e-4, mask_rate=0.4, clip=5.0)
 TOY_PRETRAIN |= dict(save_every=500, eval_every=500)
