@@ -661,6 +661,7 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     assert used is not None and used.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv", [["--loss", "align", "--batch-tokens", 512], ["--loss", "maf", "--batch-size", 32]]
 )

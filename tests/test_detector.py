@@ -303,6 +303,7 @@ def test_killed_anywhere_the_store_is_the_same(extracted, photos, weights_file, 
     assert files(out) == files(extracted[0])
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same_store(extracted, photos, weights_file, tmp_path):
     done = subprocess.run(
         [

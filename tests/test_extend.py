@@ -10,7 +10,7 @@ import pytest
 
 import evaluate
 import train
-from conftest import QUICK, ROOT
+from conftest import QUICK, ROOT, same, weights
 
 CHANGE_IT = (ROOT / "README.md").read_text().split("## Change it")[1].split("\n## ")[0]
 SCRIPTS = re.findall(r"```python\n(.*?)```", CHANGE_IT, re.S)
@@ -91,3 +91,22 @@ def test_a_loss_is_given_what_its_row_says(toy_tree, tmp_path, monkeypatch, tabl
     argv += ["--init", "none", "--batch-tokens", "256", "--candidates", "6", "--no-alternate"]
     train.main([*argv, "--out", "run", *QUICK])
     assert calls == [("both", True), ("side", True), ("side", True)]
+
+
+def test_a_losss_weight_is_its_rows(toy_tree, tmp_path, monkeypatch, tables):
+    """Weight 0 trains as no loss does, another weight does not."""
+
+    def center(words, regions, text_mask, region_mask):
+        return (words.mean(dim=1) - regions.mean(dim=1)).square().mean()
+
+    monkeypatch.chdir(tmp_path)
+    train.LOSSES["off"] = train.Loss(center, "hidden", weight=0.0)
+    train.LOSSES["on"] = train.Loss(center, "hidden", weight=3.0)
+    monkeypatch.setattr(evaluate, "benchmarks_of", lambda settings: ([], []))
+    for name in ("none", "off", "on"):
+        argv = ["--loss", name, "--steps", "2", "--warmup", "0", "--align-schedule", "constant"]
+        argv += ["--data", str(toy_tree), "--init", "none", "--batch-tokens", "256"]
+        train.main([*argv, "--candidates", "6", "--out", name, *QUICK])
+    none, off, on = (weights(tmp_path / name) for name in ("none", "off", "on"))
+    same(none, off, rtol=0, atol=1e-7)
+    assert any((none[name] - on[name]).abs().max() > 1e-4 for name in none)

@@ -174,10 +174,10 @@ def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
         same(weights(whole), weights(tmp_path / "cut/out" / whole.name))
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("few", "vcr", "nlvr2")]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("rank", "few", "vcr", "nlvr2")]
 
 
-@pytest.mark.parametrize("kind", ["rank", "pretrain", *SLOW])
+@pytest.mark.parametrize("kind", ["pretrain", *SLOW])
 def test_two_processes_are_one_with_the_doubled_batch(toy_tree, pretrained, tmp_path, kind):
     args = toy_run(toy_tree, pretrained, "--loss", "cacr+wra", "--steps", 6, "--dropout", 0)
     if kind == "pretrain":
