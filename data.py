@@ -138,11 +138,12 @@ def read_json_lines(path, what):
     """Yields the records of a file of one JSON record a line."""
     for number, line in enumerate(read_text(path, what).splitlines(), 1):
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: not whole JSON: {error}\n  Fetch the file again."
             ) from None
+        yield need_record(record, f"{path}, line {number}")
 
 
 class PlainPickle(pickle.Unpickler):
@@ -199,6 +200,13 @@ def field(record, name, where, kind=object):
             "file again."
         )
     return record[name]
+
+
+def need_record(record, where):
+    """A record, if it is one: names and values; else an error."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: {record!r:.60}\n  Wanted: a record. Fetch the file again.")
+    return record
 
 
 def memory_mapped(folder, key, build):
@@ -2068,7 +2076,8 @@ def gqa_records(data, split):
         paths = [folder / "train_all_questions" / name for name in names]
     records = {}
     for path in paths:
-        records |= read_json(path, "GQA's questions")
+        for name, question in need_record(read_json(path, "GQA's questions"), path).items():
+            records[name] = need_record(question, f"{path}, question {name}")
     return records
 
 

@@ -1097,3 +1097,14 @@ def test_an_official_fine_tuned_checkpoint_is_judged_as_it_comes(
     assert json.loads(done.stdout)["vqa/accuracy"] == pytest.approx(
         numbers["vqa/accuracy"], abs=0.3
     )
+
+
+def test_a_record_that_is_none_is_one_clear_error(toy_tree, tmp_path):
+    """A list where VCR's file has a record, a text where GQA's has a question."""
+    (tmp_path / "vcr1").mkdir(), (tmp_path / "gqa").mkdir()
+    (tmp_path / "vcr1/train.jsonl").write_text('["not a record"]\n')
+    (tmp_path / "gqa/train_balanced_questions.json").write_text('{"07": "a text"}')
+    with pytest.raises(DataError, match="train.jsonl, line 1: .*\n  Wanted: a record"):
+        read(data.vcr_choices, tmp_path, "train")
+    with pytest.raises(DataError, match="question 07: 'a text'\n  Wanted: a record"):
+        data.gqa_records(tmp_path, "train_balanced")
