@@ -322,10 +322,8 @@ class WordPiece:
             "a WordPiece vocabulary, one piece a line",
             "BERT's own vocab.txt fits; `python tests/toy.py` writes a small one.",
         )
-        self.pieces, self.lower = (
-            [*(p.rstrip("\r") for p in text.rstrip("\n").split("\n")), *new_words],
-            lower,
-        )
+        self.pieces = [*(p.rstrip("\r") for p in text.rstrip("\n").split("\n")), *new_words]
+        self.lower = lower
         self.new_words = len(new_words)
         self.ids = {p: i for i, p in enumerate(self.pieces)}
         for token in self.SPECIAL:
@@ -672,8 +670,7 @@ class RegionStore:
         return (self.offsets[images + 1] - self.offsets[images]).astype(np.int64)
 
     def column(self, name):
-        """One of the store's arrays; an error says so where a converter had nothing to put there.
-        """
+        """One of the store's arrays, or an error where a converter had nothing to put there."""
         if name not in self.arrays:
             raise DataError(
                 f"{self.folder} has no {name}: {', '.join(sorted(self.arrays))}\n"
@@ -1855,8 +1852,7 @@ def answer_list(data, minimum=9):
 
 
 def soft_target(given, numbers):
-    """{answer's number: score} of ten answers: 0.3, 0.6, 0.9, 1 for one, two, three, more people.
-    """
+    """{number: score} of ten answers: 0.3, 0.6, 0.9, 1 for one, two, three, more people."""
     count = Counter(normalise_answer(a) for a in given)
     return {numbers[a]: min(1.0, 0.3 * n) for a, n in count.items() if a in numbers}
 
@@ -2705,11 +2701,9 @@ class Index:
     def __init__(self, arrays, meta, store, tokenizer, name, folder=None, group=1, joined=False):
         self.arrays, self.meta, self.store, self.tokenizer = arrays, meta, store, tokenizer
         self.name, self.folder, self.group = name, folder, group
-        self.tokens, self.starts, self.types = (
-            arrays["tokens"],
-            arrays["starts"],
-            arrays.get("types"),
-        )
+        self.tokens = arrays["tokens"]
+        self.starts = arrays["starts"]
+        self.types = arrays.get("types")
         self.image, self.images = arrays["image"], arrays.get("images")
         if not joined and self.image.ndim == 2:
             self.store = JoinedStore([(store, self.image[:, j], j + 1) for j in (0, 1)])

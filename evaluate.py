@@ -332,13 +332,10 @@ def recall(scores, image_of_text):
             ranks in image retrieval and can pass 100.)
     """
     T, I = scores.shape
-    # (T,)
-    own = scores[np.arange(T), image_of_text]
-    # (T,) wrong images before it
-    rank_image = (scores >= own[:, None]).sum(axis=1) - 1
+    own = scores[np.arange(T), image_of_text]  # (T,)
+    rank_image = (scores >= own[:, None]).sum(axis=1) - 1  # (T,) wrong images before it
     best = np.full(I, -np.inf)
-    # (I,) an image's best own caption
-    np.maximum.at(best, image_of_text, own)
+    np.maximum.at(best, image_of_text, own)  # (I,) an image's best own caption
     # (T, I) without own captions
     wrong = np.where(np.arange(I)[None] == image_of_text[:, None], -np.inf, scores)
     rank_text = (wrong >= best).sum(axis=0)
@@ -433,10 +430,8 @@ def vqa_accuracy(answer, said):
 
     The clean-up is left out where all ten said the same string, as the official evaluation does.
     """
-    said, answer = (
-        [x.replace("\n", " ").replace("\t", " ").strip() for x in (*said,)],
-        answer.replace("\n", " ").replace("\t", " ").strip(),
-    )
+    said = [x.replace("\n", " ").replace("\t", " ").strip() for x in (*said,)]
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
     if len(set(said)) > 1:
         said, answer = [normalise_answer(x) for x in said], normalise_answer(answer)
     same = [x == answer for x in said]
@@ -728,8 +723,7 @@ def cell_map(weights, boxes, m=7):
 class Task(NamedTuple):
     """Everything that is said about one task, in one place."""
 
-    # (settings) -> reader of its records
-    reader: Callable = None
+    reader: Callable = None  # (settings) -> reader of its records
     # region store, or (split) -> its name
     store: object = "coco"
     train: str = "train"
@@ -1123,11 +1117,9 @@ def grounded_phrases(run, split, most=None, baselines=True, seed=0):
     index = run.index(reader, split, "flickr30k", layout="phrases", name=f"Entities {split}")
     # images without features are left out of the index
     notes = {r.id: r.note for r in reader(run.data, split, Counter())}
-    phrase_input, store, rng = (
-        PhraseInput(run.data, index),
-        index.store,
-        np.random.default_rng(seed),
-    )
+    phrase_input = PhraseInput(run.data, index)
+    store = index.store
+    rng = np.random.default_rng(seed)
     names = [*detector_names(run.data, "objects"), ""]
     # of a checkpoint GloVe as it is now
     fixed = words.vectors
@@ -1399,8 +1391,7 @@ def save_png(picture, path):
 
 
 def training_curve(log, out):
-    """One panel for each number in a run's log.jsonl, over steps; the last value beside its name.
-    """
+    """A panel for each number in a run's log.jsonl, over steps; the last value beside its name."""
     series = {}
     for line in Path(log).read_text().splitlines():
         record = json.loads(line)
@@ -1841,10 +1832,8 @@ def merge_shards(parts, count, out, meta):
     for k in tqdm(range(count), desc=f"write {out}", disable=None):
         with np.load(parts / f"{k:06d}.npz", allow_pickle=False) as z:
             shard = {name: z[name] for name in z.files}
-        skipped, num_below = (
-            skipped + shard["skipped"].tolist(),
-            num_below + int(shard["num_below"]),
-        )
+        skipped = skipped + shard["skipped"].tolist()
+        num_below = num_below + int(shard["num_below"])
         ends = np.cumsum(shard["n"])
         for i, name in enumerate(shard["ids"].tolist()):
             if writer is None:

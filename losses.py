@@ -299,10 +299,8 @@ def word_object_alignment(A, target, region_mask, k=3):
         model overlooks gets a gradient too.
     Helpers: wide, mean_over.
     """
-    A, target = (
-        wide(A).masked_fill(~region_mask, float("-inf")),
-        wide(target).masked_fill(~region_mask, 0),
-    )
+    A = wide(A).masked_fill(~region_mask, float("-inf"))
+    target = wide(target).masked_fill(~region_mask, 0)
     n = min(k, A.shape[-1])
     keep = (
         torch.zeros_like(region_mask)
@@ -378,8 +376,7 @@ def phrase_scores(e, v, region_mask):
     returns  (T, I, Q, K), -inf at padded regions
     Helpers: wide.
     """
-    # (T Q, I K): one product for all pairs
-    A = wide(e).flatten(0, 1) @ wide(v).flatten(0, 1).mT
+    A = wide(e).flatten(0, 1) @ wide(v).flatten(0, 1).mT  # (T Q, I K): one product for all pairs
     return (
         A.view(*e.shape[:2], *v.shape[:2]).masked_fill(~region_mask, float("-inf")).transpose(1, 2)
     )
@@ -468,10 +465,8 @@ def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
                 # Q, in T's memory
                 T *= A
             for _ in range(inner):
-                # (B, 1, N_V)
-                delta = (1 / (m * (sigma.mT @ T))).masked_fill_(region_pad, 0)
-                # (B, N_L, 1)
-                sigma = (1 / (n * (T @ delta.mT))).masked_fill_(word_pad, 0)
+                delta = (1 / (m * (sigma.mT @ T))).masked_fill_(region_pad, 0)  # (B, 1, N_V)
+                sigma = (1 / (n * (T @ delta.mT))).masked_fill_(word_pad, 0)  # (B, N_L, 1)
             T *= sigma
             T *= delta
     return T
@@ -613,8 +608,7 @@ def strongest_partner(cross, other, other_mask):
     cross (B, N, M), other (B, M, M), other_mask (B, M); returns G (B, N, N); gradient to other,
         none to cross
     """
-    # (B, N)
-    partner = cross.masked_fill(~other_mask[:, None, :], float("-inf")).argmax(dim=-1)
+    partner = cross.masked_fill(~other_mask[:, None, :], float("-inf")).argmax(dim=-1)  # (B, N)
     pair = torch.arange(len(cross), device=cross.device)[:, None, None]
     return other[pair, partner[:, :, None], partner[:, None, :]]
 
@@ -630,8 +624,7 @@ def row_mean_kl(p, q, row_mask, eps=0.0):
     """
     p, q = wide(p), wide(q)
     log = lambda x: x.clamp(min=1e-30).log()
-    # (B, N)
-    rows = (p * (log(p) - log(q + eps)) + q * (log(q) - log(p + eps))).sum(dim=-1)
+    rows = (p * (log(p) - log(q + eps)) + q * (log(q) - log(p + eps))).sum(dim=-1)  # (B, N)
     return (rows.masked_fill(~row_mask, 0).sum(dim=-1) / row_mask.sum(dim=-1)).mean()
 
 

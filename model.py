@@ -138,11 +138,9 @@ class Attention(nn.Module):
         return rearrange(z, "B N (H d) -> B H N d", H=self.heads)
 
     def forward(self, x, context, mask, need_maps=False, need_probs=False):
-        q, k, v = (
-            self.split(self.to_q(x)),
-            self.split(self.to_k(context)),
-            self.split(self.to_v(context)),
-        )
+        q = self.split(self.to_q(x))
+        k = self.split(self.to_k(context))
+        v = self.split(self.to_v(context))
         key_mask = mask[:, None, None, :]  # (B, 1, 1, M)
         dropout_p = self.dropout if self.training else 0.0
         need_maps |= need_probs
@@ -155,9 +153,8 @@ class Attention(nn.Module):
             out = F.dropout(P, dropout_p).to(v.dtype) @ v
         else:  # fused: same numbers, no maps
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout_p)
-        return self.to_out(
-            rearrange(out, "B H N d -> B N (H d)")
-        ), P if need_probs else S if need_maps else None
+        out = self.to_out(rearrange(out, "B H N d -> B N (H d)"))
+        return out, P if need_probs else S if need_maps else None
 
 
 class Layer(nn.Module):
@@ -168,10 +165,8 @@ class Layer(nn.Module):
 
     def __init__(self, width, heads, mlp_dim, dropout):
         super().__init__()
-        self.attention, self.attention_norm = (
-            Attention(width, heads, dropout),
-            nn.LayerNorm(width, EPS),
-        )
+        self.attention = Attention(width, heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, EPS)
         self.fc1, self.fc2 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
         self.mlp_norm, self.dropout = nn.LayerNorm(width, EPS), nn.Dropout(dropout)
 
@@ -198,10 +193,8 @@ class CrossLayer(nn.Module):
     def __init__(self, width, heads, mlp_dim, dropout):
         super().__init__()
         self.cross, self.cross_norm = Attention(width, heads, dropout), nn.LayerNorm(width, EPS)
-        self.text, self.region = (
-            Layer(width, heads, mlp_dim, dropout),
-            Layer(width, heads, mlp_dim, dropout),
-        )
+        self.text = Layer(width, heads, mlp_dim, dropout)
+        self.region = Layer(width, heads, mlp_dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, words, regions, text_mask, region_mask, need_maps=False, need_probs=False):
@@ -209,17 +202,12 @@ class CrossLayer(nn.Module):
         need_maps |= need_probs
         to_words, S_LV = self.cross(words, regions, region_mask, need_maps, need_probs)
         to_regions, S_VL = self.cross(regions, words, text_mask, need_maps)
-        words, S_LL = self.text(
-            self.cross_norm(words + self.dropout(to_words)), text_mask, need_maps
-        )
-        regions, S_VV = self.region(
-            self.cross_norm(regions + self.dropout(to_regions)), region_mask, need_maps
-        )
-        return (
-            words,
-            regions,
-            S_LV if need_probs else Maps(S_LL, S_LV, S_VL, S_VV) if need_maps else None,
-        )
+        words = self.cross_norm(words + self.dropout(to_words))
+        regions = self.cross_norm(regions + self.dropout(to_regions))
+        words, S_LL = self.text(words, text_mask, need_maps)
+        regions, S_VV = self.region(regions, region_mask, need_maps)
+        maps = Maps(S_LL, S_LV, S_VL, S_VV) if need_maps else None
+        return words, regions, S_LV if need_probs else maps
 
 
 class TextEmbedding(nn.Module):
@@ -256,32 +244,27 @@ class PatchStem(nn.Module):
 
     def __init__(self, patch, width):
         super().__init__()
-        strides = [
-            f for f in (2, 3, 5, 7) for _ in range(8) if patch % f == 0 and (patch := patch // f)
-        ] + [patch] * (patch > 1)
-        sizes = [3] + [max(24, width >> (len(strides) - 1 - i)) for i in range(len(strides))]
-        self.patch = math.prod(strides)
-        self.layers = nn.Sequential(
-            *(
-                part
-                for a, b, f in zip(sizes, sizes[1:], strides)
-                for part in (
-                    nn.Conv2d(a, b, max(3, f), f, padding=int(f <= 3)),
-                    nn.GroupNorm(8, b),
-                    nn.GELU(),
-                )
-            ),
-            nn.Conv2d(sizes[-1], width, 1),
-        )
+        # one convolution for each prime factor of the patch, so that together they cut it out
+        self.patch, strides = patch, []
+        for factor in (2, 3, 5, 7):
+            while patch % factor == 0:
+                strides.append(factor)
+                patch //= factor
+        strides += [patch] if patch > 1 else []
+        channels, layers = 3, []
+        for i, stride in enumerate(strides):
+            out = max(24, width >> (len(strides) - 1 - i))
+            layers += [
+                nn.Conv2d(channels, out, max(3, stride), stride, padding=int(stride <= 3)),
+                nn.GroupNorm(8, out),
+                nn.GELU(),
+            ]
+            channels = out
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
 
     def forward(self, x):
-        x = rearrange(
-            x,
-            "B (h w) (p q c) -> B c (h p) (w q)",
-            h=math.isqrt(x.shape[1]),
-            p=self.patch,
-            q=self.patch,
-        )
+        pattern, side = "B (h w) (p q c) -> B c (h p) (w q)", math.isqrt(x.shape[1])
+        x = rearrange(x, pattern, h=side, p=self.patch, q=self.patch)
         return rearrange(self.layers(x), "B D h w -> B (h w) D")
 
 
@@ -302,10 +285,8 @@ class RegionEmbedding(nn.Module):
 
     def __init__(self, features, width, dropout=0.1, patch=0):
         super().__init__()
-        self.feature, self.feature_norm = (
-            PatchStem(patch, width) if patch else nn.Linear(features, width),
-            nn.LayerNorm(width, EPS),
-        )
+        self.feature = PatchStem(patch, width) if patch else nn.Linear(features, width)
+        self.feature_norm = nn.LayerNorm(width, EPS)
         self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width, EPS)
         self.mask, self.norm = nn.Parameter(torch.zeros(features)), nn.LayerNorm(width, EPS)
         self.dropout = nn.Dropout(dropout)
@@ -313,16 +294,10 @@ class RegionEmbedding(nn.Module):
     def forward(self, regions, boxes, type, hidden=None):
         regions = regions.to(self.feature_norm.weight.dtype)
         if hidden is not None:
-            shape = regions.shape
-            regions = (
-                regions.flatten(0, 1)
-                .index_copy(0, hidden, self.mask.expand(len(hidden), -1))
-                .view(shape)
-            )
-        # (B, N_V, 2)
-        wh = boxes[..., 2:] - boxes[..., :2]
-        # (B, N_V, 7)
-        where = torch.cat([boxes, wh, wh.prod(dim=-1, keepdim=True)], dim=-1)
+            mask = self.mask.expand(len(hidden), -1)
+            regions = regions.flatten(0, 1).index_copy(0, hidden, mask).view(regions.shape)
+        wh = boxes[..., 2:] - boxes[..., :2]  # (B, N_V, 2)
+        where = torch.cat([boxes, wh, wh.prod(dim=-1, keepdim=True)], dim=-1)  # (B, N_V, 7)
         x = self.feature_norm(self.feature(regions)) + self.box_norm(self.box(where)) + type
         return self.dropout(self.norm(x))
 
@@ -336,10 +311,8 @@ class AveragedRegionEmbedding(nn.Module):
 
     def __init__(self, features, width, dropout=0.1, patch=0):
         super().__init__()
-        self.feature, self.feature_norm = (
-            PatchStem(patch, width) if patch else nn.Linear(features, width),
-            nn.LayerNorm(width, EPS),
-        )
+        self.feature = PatchStem(patch, width) if patch else nn.Linear(features, width)
+        self.feature_norm = nn.LayerNorm(width, EPS)
         self.box, self.box_norm = nn.Linear(4, width), nn.LayerNorm(width, EPS)
         self.dropout = nn.Dropout(dropout)
 
@@ -347,9 +320,8 @@ class AveragedRegionEmbedding(nn.Module):
         regions = regions.to(self.feature_norm.weight.dtype)
         if hidden is not None:
             regions = regions.flatten(0, 1).index_fill(0, hidden, 0).view(regions.shape)
-        return self.dropout(
-            (self.feature_norm(self.feature(regions)) + self.box_norm(self.box(boxes))) / 2
-        )
+        x = self.feature_norm(self.feature(regions)) + self.box_norm(self.box(boxes))
+        return self.dropout(x / 2)
 
 
 class AlignmentDecoder(nn.Module):
@@ -366,17 +338,13 @@ class AlignmentDecoder(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.text, self.region = (
-            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-            for _ in range(2)
-        )
+        layers = lambda: (nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.text, self.region = nn.Sequential(*layers()), nn.Sequential(*layers())
         self.text_norm, self.region_norm = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
 
     def forward(self, words, regions):
-        s, o = (
-            self.text_norm(words + self.text(words)),
-            self.region_norm(regions + self.region(regions)),
-        )
+        s = self.text_norm(words + self.text(words))
+        o = self.region_norm(regions + self.region(regions))
         return s @ o.mT / math.sqrt(s.shape[-1])
 
 
@@ -479,29 +447,20 @@ class PairAttentionHead(nn.Module):
 
     def __init__(self, width, heads, dropout, **_):
         super().__init__()
-        self.left_asks, self.right_asks = (
-            Attention(width, heads, dropout),
-            Attention(width, heads, dropout),
-        )
-        self.merge, self.pool, self.out = (
-            nn.Linear(2 * width, width),
-            nn.Linear(width, 1),
-            nn.Linear(2 * width, 2),
-        )
+        self.left_asks = Attention(width, heads, dropout)
+        self.right_asks = Attention(width, heads, dropout)
+        self.merge = nn.Linear(2 * width, width)
+        self.pool = nn.Linear(width, 1)
+        self.out = nn.Linear(2 * width, 2)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask, pooled, regions):
         sides = []
         for ask, own, other in ((self.left_asks, 0, 1), (self.right_asks, 1, 0)):
-            # (B/2, L, D)
-            seen, _ = ask(x[own::2], x[other::2], mask[other::2])
+            seen, _ = ask(x[own::2], x[other::2], mask[other::2])  # (B/2, L, D)
             a = self.dropout(self.merge(torch.cat([seen, x[own::2]], dim=-1)).relu())
-            weight = (
-                self.pool(a)[..., 0]
-                .relu()
-                .masked_fill(~mask[own::2], float("-inf"))
-                .softmax(dim=-1)
-            )
+            weight = self.pool(a)[..., 0].relu().masked_fill(~mask[own::2], float("-inf"))
+            weight = weight.softmax(dim=-1)
             sides.append(torch.einsum("PL, PLD -> PD", self.dropout(weight).to(a.dtype), a))
         return self.out(torch.cat(sides, dim=-1))
 
@@ -518,7 +477,82 @@ HEADS = {
 }
 
 
-class Uniter(nn.Module):
+class Encoder(nn.Module):
+    """What single and two streams share: what forward() takes and the heads on what comes out.
+
+    A subclass has encode() -> (Output, x, mask): the whole sequence (B, L, D), whose first token
+    is pooled, and its mask; and predict_regions(h, heads) -> {name in Output: (K, ...)}.
+    """
+
+    def add_heads(self, width, heads, dropout, head, answers, align):
+        """Matching, ranking, the downstream task's head, the alignment decoder; and their start."""
+        self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
+        how = {"width": width, "heads": heads, "dropout": dropout, "answers": answers}
+        self.task_head = HEADS[head](**how) if head else None
+        self.aligner = AlignmentDecoder(width) if align else None
+        init_model(self, width)
+
+    def forward(
+        self,
+        text,
+        text_mask,
+        regions,
+        boxes,
+        region_mask,
+        *,
+        text_type=None,
+        region_type=None,
+        masked_words=None,
+        masked_regions=None,
+        hidden_regions=None,
+        heads=(),
+        maps=(),
+        need_gradcam=False,
+        length=None,
+    ):
+        """
+        text (B, N_L) int64, text_mask (B, N_L); regions (B, N_V, D_V), boxes (B, N_V, 4) in [0, 1],
+            region_mask (B, N_V)
+        text_type, region_type  (B, N_L), (B, N_V) int64, rows of the type table; 0 and 1 unless
+                                given
+        masked_words    (K,) int64, places in B*N_L whose word to predict: word_logits are made
+                        there and only there
+        masked_regions  (K,) int64, places in B*N_V whose feature and class to predict
+        hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions
+                        unless given)
+        heads           of "features", "classes", "attributes" (for masked_regions), "pooled",
+                        "match", "rank", "task", "align"
+        maps            layers whose attention logits to return, e.g. (-1,); the others run fused.
+                        Of two streams the cross layers: -2 is the fourth of five
+        need_gradcam    return what Grad-CAM needs of gradcam_layer(), which is none of maps; from
+                        there on nothing runs fused
+        length          L of a single stream, if known: without it a GPU has to be waited for
+        """
+        hidden = masked_regions if hidden_regions is None else hidden_regions
+        words = text, text_mask, text_type
+        seen = regions, boxes, region_mask, region_type, hidden
+        out, x, mask = self.encode(words, seen, maps, need_gradcam, length)
+        made = {}
+        if masked_regions is not None:
+            made = self.predict_regions(out.regions.flatten(0, 1)[masked_regions], heads)
+        if masked_words is not None:
+            h = self.word_head(out.words.flatten(0, 1)[masked_words])  # (K, D)
+            # the matrix is the word embedding itself
+            made["word_logits"] = F.linear(h, self.text_embedding.word.weight, self.word_bias)
+        if "align" in heads:
+            made["alignment"] = self.aligner(out.words, out.regions)  # (B, N_L, N_V)
+        if {"pooled", "match", "rank", "task"} & set(heads):
+            made["pooled"] = pooled = self.pooler(x[:, 0]).tanh()  # (B, D)
+            if "match" in heads:
+                made["match"] = self.match(pooled)
+            if "rank" in heads:
+                made["rank"] = self.rank(pooled)[:, 0]
+            if "task" in heads:
+                made["scores"] = self.task_head(x, mask, pooled, out.regions)
+        return out._replace(**made)
+
+
+class Uniter(Encoder):
     """Single-stream encoder: words and regions in one sequence, every token attends to every
     other.
                                                                               UNITER sec. 3.1, 3.2
@@ -559,85 +593,32 @@ class Uniter(nn.Module):
         # of regions' features: tied to their embedding
         self.feature_out = nn.Linear(width, features, bias=False) if patch else None
         self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
-        self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
-        self.task_head = (
-            HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers)
-            if head
-            else None
-        )
-        self.aligner = AlignmentDecoder(width) if align else None
-        init_model(self, width)
+        self.add_heads(width, heads, dropout, head, answers, align)
 
-    def forward(
-        self,
-        text,
-        text_mask,
-        regions,
-        boxes,
-        region_mask,
-        *,
-        text_type=None,
-        region_type=None,
-        masked_words=None,
-        masked_regions=None,
-        hidden_regions=None,
-        heads=(),
-        maps=(),
-        need_gradcam=False,
-        length=None,
-    ):
-        """
-        text (B, N_L) int64, text_mask (B, N_L); regions (B, N_V, D_V), boxes (B, N_V, 4) in [0,
-            1], region_mask (B, N_V)
-        text_type, region_type  (B, N_L), (B, N_V) int64, rows of the type table; 0 and 1 unless
-                                given
-        masked_words    (K,) int64, places in B*N_L whose word to predict: word_logits are made
-                        there and only there
-        masked_regions  (K,) int64, places in B*N_V whose feature and class to predict
-        hidden_regions  (K,) int64, places in B*N_V that the model may not see (masked_regions
-                        unless given)
-        heads           of "features", "classes" (both for masked_regions), "pooled", "match",
-                        "rank", "task"
-        maps            layers whose attention logits to return, e.g. (-1,); the others run fused
-        need_gradcam         return what Grad-CAM needs of gradcam_layer(), which is none of maps;
-                             from there on nothing runs fused
-        length          L, if known: without it a GPU has to be waited for
-        """
-        B, N_L = text.shape
-        N_V = regions.shape[1]
-        # (B, 1)
-        n_words, n_regions = (
-            text_mask.sum(dim=1, keepdim=True),
-            region_mask.sum(dim=1, keepdim=True),
+    def encode(self, words, seen, maps, need_gradcam, length):
+        """Words and regions in one sequence; see forward."""
+        (text, text_mask, text_type), (regions, boxes, region_mask, region_type, hidden) = (
+            words,
+            seen,
         )
-        if length is None:
-            length = int((n_words + n_regions).max())
-        # a text padded beyond every row's words and regions
+        N_L, N_V = text.shape[1], regions.shape[1]
+        n_words = text_mask.sum(dim=1, keepdim=True)  # (B, 1)
+        n_regions = region_mask.sum(dim=1, keepdim=True)
+        length = int((n_words + n_regions).max()) if length is None else length
+        # a text may be padded beyond every row's words and regions
         length = max(length, N_L)
-        hidden = masked_regions if hidden_regions is None else hidden_regions
-        kind = (
-            self.text_embedding.token_type.weight[1]
-            if region_type is None
-            else self.text_embedding.token_type(region_type)
-        )
-        x = torch.cat(
-            [
-                self.text_embedding(text, text_type),
-                self.region_embedding(regions, boxes, kind, hidden),
-            ],
-            dim=1,
-        )
+        types = self.text_embedding.token_type
+        kind = types.weight[1] if region_type is None else types(region_type)
+        seen = self.region_embedding(regions, boxes, kind, hidden)
+        x = torch.cat([self.text_embedding(text, text_type), seen], dim=1)
 
         # Compact: row b becomes its words, then its regions, then padding, so that no layer pays
         # for two paddings.
-        # (1, L)
-        slot = torch.arange(length, device=text.device)[None]
-        # (B, L)
-        source = torch.where(slot < n_words, slot, slot - n_words + N_L).clamp(max=N_L + N_V - 1)
-        # (B, L)
+        slot = torch.arange(length, device=text.device)[None]  # (1, L)
+        source = torch.where(slot < n_words, slot, slot - n_words + N_L)  # (B, L)
+        source = source.clamp(max=N_L + N_V - 1)
         mask = slot < n_words + n_regions
-        # (B, L, D)
-        x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))
+        x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))  # (B, L, D)
 
         wanted, logits = {i % len(self.layers) for i in maps}, {}
         cam = gradcam_layer(self.layers, need_gradcam, wanted)
@@ -646,34 +627,29 @@ class Uniter(nn.Module):
             if i in wanted or i == cam:
                 logits[i] = S
 
-        # (B, N_V)
-        place = (n_words + torch.arange(N_V, device=text.device)).clamp(max=length - 1)
+        place = n_words + torch.arange(N_V, device=text.device)  # (B, N_V)
+        place = place.clamp(max=length - 1)
         out = Output(
             words=x[:, :N_L],
             regions=x.gather(1, place[..., None].expand(-1, -1, x.shape[-1])),
             maps=tuple(blocks(logits[i % len(self.layers)], N_L, place) for i in maps),
             gradcam=(logits[cam], lambda P: blocks(P, N_L, place).S_LV) if need_gradcam else (),
         )
-        if masked_regions is not None:
-            # (K, D)
-            h = out.regions.flatten(0, 1)[masked_regions]
-            # (K, D_V), tied
-            if "features" in heads:
-                back = (
-                    self.feature_out.weight
-                    if self.feature_out
-                    else self.region_embedding.feature.weight.mT
-                )
-                out = out._replace(
-                    region_features=F.linear(self.feature_head(h), back, self.feature_bias)
-                )
-            if "classes" in heads:
-                # (K, C)
-                out = out._replace(region_logits=self.classifier(self.class_head(h)))
-        return add_heads(self, out, x, mask, masked_words, heads)
+        return out, x, mask
+
+    def predict_regions(self, h, heads):
+        """Features, with the region embedding's own matrix, and classes of regions h (K, D)"""
+        made = {}
+        if "features" in heads:
+            out = self.feature_out
+            back = out.weight if out else self.region_embedding.feature.weight.mT
+            made["region_features"] = F.linear(self.feature_head(h), back, self.feature_bias)
+        if "classes" in heads:
+            made["region_logits"] = self.classifier(self.class_head(h))
+        return made
 
 
-class Lxmert(nn.Module):
+class Lxmert(Encoder):
     """Two-stream encoder: words among themselves, regions among themselves, then each attends to
     the other.
                                                                          Kervadec sec. 3.2; LXMERT
@@ -704,58 +680,28 @@ class Lxmert(nn.Module):
         patch=0,
     ):
         super().__init__()
-        self.text_embedding, self.region_embedding = (
-            TextEmbedding(vocab, width, positions, types, dropout),
-            AveragedRegionEmbedding(features, width, dropout, patch),
-        )
-        self.text_layers, self.region_layers = (
-            nn.ModuleList([Layer(width, heads, mlp_dim, dropout) for _ in range(n)])
-            for n in layers[:2]
-        )
-        self.cross_layers = nn.ModuleList(
-            [CrossLayer(width, heads, mlp_dim, dropout) for _ in range(layers[2])]
-        )
+        language, vision, cross = layers
+        sizes = width, heads, mlp_dim, dropout
+        self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
+        self.region_embedding = AveragedRegionEmbedding(features, width, dropout, patch)
+        self.text_layers = nn.ModuleList([Layer(*sizes) for _ in range(language)])
+        self.region_layers = nn.ModuleList([Layer(*sizes) for _ in range(vision)])
+        self.cross_layers = nn.ModuleList([CrossLayer(*sizes) for _ in range(cross)])
         self.pooler = nn.Linear(width, width)
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
-        self.object_head = Transform(width)  # one for the three that update_teacher
-        self.classifier, self.attribute_classifier, self.feature_out = (
-            nn.Linear(width, n) for n in (classes, attributes, features)
-        )
-        self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
-        self.task_head = (
-            HEADS[head](width=width, heads=heads, dropout=dropout, answers=answers)
-            if head
-            else None
-        )
-        self.aligner = AlignmentDecoder(width) if align else None
-        init_model(self, width)
+        self.object_head = Transform(width)  # one for the three that follow
+        self.classifier = nn.Linear(width, classes)
+        self.attribute_classifier = nn.Linear(width, attributes)
+        self.feature_out = nn.Linear(width, features)
+        self.add_heads(width, heads, dropout, head, answers, align)
 
-    def forward(
-        self,
-        text,
-        text_mask,
-        regions,
-        boxes,
-        region_mask,
-        *,
-        text_type=None,
-        region_type=None,
-        masked_words=None,
-        masked_regions=None,
-        hidden_regions=None,
-        heads=(),
-        maps=(),
-        need_gradcam=False,
-        length=None,
-    ):
-        """As Uniter.forward; heads also "attributes". maps count the cross layers: -2 is the
-        fourth of five. Of region_type and length a two-stream model has no use: images are
-        distinguished apart by their rows, and nothing is put into one sequence."""
-        hidden = masked_regions if hidden_regions is None else hidden_regions
-        words, regions = (
-            self.text_embedding(text, text_type),
-            self.region_embedding(regions, boxes, hidden),
-        )
+    def encode(self, words, seen, maps, need_gradcam, length):
+        """Words, then regions, then both. Of region_type and length two streams have no use:
+        images are told apart by their rows, and nothing is put into one sequence.
+        """
+        (text, text_mask, text_type), (regions, boxes, region_mask, _, hidden) = words, seen
+        words = self.text_embedding(text, text_type)
+        regions = self.region_embedding(regions, boxes, hidden)
         for layer in self.text_layers:
             words, _ = layer(words, text_mask)
         for layer in self.region_layers:
@@ -763,9 +709,8 @@ class Lxmert(nn.Module):
         wanted, found = {i % len(self.cross_layers) for i in maps}, {}
         cam = gradcam_layer(self.cross_layers, need_gradcam, wanted)
         for i, layer in enumerate(self.cross_layers):
-            words, regions, S = layer(
-                words, regions, text_mask, region_mask, i in wanted or i > cam, i == cam
-            )
+            how = i in wanted or i > cam, i == cam
+            words, regions, S = layer(words, regions, text_mask, region_mask, *how)
             if i in wanted or i == cam:
                 found[i] = S
         out = Output(
@@ -774,41 +719,16 @@ class Lxmert(nn.Module):
             maps=tuple(found[i % len(self.cross_layers)] for i in maps),
             gradcam=(found[cam], lambda P: P) if need_gradcam else (),
         )
-        if masked_regions is not None and {"features", "classes", "attributes"} & set(heads):
-            # (K, D)
-            h = self.object_head(regions.flatten(0, 1)[masked_regions])
-            out = out._replace(
-                region_features=self.feature_out(h),
-                region_logits=self.classifier(h),
-                attribute_logits=self.attribute_classifier(h),
-            )
         x, mask = torch.cat([words, regions], dim=1), torch.cat([text_mask, region_mask], dim=1)
-        return add_heads(self, out, x, mask, masked_words, heads)
+        return out, x, mask
 
-
-def add_heads(model, out, x, mask, masked_words, heads):
-    """The heads that single and two streams share; x, mask: the whole sequence (B, L, D), (B, L),
-    its first token pooled.
-    """
-    made = {}
-    if masked_words is not None:
-        # (K, D)
-        h = model.word_head(out.words.flatten(0, 1)[masked_words])
-        # (K, V), tied
-        made["word_logits"] = F.linear(h, model.text_embedding.word.weight, model.word_bias)
-    if "align" in heads:
-        # (B, N_L, N_V)
-        made["alignment"] = model.aligner(out.words, out.regions)
-    if {"pooled", "match", "rank", "task"} & set(heads):
-        # (B, D)
-        made["pooled"] = pooled = model.pooler(x[:, 0]).tanh()
-        if "match" in heads:
-            made["match"] = model.match(pooled)
-        if "rank" in heads:
-            made["rank"] = model.rank(pooled)[:, 0]
-        if "task" in heads:
-            made["scores"] = model.task_head(x, mask, pooled, out.regions)
-    return out._replace(**made)
+    def predict_regions(self, h, heads):
+        """Features, classes and attributes of regions h (K, D)"""
+        if not {"features", "classes", "attributes"} & set(heads):
+            return {}
+        h = self.object_head(h)
+        made = {"region_features": self.feature_out(h), "region_logits": self.classifier(h)}
+        return made | {"attribute_logits": self.attribute_classifier(h)}
 
 
 def gradcam_layer(layers, need_gradcam=True, wanted=()):
@@ -854,9 +774,8 @@ def init_model(model, width):
     """
     model.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
     box = model.region_embedding.box
-    box.bias.copy_(
-        -box.weight @ torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04][: box.in_features])
-    )
+    middle = torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
+    box.bias.copy_(-box.weight @ middle[: box.in_features])
     init_rank_from_match(model)
 
 
@@ -897,20 +816,15 @@ class Vit(nn.Module):
     def __init__(self, width, layers, heads, mlp_dim, resolution=256, patch=16):
         super().__init__()
         self.patch = nn.Conv2d(3, width, patch, patch)
-        self.cls, self.position = (
-            nn.Parameter(torch.zeros(1, 1, width)),
-            nn.Parameter(torch.zeros(1, 1 + (resolution // patch) ** 2, width)),
-        )
-        self.layers, self.norm = (
-            nn.ModuleList([PreNormLayer(width, heads, mlp_dim) for _ in range(layers)]),
-            nn.LayerNorm(width, 1e-6),
-        )
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.zeros(1, 1 + (resolution // patch) ** 2, width))
+        self.layers = nn.ModuleList([PreNormLayer(width, heads, mlp_dim) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, image):
         x = rearrange(self.patch(image), "B D h w -> B (h w) D")
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + resize_position(
-            self.position, x.shape[1]
-        )
+        position = resize_position(self.position, x.shape[1])
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + position
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for layer in self.layers:
             x = layer(x, mask)
@@ -934,10 +848,8 @@ class FusionLayer(Layer):
 
     def __init__(self, width, heads, mlp_dim, dropout, image_width):
         super().__init__(width, heads, mlp_dim, dropout)
-        self.cross, self.cross_norm = (
-            Attention(width, heads, dropout, image_width),
-            nn.LayerNorm(width, EPS),
-        )
+        self.cross = Attention(width, heads, dropout, image_width)
+        self.cross_norm = nn.LayerNorm(width, EPS)
 
     def forward(self, x, mask, image, image_mask, written_out=False, need_probs=False):
         x = self.attention_norm(x + self.dropout(self.attention(x, x, mask, written_out)[0]))
@@ -948,38 +860,36 @@ class FusionLayer(Layer):
 
 class AlbefTowers(nn.Module):
     """Image, text and fusion encoder, language head and projections: what ALBEF trains, and of
-    what it keeps a momentum copy.
+    what it keeps a momentum copy. Arguments as Albef
     """
 
     def __init__(
         self,
         vocab,
+        *,
         width,
-        mlp_dim,
-        heads,
         layers,
         fusion,
+        heads,
+        mlp_dim,
         embed,
-        positions,
-        dropout,
-        resolution,
-        patch,
         vision,
+        positions=512,
+        dropout=0.1,
+        resolution=256,
+        patch=16,
     ):
         super().__init__()
+        sizes = width, heads, mlp_dim, dropout
         self.vision = Vit(resolution=resolution, patch=patch, **vision)
         self.text_embedding = TextEmbedding(vocab, width, positions, 2, dropout)
-        self.text_layers = nn.ModuleList(
-            [Layer(width, heads, mlp_dim, dropout) for _ in range(layers - fusion)]
-        )
+        self.text_layers = nn.ModuleList([Layer(*sizes) for _ in range(layers - fusion)])
         self.fusion_layers = nn.ModuleList(
-            [FusionLayer(width, heads, mlp_dim, dropout, vision["width"]) for _ in range(fusion)]
+            [FusionLayer(*sizes, vision["width"]) for _ in range(fusion)]
         )
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
-        self.vision_proj, self.text_proj = (
-            nn.Linear(vision["width"], embed),
-            nn.Linear(width, embed),
-        )
+        self.vision_proj = nn.Linear(vision["width"], embed)
+        self.text_proj = nn.Linear(width, embed)
 
     def read(self, text, text_mask):
         """(B, N_L) ids -> (B, N_L, D), before any image is seen"""
@@ -995,11 +905,9 @@ class AlbefTowers(nn.Module):
         From that layer on attention is written out, so that the map has a gradient, and that
             gradient another one (Grad-CAM in training).
         """
-        image_mask, P, cam = (
-            torch.ones(image.shape[:2], dtype=torch.bool, device=image.device),
-            None,
-            gradcam_layer(self.fusion_layers, need_gradcam),
-        )
+        image_mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+        P = None
+        cam = gradcam_layer(self.fusion_layers, need_gradcam)
         for i, layer in enumerate(self.fusion_layers):
             words, found = layer(words, text_mask, image, image_mask, i >= cam, i == cam)
             P = found if i == cam else P
@@ -1007,17 +915,13 @@ class AlbefTowers(nn.Module):
 
     def word_logits_at(self, states, places):
         """(K, V) logits at these places in B*N_L"""
-        return F.linear(
-            self.word_head(states.flatten(0, 1)[places]),
-            self.text_embedding.word.weight,
-            self.word_bias,
-        )
+        h = self.word_head(states.flatten(0, 1)[places])
+        return F.linear(h, self.text_embedding.word.weight, self.word_bias)
 
     def features(self, image, words):
         """Unit vectors of the [CLS] states: (B, E) twice"""
-        return F.normalize(self.vision_proj(image[:, 0]), dim=-1), F.normalize(
-            self.text_proj(words[:, 0]), dim=-1
-        )
+        vectors = self.vision_proj(image[:, 0]), self.text_proj(words[:, 0])
+        return tuple(F.normalize(x, dim=-1) for x in vectors)
 
 
 class Albef(nn.Module):
@@ -1031,39 +935,9 @@ class Albef(nn.Module):
              kept as further negatives
     """
 
-    def __init__(
-        self,
-        vocab,
-        *,
-        width,
-        layers,
-        fusion,
-        heads,
-        mlp_dim,
-        embed,
-        vision,
-        queue=65536,
-        positions=512,
-        dropout=0.1,
-        resolution=256,
-        patch=16,
-        temperature=0.07,
-    ):
+    def __init__(self, vocab, *, width, embed, queue=65536, temperature=0.07, **sizes):
         super().__init__()
-        self.student = AlbefTowers(
-            vocab,
-            width,
-            mlp_dim,
-            heads,
-            layers,
-            fusion,
-            embed,
-            positions,
-            dropout,
-            resolution,
-            patch,
-            vision,
-        )
+        self.student = AlbefTowers(vocab, width=width, embed=embed, **sizes)
         self.student.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
         for parameter in (self.student.vision.cls, self.student.vision.position):
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -1074,35 +948,30 @@ class Albef(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
     @torch.no_grad()
-    def update_teacher(self, momentum=0.995):
+    def update_teacher(self, momentum):
         """teacher = momentum * teacher + (1 - momentum) * student; ALBEF does it before each
         step.
         """
-        torch._foreach_lerp_(
-            list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
-        )
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, image, text):
         """Put the teacher's features (B, E) of all processes into the queues, over the oldest;
         they wrap at any place.
         """
-        at = (
-            self.queue_ptr + torch.arange(len(image), device=image.device)
-        ) % self.image_queue.shape[1]
-        self.image_queue[:, at], self.text_queue[:, at] = (
-            image.T.to(self.image_queue.dtype),
-            text.T.to(self.text_queue.dtype),
-        )
+        places = self.queue_ptr + torch.arange(len(image), device=image.device)
+        at = places % self.image_queue.shape[1]
+        self.image_queue[:, at] = image.T.to(self.image_queue.dtype)
+        self.text_queue[:, at] = text.T.to(self.text_queue.dtype)
         self.queue_ptr.copy_((self.queue_ptr + len(image)) % self.image_queue.shape[1])
 
     def forward(self, text, text_mask, image, need_gradcam=False):
         """match (B, 2) logits, column 1 = they match; and P (B, H, N_L, 1 + patches) of
         gradcam_layer(), if the score is to be explained, else None.
         """
-        states, P = self.student.fuse(
-            self.student.read(text, text_mask), text_mask, self.student.vision(image), need_gradcam
-        )
+        words, image = self.student.read(text, text_mask), self.student.vision(image)
+        states, P = self.student.fuse(words, text_mask, image, need_gradcam)
         return self.match(states[:, 0]), P
 
 
@@ -1131,14 +1000,11 @@ class Maf(nn.Module):
         self.word, self.inputs = nn.Embedding(words, width), tuple(inputs)
         self.phrase, self.mini, self.attribute = (nn.Linear(width, width) for _ in range(3))
         self.feature = nn.Linear(features, width)
-        for linear, how in (
-            (self.feature, start[0]),
-            (self.phrase, start[1]),
-            (self.attribute, "zero" if "label" in inputs else "identity"),
-        ):
-            {"zero": nn.init.zeros_, "xavier": nn.init.xavier_uniform_, "identity": nn.init.eye_}[
-                how
-            ](linear.weight)
+        fill = {"zero": nn.init.zeros_, "xavier": nn.init.xavier_uniform_}
+        fill["identity"] = nn.init.eye_
+        names = *start, "zero" if "label" in inputs else "identity"
+        for linear, name in zip((self.feature, self.phrase, self.attribute), names):
+            fill[name](linear.weight)
             nn.init.zeros_(linear.bias)
         # else nothing would be there to start from
         if "label" not in inputs and start[0] == "zero":
@@ -1155,14 +1021,11 @@ class Maf(nn.Module):
 
         def seen():
             f = self.feature(features.to(self.feature.weight.dtype))
-            return (
-                f
-                if place is None
-                else self.feature.bias.to(f.dtype)
-                .expand(labels.numel(), -1)
-                .index_copy(0, place, f)
-                .view(*labels.shape, -1)
-            )
+            if place is None:
+                return f
+            # W_f 0 + b where there is no region
+            whole = self.feature.bias.to(f.dtype).expand(labels.numel(), -1)
+            return whole.index_copy(0, place, f).view(*labels.shape, -1)
 
         parts = {
             "label": lambda: self.word(labels),
@@ -1505,10 +1368,8 @@ def nms(boxes, scores, overlap):
         .clamp_(min=0)
         .mul_((torch.minimum(y2[:, None], y2) - torch.maximum(y1[:, None], y1)).clamp_(min=0))
     )
-    iou, limit = (
-        shared / (area[:, None] + area - shared),
-        torch.tensor(overlap, dtype=torch.float32),
-    )
+    iou = shared / (area[:, None] + area - shared)
+    limit = torch.tensor(overlap, dtype=torch.float32)
     # float32 against the threshold itself, not against its float32, as the CPU kernels of others do
     # row drops column
     drops = (
@@ -1536,15 +1397,12 @@ def roi_pool(x, rois, size, scale):
     if not len(rois):
         return x.new_zeros(0, C, size, size)
     corner = rois[:, 1:] * scale
-    # (R, 4)
-    corner = corner.sign() * (corner.abs() + 0.5).floor()
-    # (R, 2) width, height of a bin
-    step = (corner[:, 2:] - corner[:, :2] + 1).clamp(min=1) / size
+    corner = corner.sign() * (corner.abs() + 0.5).floor()  # (R, 4)
+    step = (corner[:, 2:] - corner[:, :2] + 1).clamp(min=1) / size  # (R, 2) width, height of a bin
     p = torch.arange(size, device=x.device, dtype=step.dtype)
     spans = []
     for start, bin, most in ((corner[:, 1], step[:, 1], H), (corner[:, 0], step[:, 0], W)):
-        # (R, size)
-        low = ((p * bin[:, None]).floor() + start[:, None]).clamp(0, most).long()
+        low = ((p * bin[:, None]).floor() + start[:, None]).clamp(0, most).long()  # (R, size)
         high = (((p + 1) * bin[:, None]).ceil() + start[:, None]).clamp(0, most).long()
         level = (high - low).clamp(min=1).float().log2().floor().long()
         spans.append(
@@ -1622,10 +1480,8 @@ def load_detector(path):
         len({m[1] for name in found if (m := re.match(rf"{place}\.(\d+)\.conv1\.weight", name))})
         for place in (r"backbone\.res2", r"backbone\.res3", r"backbone\.res4", r"roi_heads\.res5")
     ]
-    anchors, head = (
-        shape("proposal_generator.anchor_generator.cell_anchors.0")[0],
-        "roi_heads.box_predictor",
-    )
+    anchors = shape("proposal_generator.anchor_generator.cell_anchors.0")[0]
+    head = "roi_heads.box_predictor"
     model = Detector(
         stem=shape("backbone.stem.conv1.weight")[0],
         res2=shape("backbone.res2.0.conv3.weight")[0],

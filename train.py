@@ -1266,11 +1266,9 @@ class BertAdam(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-            grads, m, v = (
-                [p.grad for p in params],
-                [self.state[p]["m"] for p in params],
-                [self.state[p]["v"] for p in params],
-            )
+            grads = [p.grad for p in params]
+            m = [self.state[p]["m"] for p in params]
+            v = [self.state[p]["v"] for p in params]
             beta1, beta2 = group["betas"]
             torch._foreach_lerp_(m, grads, 1 - beta1)
             torch._foreach_mul_(v, beta2)
