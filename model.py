@@ -1144,38 +1144,26 @@ class Detector(nn.Module):
                 "res4": stage(blocks[2], 2 * res2, 4 * bottleneck, 4 * res2, 2),
             }
         )
-        self.proposal_generator = nn.ModuleDict(
-            {
-                "rpn_head": nn.ModuleDict(
-                    {
-                        "conv": nn.Conv2d(4 * res2, hidden, 3, padding=1),
-                        "objectness_logits": nn.Conv2d(hidden, len(anchors) * len(ratios), 1),
-                        "anchor_deltas": nn.Conv2d(hidden, 4 * len(anchors) * len(ratios), 1),
-                    }
-                ),
-                "anchor_generator": nn.ModuleDict(
-                    {
-                        "cell_anchors": nn.ParameterList(
-                            [nn.Parameter(cell_anchors(anchors, ratios))]
-                        )
-                    }
-                ),
-            }
+        table, A, width = nn.ModuleDict, len(anchors) * len(ratios), 8 * res2
+        rpn_head = {
+            "conv": nn.Conv2d(4 * res2, hidden, 3, padding=1),
+            "objectness_logits": nn.Conv2d(hidden, A, 1),
+            "anchor_deltas": nn.Conv2d(hidden, 4 * A, 1),
+        }
+        cells = nn.ParameterList([nn.Parameter(cell_anchors(anchors, ratios))])
+        anchor_generator = table({"cell_anchors": cells})
+        self.proposal_generator = table(
+            {"rpn_head": table(rpn_head), "anchor_generator": anchor_generator}
         )
-        self.roi_heads = nn.ModuleDict(
-            {
-                "res5": stage(blocks[3], 4 * res2, 8 * bottleneck, 8 * res2, 1, 2),
-                "box_predictor": nn.ModuleDict(
-                    {
-                        "cls_score": nn.Linear(8 * res2, classes + 1),
-                        "bbox_pred": nn.Linear(8 * res2, 4 * classes),
-                        "cls_embedding": nn.Embedding(classes + 1, embedding),
-                        "fc_attr": nn.Linear(8 * res2 + embedding, attr_hidden),
-                        "attr_score": nn.Linear(attr_hidden, attributes + 1),
-                    }
-                ),
-            }
-        )
+        res5 = stage(blocks[3], 4 * res2, 8 * bottleneck, width, 1, 2)
+        box_predictor = {
+            "cls_score": nn.Linear(width, classes + 1),
+            "bbox_pred": nn.Linear(width, 4 * classes),
+            "cls_embedding": nn.Embedding(classes + 1, embedding),
+            "fc_attr": nn.Linear(width + embedding, attr_hidden),
+            "attr_score": nn.Linear(attr_hidden, attributes + 1),
+        }
+        self.roi_heads = table({"res5": res5, "box_predictor": table(box_predictor)})
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -1193,15 +1181,10 @@ class Detector(nn.Module):
         head = self.proposal_generator["rpn_head"]
         h = head["conv"](x).relu_()
         logits, deltas = head["objectness_logits"](h), head["anchor_deltas"](h)
-        anchors = grid_anchors(
-            self.proposal_generator["anchor_generator"]["cell_anchors"][0], *x.shape[-2:]
-        )
+        cells = self.proposal_generator["anchor_generator"]["cell_anchors"][0]
         deltas = rearrange(deltas, "B (A four) h w -> B (h w A) four", four=4)
-        return (
-            rearrange(logits, "B A h w -> B (h w A)"),
-            decode_boxes(anchors, deltas, (1.0, 1.0, 1.0, 1.0)),
-            deltas,
-        )
+        boxes = decode_boxes(grid_anchors(cells, *x.shape[-2:]), deltas, (1.0, 1.0, 1.0, 1.0))
+        return rearrange(logits, "B A h w -> B (h w A)"), boxes, deltas
 
     def propose(self, x, sizes, before=6000, after=300, overlap=0.7):
         """Of each image the boxes that may hold something: [(n, 4)], by falling score; sizes (B,
@@ -1221,22 +1204,16 @@ class Detector(nn.Module):
         """Features (R, 2048), logits of classes (R, classes + 1) and attributes (R, attributes +
         1), deltas (R, 4 classes) of all proposals.
         """
-        image = torch.cat(
-            [torch.full((len(p), 1), float(i), device=x.device) for i, p in enumerate(proposals)]
-        )
-        pooled = roi_pool(x, torch.cat([image, torch.cat(proposals)], dim=1), 14, 1 / 16)
-        features = torch.cat(
-            [self.roi_heads["res5"](part).mean(dim=(2, 3)) for part in pooled.split(100)]
-        )
-        head = self.roi_heads["box_predictor"]
+        counts = torch.tensor([len(p) for p in proposals], device=x.device)
+        image = torch.arange(len(proposals), device=x.device).repeat_interleave(counts)
+        rois = torch.cat([image[:, None].to(proposals[0].dtype), torch.cat(proposals)], dim=1)
+        pooled = roi_pool(x, rois, 14, 1 / 16)
+        parts = [self.roi_heads["res5"](part).mean(dim=(2, 3)) for part in pooled.split(100)]
+        features, head = torch.cat(parts), self.roi_heads["box_predictor"]
         logits = head["cls_score"](features)
         kind = head["cls_embedding"](logits.argmax(dim=1))  # of all classes, background too
-        return (
-            features,
-            logits,
-            head["attr_score"](head["fc_attr"](torch.cat([features, kind], dim=1)).relu_()),
-            head["bbox_pred"](features),
-        )
+        hidden = head["fc_attr"](torch.cat([features, kind], dim=1)).relu_()
+        return features, logits, head["attr_score"](hidden), head["bbox_pred"](features)
 
     @torch.inference_mode()
     def forward(
@@ -1258,34 +1235,19 @@ class Detector(nn.Module):
         """
         x = self.backbone_features(images)
         proposals = self.propose(x, sizes, before, after, overlap)
-        columns = [
-            c.split([len(p) for p in proposals]) for c in self.describe_regions(x, proposals)
-        ]
+        counts = [len(p) for p in proposals]
+        columns = [column.split(counts) for column in self.describe_regions(x, proposals)]
         found = []
         for i, (boxes, features, logits, attributes, deltas) in enumerate(zip(proposals, *columns)):
             probs = logits.softmax(dim=1)
-            boxes = clip_boxes(
-                decode_boxes(
-                    boxes[:, None], deltas.view(len(boxes), -1, 4), (10.0, 10.0, 5.0, 5.0)
-                ),
-                sizes[i].tolist(),
-            )
+            deltas = deltas.view(len(boxes), -1, 4)
+            boxes = decode_boxes(boxes[:, None], deltas, (10.0, 10.0, 5.0, 5.0))
+            boxes = clip_boxes(boxes, sizes[i].tolist())
             keep, classes, threshold = select_boxes(boxes, probs, regions, thresholds)
             conf, attr = attributes[keep, :-1].softmax(dim=1).max(dim=1)
             own = boxes[keep, classes] * (scales[i].flip(0).repeat(2) if scales is not None else 1)
-            found.append(
-                Detections(
-                    own,
-                    features[keep],
-                    probs[keep].roll(1, dims=1),
-                    classes,
-                    probs[keep, classes],
-                    attr,
-                    conf,
-                    keep,
-                    threshold,
-                )
-            )
+            kinds = probs[keep].roll(1, dims=1), classes, probs[keep, classes], attr, conf
+            found.append(Detections(own, features[keep], *kinds, keep, threshold))
         return found
 
 
@@ -1309,20 +1271,16 @@ def select_boxes(boxes, probs, regions, thresholds):
 
 def cell_anchors(sizes, ratios):
     """(A, 4) boxes around 0 of these sizes (outer) and ratios, height by width (mlp_dim)"""
-    w = torch.tensor(
-        [[math.sqrt(s * s / r) for r in ratios] for s in sizes], dtype=torch.float64
-    ).flatten()
+    w = [math.sqrt(s * s / r) for s in sizes for r in ratios]
+    w = torch.tensor(w, dtype=torch.float64)
     h = w * torch.tensor(ratios, dtype=torch.float64).repeat(len(sizes))
     return (torch.stack([-w, -h, w, h], dim=1) / 2).float()
 
 
 def grid_anchors(cells, h, w, stride=16):
     """(h w A, 4): the cells' anchors around each place of the map, the first at 0"""
-    y, x = torch.meshgrid(
-        torch.arange(h, device=cells.device) * stride,
-        torch.arange(w, device=cells.device) * stride,
-        indexing="ij",
-    )
+    rows, columns = (torch.arange(n, device=cells.device) * stride for n in (h, w))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     return (torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4) + cells).view(-1, 4)
 
 
@@ -1340,15 +1298,8 @@ def decode_boxes(boxes, deltas, weights):
 def clip_boxes(boxes, size):
     """Boxes (..., 4) inside a picture of this (height, width)"""
     h, w = size
-    return torch.stack(
-        [
-            boxes[..., 0].clamp(0, w),
-            boxes[..., 1].clamp(0, h),
-            boxes[..., 2].clamp(0, w),
-            boxes[..., 3].clamp(0, h),
-        ],
-        dim=-1,
-    )
+    most = torch.tensor([w, h, w, h], dtype=boxes.dtype, device=boxes.device)
+    return boxes.clamp(min=0).minimum(most)
 
 
 def nms(boxes, scores, overlap):
@@ -1385,6 +1336,16 @@ def nms(boxes, scores, overlap):
         keep = again
 
 
+def doubled_window(x, dim, level):
+    """x holds the maxima of windows of 2^(level - 1) along a dimension: those of 2^level."""
+    step, n = 2 ** (level - 1), x.shape[dim]
+    out = x.clone()
+    if step < n:
+        ahead, here = x.narrow(dim, step, n - step), out.narrow(dim, 0, n - step)
+        torch.maximum(here, ahead, out=here)
+    return out
+
+
 def roi_pool(x, rois, size, scale):
     """The maximum of each of size x size bins of each region: (R, C, size, size); an empty bin is
     0.
@@ -1412,20 +1373,10 @@ def roi_pool(x, rois, size, scale):
     # channels last: a gather moves whole rows
     windows, rows = [], x.permute(0, 2, 3, 1)
     for a in range(int(tall.max()) + 1):
-        if a:
-            rows = torch.maximum(
-                rows,
-                F.pad(rows, (0, 0, 0, 0, 0, 2 ** (a - 1)), value=float("-inf"))[:, 2 ** (a - 1) :],
-            )
+        rows = doubled_window(rows, 1, a) if a else rows
         columns = rows
         for b in range(int(wide.max()) + 1):
-            if b:
-                columns = torch.maximum(
-                    columns,
-                    F.pad(columns, (0, 0, 0, 2 ** (b - 1)), value=float("-inf"))[
-                        :, :, 2 ** (b - 1) :
-                    ],
-                )
+            columns = doubled_window(columns, 2, b) if b else columns
             windows.append(columns)
     windows, levels = torch.stack(windows).reshape(-1, C), int(wide.max()) + 1
     # (R, size, size)
@@ -1455,9 +1406,8 @@ def resize_for_detector(pixels, shorter=800, longer=1333):
     detector was trained on. No antialiasing [authors' code]
     """
     size = detector_size(*pixels.shape[:2], shorter, longer)
-    x = F.interpolate(
-        pixels.permute(2, 0, 1)[None].float(), size, mode="bilinear", align_corners=False
-    )[0].flip(0)
+    x = pixels.permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, size, mode="bilinear", align_corners=False)[0].flip(0)
     return x - torch.tensor(BGR_MEAN, device=x.device).view(3, 1, 1)
 
 
@@ -1509,14 +1459,8 @@ def build(kind, size, **sizes):
     the task ask of it.
     """
     if kind == "albef":
-        return Albef(
-            **ALBEF_SIZES[size]
-            | {
-                k: sizes[k]
-                for k in ("vocab", "queue", "resolution", "patch", "dropout")
-                if k in sizes
-            }
-        )
+        names = ("vocab", "queue", "resolution", "patch", "dropout")
+        return Albef(**ALBEF_SIZES[size] | {k: sizes[k] for k in names if k in sizes})
     sizes = {k: v for k, v in sizes.items() if k != "attributes" or kind == "lxmert"}
     shape = SIZES[size] | ({"layers": TWO_STREAM_LAYERS[size]} if kind == "lxmert" else {})
     return {"uniter": Uniter, "lxmert": Lxmert}[kind](**sizes, **shape)
@@ -1678,12 +1622,8 @@ class LoadReport(NamedTuple):
 
     def __str__(self):
         def some(names):
-            return (
-                "none"
-                if not names
-                else ", ".join(names[:6])
-                + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            )
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            return ", ".join(names[:6]) + more or "none"
 
         return (
             f"loaded {len(self.loaded)} tensors ({len(self.renamed)} renamed, {len(self.tied)} "
@@ -1698,20 +1638,16 @@ def translate_name(name, model=None):
     some names for different things.
     """
     # BERT's first files
-    name = re.sub(
-        r"LayerNorm\.gamma$",
-        "LayerNorm.weight",
-        re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name),
-    )
+    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     own = {Lxmert: LXMERT_RENAMES, Maf: MAF_RENAMES, Albef: ALBEF_RENAMES}.get(type(model), [])
     for pattern, new in own + RENAMES:
         name = re.sub(pattern, new, name)
     # one numbering there, two stacks here
     if isinstance(model, Albef) and (found := re.search(r"encoder\.layer\.(\d+)\.", name)):
         i, text = int(found[1]), len(model.student.text_layers)
-        name = name.replace(
-            found[0], f"text_layers.{i}." if i < text else f"fusion_layers.{i - text}."
-        )
+        ours = f"text_layers.{i}." if i < text else f"fusion_layers.{i - text}."
+        name = name.replace(found[0], ours)
     return name
 
 
@@ -1749,11 +1685,8 @@ def read_tensors(path):
     found = read_checkpoint_file(path)
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         found = found["model"]
-    for name in (
-        [name for name in found if re.search(r"\.in_proj_|\.attn\.qkv\.", name)]
-        if isinstance(found, dict)
-        else []
-    ):
+    joined = re.compile(r"\.in_proj_|\.attn\.qkv\.")
+    for name in list(filter(joined.search, found)) if isinstance(found, dict) else ():
         # torch's own attention and ViTs keep the three matrices as one
         for part, piece in zip("qkv", found.pop(name).chunk(3)):
             found[re.sub(r"in_proj_|(?<=attn\.)qkv\.", f"to_{part}.", name)] = piece
@@ -1800,16 +1733,9 @@ def read_safetensors(path):
     """The format in four lines: 8 bytes header length, JSON header, then raw little-endian
     numbers at the header's offsets.
     """
-    dtypes = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    dtypes |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+    dtypes |= {"U8": torch.uint8, "BOOL": torch.bool}
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     start = 8 + int(raw[:8].view("<u8")[0])
     if start > len(raw):
@@ -1821,11 +1747,8 @@ def read_safetensors(path):
         a, b = entry["data_offsets"]
         if start + b > len(raw):
             raise ValueError(f"{name} should end at byte {start + b:,}")
-        tensors[name] = (
-            torch.from_numpy(np.array(raw[start + a : start + b]))
-            .view(dtypes[entry["dtype"]])
-            .view(entry["shape"])
-        )
+        numbers = torch.from_numpy(np.array(raw[start + a : start + b]))
+        tensors[name] = numbers.view(dtypes[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
@@ -1841,42 +1764,20 @@ def load_pretrained(model, path, new_words=0):
     """
     own, report, wrong = model.state_dict(), LoadReport([], [], [], [], []), []
     for name, tensor in read_tensors(path).items():
-        bare = re.sub(r"^module\.", "", name)
-        if bare in TIED:
+        if re.sub(r"^module\.", "", name) in TIED:
             report.tied.append(name)
             continue
         ours = translate_name(name, model)
-        if ours not in own:
+        tensor = fit_tensor(ours, tensor, own[ours], new_words) if ours in own else None
+        if tensor is None:
             report.unused.append(name)
-            continue
-        if ours == "region_embedding.mask" and tensor.dim() == 2:
-            # row 0 stands for "not masked" and is always zero
-            tensor = tensor[1]
-        if tensor.numel() == own[ours].numel() == 1:
-            tensor = tensor.view(own[ours].shape)  # counters come as [] and as [1]
-        more = len(own[ours]) - len(tensor) if tensor.dim() else 0
-        # VCR's answer and rationale start as text, NLVR2's right image as
-        if ours == "text_embedding.token_type.weight" and more > 0:
-            start = tensor[1 if len(own[ours]) == 3 else 0]  # an image [authors' code]
-            tensor = torch.cat([tensor, start.expand(more, -1)])
-        elif ours in ("text_embedding.word.weight", "word_bias") and more == new_words > 0:
-            tensor = torch.cat([tensor, own[ours][-more:].to(tensor.dtype)])
-        if ours.endswith("vision.position"):
-            tensor = resize_position(tensor.float(), own[ours].shape[1] - 1)
-        if tensor.shape != own[ours].shape and ours.startswith(
-            ("task_head.", "image_queue", "text_queue")
-        ):
-            report.unused.append(name)
-            continue
-        if tensor.shape != own[ours].shape:
-            wrong.append(
-                f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[ours].shape)} in the model"
-            )
-            continue
-        own[ours].copy_(tensor)
-        report.loaded.append(ours)
-        if ours != name:
-            report.renamed.append(name)
+        elif tensor.shape != own[ours].shape:
+            shapes = tuple(tensor.shape), tuple(own[ours].shape)
+            wrong.append(f"{name}: {shapes[0]} in the file, {shapes[1]} in the model")
+        else:
+            own[ours].copy_(tensor)
+            report.loaded.append(ours)
+            report.renamed.extend([name] if ours != name else [])
     report.missing.extend(sorted(set(own) - set(report.loaded)))
     if wrong or not report.loaded:
         raise CheckpointError(
@@ -1895,3 +1796,24 @@ def load_pretrained(model, path, new_words=0):
     if "rank.weight" in report.missing and "match.weight" in report.loaded:
         init_rank_from_match(model)
     return report
+
+
+def fit_tensor(name, tensor, own, new_words):
+    """A file's tensor as the model's parameter of this name wants it; None for a head of another
+    task or queues of another length, which stay at their start.
+    """
+    if name == "region_embedding.mask" and tensor.dim() == 2:
+        return tensor[1]  # row 0 stands for "not masked" and is always zero
+    if tensor.numel() == own.numel() == 1:
+        return tensor.view(own.shape)  # counters come as [] and as [1]
+    more = len(own) - len(tensor) if tensor.dim() else 0
+    if name == "text_embedding.token_type.weight" and more > 0:
+        # VCR's answer and rationale start as text, NLVR2's right image as an image [authors' code]
+        start = tensor[1 if len(own) == 3 else 0]
+        return torch.cat([tensor, start.expand(more, -1)])
+    if name in ("text_embedding.word.weight", "word_bias") and more == new_words > 0:
+        return torch.cat([tensor, own[-more:].to(tensor.dtype)])
+    if name.endswith("vision.position"):
+        return resize_position(tensor.float(), own.shape[1] - 1)
+    of_another = name.startswith(("task_head.", "image_queue", "text_queue"))
+    return None if of_another and tensor.shape != own.shape else tensor
