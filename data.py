@@ -8,8 +8,7 @@ boxes are x1 y1 x2 y2 in [0, 1].
 
     1. Errors and files     DataError  read_json  read_pickle  write_atomic  memory_mapped
     2. Tokenizers           WordPiece (BERT, cased or uncased)  WordVectors (GloVe, for MAF)
-    3. Region stores        RegionStore  JoinedStore  PatchStore  CropStore  NlvrStore
-                            StoreWriter  pack (TSV and npz files to a store)
+    3. Region stores        RegionStore  JoinedStore  PatchStore  CropStore
     4. Readers              one generator of Records a data set and nothing else; in this order:
          captions           coco_captions  karpathy_captions  winoground_examples
                             nlvr_presentations
@@ -20,14 +19,9 @@ boxes are x1 y1 x2 y2 in [0, 1].
     5. Index                Index  open_index  make_index: records, tokenized, memory-mapped
     6. Batches              Batches: the planner. KINDS: what a batch of each task holds
     7. Loader               MixedBatches  make_loader
-    8. Command line         python data.py pack
-
-python data.py pack train2014_obj36.tsv --out DATA/regions/coco
 """
 
-import argparse
 import array
-import base64
 import contextlib
 import difflib
 import fcntl
@@ -40,14 +34,13 @@ import os
 import pickle
 import re
 import shutil
-import sys
+import string
 import unicodedata
 import warnings
 import xml.etree.ElementTree
-import zipfile
 import zlib
 from collections import Counter
-from itertools import chain, permutations
+from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -59,11 +52,16 @@ from tqdm import tqdm
 
 # 1. Errors and files ----------------------------------------------------------------------------
 
+AGAIN = "Fetch the file again."
+CUT_SHORT = "Most often a download or a copy that stopped half way: fetch it again."
+
 
 class DataError(ValueError):
-    """Input that cannot be used; the message names the file, what was found, what was wanted and
-    what to do.
-    """
+    """Input that cannot be used: which record, what was found, what is wanted, what to do"""
+
+    def __init__(self, found, wanted="", hint=""):
+        lines = [found, f"Wanted: {wanted}" if wanted else "", hint]
+        super().__init__("\n  ".join(filter(None, lines)))
 
 
 # {path: (size, time) or None} of every file that a reader has asked for. An index keeps this list
@@ -89,14 +87,12 @@ def need(path, what, hint):
     """The path, if it exists; else an error that says what was wanted and what to do."""
     exists(path)
     if not Path(path).exists():
-        raise DataError(f"{path} is missing\n  Wanted: {what}\n  {hint}")
+        raise DataError(f"{path} is missing", what, hint)
     return Path(path)
 
 
 def write_atomic(path, content):
-    """Write text or bytes beside the file, then rename: readers see the old file or the new one,
-    never half of one.
-    """
+    """Write text or bytes beside the file, then rename: nobody ever sees half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
@@ -104,108 +100,93 @@ def write_atomic(path, content):
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(beside, path)
     except OSError:
+        # a full disk: leave no rubbish on it
         beside.unlink(missing_ok=True)
         raise
 
 
-def read_text(
-    path, what, hint='Fetch it from its official address into this place (README, "The full data").'
-):
+OFFICIAL = 'Fetch it from its official address into this place (README, "Full data").'
+
+
+def read_text(path, what, hint=OFFICIAL):
     """A UTF-8 text file, whole; FILE.gz does as well as FILE."""
-    packed = Path(f"{path}.gz")
     try:
         if exists(path) and not Path(path).exists():
-            return gzip.decompress(packed.read_bytes()).decode("utf-8")
+            return gzip.decompress(Path(f"{path}.gz").read_bytes()).decode("utf-8")
         return need(path, what, hint).read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} cannot be read as text: {error}\n  Wanted: {what}, in UTF-8. Fetch it again."
-        ) from None
+        hint = f"{what}, in UTF-8. Fetch it again."
+        raise DataError(f"{path} cannot be read as text: {error}", hint) from None
 
 
 def read_json(path, what):
     """A JSON file, whole."""
+    text = read_text(path, what)
     try:
-        return json.loads(read_text(path, what))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not whole JSON ({Path(path).stat().st_size:,} bytes): {error}\n"
-            "  Most often a download or a copy that stopped half way: fetch it again."
-        ) from None
+        size = f"{path} is not whole JSON ({len(text):,} characters): {error}"
+        raise DataError(size, hint=CUT_SHORT) from None
 
 
 def read_json_lines(path, what):
-    """Yields the records of a file of one JSON record a line."""
+    """Yields (file and line, record) of a file of one JSON record a line."""
     for number, line in enumerate(read_text(path, what).splitlines(), 1):
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not whole JSON: {error}\n  Fetch the file again."
-            ) from None
-        yield need_record(record, f"{path}, line {number}")
+            raise DataError(f"{where}: not whole JSON: {error}", hint=AGAIN) from None
+        yield where, need_record(record, where)
 
 
 class PlainPickle(pickle.Unpickler):
-    """Lists, dicts, strings and numbers only: a pickle that names any class or function is
-    refused before it can run.
-    """
+    """Lists, dicts, strings and numbers: one that names a class is refused before it can run."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+# what pickle raises on a file that is none, or is cut
+PICKLE_ERRORS = pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError
+
+
 def read_pickle(path, what):
     """A Python 2 pickle of plain containers (refs(unc).p); anything else in it is an error."""
+    path = need(path, what, "Fetch it from its official address into this place.")
     try:
-        with open(
-            need(path, what, "Fetch it from its official address into this place."), "rb"
-        ) as file:
+        with open(path, "rb") as file:
             return PlainPickle(file, encoding="latin1").load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except PICKLE_ERRORS as error:
         raise DataError(
-            f"{path} is no pickle of plain lists, dicts, strings and numbers: {error}\n"
-            f"  Wanted: {what}. Fetch it again from its "
-            "official address; a pickle can hold code, so any other is refused."
+            f"{path} is no pickle of plain lists, dicts, strings and numbers: {error}",
+            f"{what}. Fetch it again from its official address; a pickle can hold code, so any "
+            "other is refused.",
         ) from None
 
 
 NUMBER = int, float
+KIND_NAMES = {str: "a text", list: "a list", dict: "a record", int: "a whole number"}
 
 
 def field(record, name, where, kind=object):
-    """record[name], which must be a kind (str, list, NUMBER), or an error that names the record
-    and the nearest name it does have.
-    """
+    """record[name] of a kind (str, list, NUMBER); else an error that has the nearest name."""
     if not isinstance(record, dict) or name not in record:
-        have = list(record) if isinstance(record, dict) else [type(record).__name__]
-        near = difflib.get_close_matches(name, map(str, have), 1)
-        raise DataError(
-            f"{where} has no field {name!r}: found {', '.join(map(str, have[:8])) or 'nothing'}"
-            + (f"\n  Nearest: {near[0]!r}." if near else "")
-            + "\n  Compare with the official format in the README."
-        )
+        have = list(map(str, record)) if isinstance(record, dict) else [type(record).__name__]
+        near = difflib.get_close_matches(name, have, 1)
+        found = f"{where} has no field {name!r}: found {', '.join(have[:8]) or 'nothing'}"
+        hint = f"Nearest: {near[0]!r}. " if near else ""
+        raise DataError(found, hint=hint + "Compare with the official format in the README.")
     if not isinstance(record[name], kind):
-        raise DataError(
-            f"{where}: {name} is {record[name]!r:.60}\n"
-            f"  Wanted: { {str: 'a text', list: 'a list'}.get(kind, 'a number') }. Fetch the "
-            "file again."
-        )
+        wanted = f"{KIND_NAMES.get(kind, 'a number')}. {AGAIN}"
+        raise DataError(f"{where}: {name} is {record[name]!r:.60}", wanted)
     return record[name]
 
 
 def need_record(record, where):
     """A record, if it is one: names and values; else an error."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: {record!r:.60}\n  Wanted: a record. Fetch the file again.")
+        raise DataError(f"{where}: {record!r:.60}", f"a record. {AGAIN}")
     return record
 
 
@@ -223,16 +204,23 @@ def memory_mapped(folder, key, build):
             lock = open(f"{folder}.lock", "w")
         except OSError as error:
             raise DataError(
-                f"{folder.parent} cannot be written: {error}\n  Wanted: a place for the index of "
-                "the data, beside them. Make it a link to a folder that can be written."
+                f"{folder.parent} cannot be written: {error}",
+                "a place for the index of the data, beside them. Make it a link to a folder that "
+                "can be written.",
             ) from None
         with lock:
             # the system frees this lock when its holder ends, however it ends
             fcntl.flock(lock, fcntl.LOCK_EX)
+            # whoever waited here finds what the first has written
             meta = read_fresh_meta(folder, key)
             if meta is None:
                 meta = write_arrays(folder, key, build)
-    return {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}, meta
+    return load_arrays(folder), meta
+
+
+def load_arrays(folder):
+    """{name: array} of a folder's .npy files, memory-mapped"""
+    return {path.stem: np.load(path, mmap_mode="r") for path in Path(folder).glob("*.npy")}
 
 
 def read_fresh_meta(folder, key):
@@ -242,11 +230,10 @@ def read_fresh_meta(folder, key):
     except (OSError, ValueError):
         return None
     # names of files are relative to the data tree, so that a copied or moved tree stays valid
-    tree = folder.parent.parent
-    fresh = meta["key"] == json.loads(json.dumps(key)) and all(
-        file_stamp(tree / name) == stamp for name, stamp in meta["sources"].items()
-    )
-    return meta if fresh else None
+    tree, stamps = folder.parent.parent, meta["sources"].items()
+    same_files = all(file_stamp(tree / name) == stamp for name, stamp in stamps)
+    # a key that went through JSON has lists for tuples
+    return meta if same_files and meta["key"] == json.loads(json.dumps(key)) else None
 
 
 def write_arrays(folder, key, build):
@@ -260,7 +247,7 @@ def write_arrays(folder, key, build):
         for name, values in arrays.items():
             np.save(beside / f"{name}.npy", values)
     except OSError as error:
-        raise DataError(f"{beside} cannot be written: {error}\n  Free some space.") from None
+        raise DataError(f"{beside} cannot be written: {error}", hint="Free some space.") from None
     tree = folder.parent.parent
     names = {os.path.relpath(name, tree): stamp for name, stamp in sources.items()}
     meta = meta | {"key": key, "sources": names}
@@ -272,37 +259,16 @@ def write_arrays(folder, key, build):
 
 # 2. Tokenizers ----------------------------------------------------------------------------------
 
-
-def is_control(c):
-    """As BERT: control characters but tab and line ends"""
-    return c not in "\t\n\r" and unicodedata.category(c).startswith("C")
+# CJK ideographs, which BERT takes one by one
+IDEOGRAPHS = re.compile(
+    "([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])"
+)
 
 
 def is_punctuation(c):
-    """As BERT: all of ASCII that is no letter or digit, and Unicode\'s P"""
-    o = ord(c)
-    return (
-        33 <= o <= 47
-        or 58 <= o <= 64
-        or 91 <= o <= 96
-        or 123 <= o <= 126
-        or unicodedata.category(c).startswith("P")
-    )
-
-
-def is_chinese(c):
-    """CJK ideographs, which BERT takes one by one"""
-    o = ord(c)
-    return (
-        0x4E00 <= o <= 0x9FFF
-        or 0x3400 <= o <= 0x4DBF
-        or 0x20000 <= o <= 0x2A6DF
-        or 0x2A700 <= o <= 0x2B73F
-        or 0x2B740 <= o <= 0x2B81F
-        or 0x2B820 <= o <= 0x2CEAF
-        or 0xF900 <= o <= 0xFAFF
-        or 0x2F800 <= o <= 0x2FA1F
-    )
+    """As BERT: all of ASCII that is no letter or digit, and Unicode's P"""
+    return c in string.punctuation or unicodedata.category(c).startswith("P")
 
 
 class WordPiece:
@@ -317,32 +283,24 @@ class WordPiece:
     SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 
     def __init__(self, vocab_file, lower, new_words=()):
-        text = read_text(
-            vocab_file,
-            "a WordPiece vocabulary, one piece a line",
-            "BERT's own vocab.txt fits; `python tests/toy.py` writes a small one.",
-        )
+        hint = "BERT's own vocab.txt fits; `python tests/toy.py` writes a small one."
+        text = read_text(vocab_file, "a WordPiece vocabulary, one piece a line", hint)
         self.pieces = [*(p.rstrip("\r") for p in text.rstrip("\n").split("\n")), *new_words]
-        self.lower = lower
-        self.new_words = len(new_words)
+        self.lower, self.new_words = lower, len(new_words)
         self.ids = {p: i for i, p in enumerate(self.pieces)}
         for token in self.SPECIAL:
             if token not in self.ids:
-                raise DataError(
-                    f"{vocab_file} has no {token} among its {len(self.pieces):,} lines\n"
-                    f"  Wanted: a BERT vocabulary with {' '.join(self.SPECIAL)}. Fetch it again."
-                )
+                found = f"{vocab_file} has no {token} among its {len(self.pieces):,} lines"
+                wanted = f"a BERT vocabulary with {' '.join(self.SPECIAL)}. Fetch it again."
+                raise DataError(found, wanted)
         self.pad, self.unk, self.cls, self.sep, self.mask = (self.ids[t] for t in self.SPECIAL)
         # never cut into pieces
         self.whole = {word: [self.ids[word]] for word in new_words}
         self.cache = dict(self.whole)
-        self.ordinary = np.array(
-            [
-                i
-                for i, p in enumerate(self.pieces)
-                if not (p.startswith("[") and p.endswith("]") and len(p) > 2)
-            ]
-        )
+        # what may stand for a masked word: all but [PAD], [unused1] and their like
+        special = re.compile(r"\[.+\]")
+        ordinary = [i for i, p in enumerate(self.pieces) if not special.fullmatch(p)]
+        self.ordinary = np.array(ordinary)
 
     def __len__(self):
         return len(self.pieces)
@@ -355,15 +313,8 @@ class WordPiece:
     def __call__(self, text):
         """ids without [CLS] and [SEP]"""
         if not (text.isascii() and text.isprintable()):
-            text = "".join(
-                " "
-                if c in "\t\n\r" or unicodedata.category(c) == "Zs"
-                else f" {c} "
-                if is_chinese(c)
-                else c
-                for c in unicodedata.normalize("NFC", text)
-                if c not in "\0\ufffd" and not is_control(c)
-            )
+            text = self.clean(text)
+        # a corpus of the web has more words than memory
         if len(self.cache) > 1_000_000:
             self.cache = dict(self.whole)
         ids = []
@@ -373,27 +324,31 @@ class WordPiece:
             ids += self.cache[word]
         return ids
 
+    def clean(self, text):
+        """One Unicode form, no control characters, every blank a space, ideographs apart"""
+        letters = []
+        for c in unicodedata.normalize("NFC", text):
+            if c in "\t\n\r" or unicodedata.category(c) == "Zs":
+                letters.append(" ")
+            elif c != "\ufffd" and not unicodedata.category(c).startswith("C"):
+                letters.append(c)
+        return IDEOGRAPHS.sub(r" \1 ", "".join(letters))
+
     def split(self, word):
         """Lower-case, strip accents, and cut at punctuation; special tokens stay whole."""
         if "[" in word:
             parts = [p for p in re.split(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])", word) if p]
             if len(parts) > 1 or word in self.SPECIAL:
-                return [
-                    token for p in parts for token in ([p] if p in self.SPECIAL else self.split(p))
-                ]
-        # letter by letter: str.lower() would turn a last sigma into another letter
+                split = ([p] if p in self.SPECIAL else self.split(p) for p in parts)
+                return list(chain.from_iterable(split))
         if self.lower:
-            word = "".join(
-                c
-                for c in unicodedata.normalize("NFD", "".join(c.lower() for c in word))
-                if unicodedata.category(c) != "Mn"
-            )
+            # letter by letter: str.lower() would turn a last sigma into another letter
+            letters = unicodedata.normalize("NFD", "".join(c.lower() for c in word))
+            word = "".join(c for c in letters if unicodedata.category(c) != "Mn")
         return "".join(f" {c} " if is_punctuation(c) else c for c in word).split()
 
     def greedy(self, token):
-        """Longest piece first, from the left; a token that does not come out, or has over 100
-        letters, is [UNK].
-        """
+        """Longest piece first; a token that does not come out, or of over 100 letters, is [UNK]."""
         if len(token) > 100:
             return [self.unk]
         ids, start = [], 0
@@ -411,14 +366,12 @@ class WordPiece:
 
 def glove_file(data):
     """GloVe's text file in DATA/glove: 6B or 840B, of 300 numbers."""
-    for name in ("glove.6B.300d.txt", "glove.840B.300d.txt"):
-        path = Path(data) / "glove" / name
-        if path.exists():
-            return path
-    raise DataError(
-        f"{Path(data) / 'glove'} holds neither glove.6B.300d.txt nor glove.840B.300d.txt\n"
-        "  Fetch one from GloVe's page, nlp.stanford.edu/projects/glove."
-    )
+    folder, names = Path(data) / "glove", ("glove.6B.300d.txt", "glove.840B.300d.txt")
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    hint = "Fetch one from GloVe's page, nlp.stanford.edu/projects/glove."
+    raise DataError(f"{folder} holds neither {' nor '.join(names)}", hint=hint)
 
 
 def glove(path, words):
@@ -428,25 +381,19 @@ def glove(path, words):
     A token may hold blanks (840B has ". . ."); of a word that comes twice the first counts.
     """
     wanted, found, d = {w.encode(): w for w in words}, {}, None
-    with open(
-        need(path, "GloVe's vectors", "Fetch them from GloVe's page."), "rb", buffering=1 << 22
-    ) as file:
-        bar = tqdm(
-            total=os.path.getsize(path),
-            desc=Path(path).name,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-            leave=False,
-        )
+    path = need(path, "GloVe's vectors", "Fetch them from GloVe's page.")
+    how = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
+    with (
+        open(path, "rb", buffering=1 << 22) as file,
+        tqdm(total=path.stat().st_size, desc=path.name, **how) as bar,
+    ):
         for number, line in enumerate(file, 1):
             blanks = line.count(b" ")
             d = d or blanks
+            where = f"{path}, line {number}"
             if blanks < d:
-                raise DataError(
-                    f"{path}, line {number}: {blanks} numbers where the first line has {d}\n"
-                    "  Most often a download that stopped half way: fetch it again."
-                )
+                numbers = f"{blanks} numbers where the first line has {d}"
+                raise DataError(f"{where}: {numbers}", hint=CUT_SHORT)
             if number % 50_000 == 0:
                 bar.update(file.tell() - bar.n)
             word = wanted.get(line[: line.index(b" ")])
@@ -456,11 +403,8 @@ def glove(path, words):
             try:
                 found[word] = np.array(line.split()[1:], np.float32)
             except ValueError:
-                raise DataError(
-                    f"{path}, line {number}: {line[:60]!r}... holds something that is no number\n"
-                    "  Fetch the file again."
-                ) from None
-        bar.close()
+                odd = f"{where}: {line[:60]!r}... holds something that is no number"
+                raise DataError(odd, hint=AGAIN) from None
     return found
 
 
@@ -499,16 +443,11 @@ class WordVectors:
 
 def strip_punctuation(word):
     """A word as GloVe knows it: lower case, without the punctuation around it."""
-    return word.lower().strip(PUNCTUATION_MARKS)
-
-
-PUNCTUATION_MARKS = "".join(c for c in map(chr, range(33, 127)) if not c.isalnum())
+    return word.lower().strip(string.punctuation)
 
 
 def detector_names(data, what):
-    """Names of the detector's classes ("objects") or attributes; of aliases ("road,street") the
-    first.
-    """
+    """Names of the detector's "objects" or "attributes"; of aliases ("road,street") the first."""
     path = Path(data) / "vg" / f"{what}_vocab.txt"
     hint = "the detector's names, one a line (bottom-up attention's repository)"
     lines = read_text(path, hint).rstrip("\n").split("\n")
@@ -542,25 +481,20 @@ class RegionStore:
     has_names = True
 
     def __init__(self, folder):
-        self.folder = need(
-            folder,
-            "a region store",
-            f"Make one: python data.py pack FEATURES.tsv --out {folder}",
-        )
+        hint = f"Make one: python evaluate.py pack FEATURES.tsv --out {folder}"
+        self.folder = need(folder, "a region store", hint)
         self.meta = read_json(self.folder / "meta.json", "the store's description")
         self.classes = self.meta.get("classes")
-        self.arrays = {}
         try:
-            for path in self.folder.glob("*.npy"):
-                self.arrays[path.stem] = np.load(path, mmap_mode="r")
-            self.ids, self.wh, self.offsets, self.features, self.boxes = (
-                self.arrays[name] for name in ("ids", "wh", "offsets", "features", "boxes")
-            )
-        except KeyError as error:
-            raise self.error(f"lacks {error.args[0]}.npy") from None
+            self.arrays = load_arrays(self.folder)
         except Exception as error:
             # numpy's reader of headers raises whatever a broken header makes of it
             raise self.error(f"cannot be read: {str(error) or type(error).__name__}") from None
+        needed = "ids", "wh", "offsets", "features", "boxes"
+        for name in needed:
+            if name not in self.arrays:
+                raise self.error(f"lacks {name}.npy")
+        self.ids, self.wh, self.offsets, self.features, self.boxes = map(self.arrays.get, needed)
         self.checked_features = np.zeros(len(self.ids), bool)
         self.check_columns()
 
@@ -571,49 +505,38 @@ class RegionStore:
         return len(self.ids)
 
     def __str__(self):
-        size = self.features.nbytes / 2**20
-        return (
-            f"{self.folder}: {len(self):,} images, {len(self.features):,} regions, "
-            f"{size:,.0f} MiB memory-mapped"
-        )
+        counts = f"{len(self):,} images, {len(self.features):,} regions"
+        return f"{self.folder}: {counts}, {self.features.nbytes / 2**20:,.0f} MiB memory-mapped"
 
     def error(self, what):
         """A DataError about this store."""
-        return DataError(
-            f"{self.folder} {what}\n  Most often a copy or a conversion that stopped half way.\n"
-            "  Make the store again: python data.py pack (toy data: delete the toy folder, the next"
-            " run makes it again)."
+        hint = (
+            "Most often a copy or a conversion that stopped half way.\n  Make the store again: "
+            "evaluate.py pack (toy data: delete the toy folder, the next run makes it again)."
         )
+        return DataError(f"{self.folder} {what}", hint=hint)
 
     def check_columns(self):
         """Every array has the kind and the shape that COLUMNS and PER_IMAGE say."""
         rows, N = len(self.features), len(self.ids)
         sizes = {"D_V": self.features.shape[-1], "C": self.classes}
-        for name, values in self.arrays.items():
-            if name in COLUMNS:
-                dtype, shape = COLUMNS[name]
-                wanted = rows, *(sizes.get(s, s) for s in shape)
-            elif name in PER_IMAGE:
-                dtype, wanted = PER_IMAGE[name], {"offsets": (N + 1,), "wh": (N, 2)}[name]
-            else:
-                continue
-            if values.shape != wanted or values.dtype.kind != np.dtype(dtype).kind:
-                raise self.error(
-                    f"does not fit together: {name}.npy is {values.dtype} {values.shape}, "
-                    f"wanted {np.dtype(dtype).name} {wanted}"
-                )
+        wanted = {"offsets": (PER_IMAGE["offsets"], (N + 1,)), "wh": (PER_IMAGE["wh"], (N, 2))}
+        for name, (dtype, shape) in COLUMNS.items():
+            wanted[name] = dtype, (rows, *(sizes.get(s, s) for s in shape))
+        for name in wanted.keys() & self.arrays.keys():
+            values, (dtype, shape) = self.arrays[name], wanted[name]
+            if values.shape != shape or values.dtype.kind != np.dtype(dtype).kind:
+                found = f"{name}.npy is {values.dtype} {values.shape}"
+                wish = f"{np.dtype(dtype).name} {shape}"
+                raise self.error(f"does not fit together: {found}, wanted {wish}")
         if N == 0:
             raise self.error("is empty")
         if self.offsets[0] != 0 or self.offsets[-1] != rows:
-            raise self.error(
-                f"does not fit together: offsets end at {self.offsets[-1]}, {rows} feature rows"
-            )
+            ends = f"offsets end at {self.offsets[-1]}, {rows} feature rows"
+            raise self.error(f"does not fit together: {ends}")
 
     def check_rows(self, chunk=1 << 16):
-        """Look at every box once; open_index() does it where it makes an index.
-
-        In pieces, so that a store of any size takes the same memory.
-        """
+        """Look at every row once, in pieces, so that any store takes the same memory."""
         if (np.diff(self.offsets) < 1).any():
             raise self.error("holds an image without regions")
         if len(np.unique(self.ids)) != len(self.ids):
@@ -624,25 +547,27 @@ class RegionStore:
                 if part.min() < -1 or most and part.max() >= most:
                     raise self.error(f"has a {name} of {part.min()} or {part.max()}, of {most}")
         for start in range(0, len(self.ids), chunk):
-            images = np.arange(start, min(start + chunk, len(self.ids)))
-            rows = slice(int(self.offsets[start]), int(self.offsets[images[-1] + 1]))
-            wh = np.repeat(self.wh[images], self.n_regions(images), axis=0)
-            x1, y1, x2, y2 = np.asarray(self.boxes[rows]).T
-            # float32 boxes of float arithmetic elsewhere
-            slack = 1e-3 * wh + 1e-4
-            inside = (x1 >= -slack[:, 0]) & (y1 >= -slack[:, 1])
-            inside &= (x2 <= wh[:, 0] + slack[:, 0]) & (y2 <= wh[:, 1] + slack[:, 1])
-            # a box with nan in it is wrong too
-            wrong = ~(inside & (x2 >= x1) & (y2 >= y1))
-            if wrong.any():
-                row = rows.start + int(wrong.argmax())
-                i = int(np.searchsorted(self.offsets, row, side="right") - 1)
-                raise self.error(
-                    f"has {int(wrong.sum())} bad boxes; the first is region "
-                    f"{row - int(self.offsets[i])} of image {self.image_id(i)}: x1 y1 x2 y2 = "
-                    f"{np.asarray(self.boxes[row]).round(1).tolist()} in an image of "
-                    f"{self.wh[i].tolist()} pixels"
-                )
+            self.check_boxes(np.arange(start, min(start + chunk, len(self.ids))))
+
+    def check_boxes(self, images):
+        """Boxes of consecutive images lie inside them."""
+        first = int(self.offsets[images[0]])
+        boxes = np.asarray(self.boxes[first : self.offsets[images[-1] + 1]])
+        wh = np.repeat(self.wh[images], self.n_regions(images), axis=0)
+        # float32 boxes of float arithmetic elsewhere
+        slack = 1e-3 * wh + 1e-4
+        inside = (boxes[:, :2] >= -slack) & (boxes[:, 2:] <= wh + slack)
+        # a box with nan in it is wrong too
+        wrong = ~(inside & (boxes[:, 2:] >= boxes[:, :2])).all(axis=1)
+        if wrong.any():
+            row = first + int(wrong.argmax())
+            i = int(np.searchsorted(self.offsets, row, side="right") - 1)
+            corners = np.asarray(self.boxes[row]).round(1).tolist()
+            raise self.error(
+                f"has {int(wrong.sum())} bad boxes; the first is region {row - self.offsets[i]} of "
+                f"image {self.image_id(i)}: x1 y1 x2 y2 = {corners} in an image of "
+                f"{self.wh[i].tolist()} pixels"
+            )
 
     def stamps(self):
         """{file: (size, time)} of the store's own files: sources of every index made with it."""
@@ -654,6 +579,7 @@ class RegionStore:
 
     def finder(self):
         """A function from a list of image ids to their numbers (n,), -1 where there is none."""
+        # sorted once: a dictionary of millions of names is a gigabyte of Python objects
         order = np.argsort(self.ids, kind="stable")
         ordered = self.ids[order]
 
@@ -672,11 +598,12 @@ class RegionStore:
     def column(self, name):
         """One of the store's arrays, or an error where a converter had nothing to put there."""
         if name not in self.arrays:
-            raise DataError(
-                f"{self.folder} has no {name}: {', '.join(sorted(self.arrays))}\n"
-                "  Wanted: features of a detector with classes and attributes, such as "
-                "LXMERT's 10-column TSV files, or python evaluate.py extract."
+            wanted = (
+                "features of a detector with classes and attributes, such as LXMERT's 10-column "
+                "TSV files, or python evaluate.py extract."
             )
+            have = ", ".join(sorted(self.arrays))
+            raise DataError(f"{self.folder} has no {name}: {have}", wanted)
         return self.arrays[name]
 
     def read(self, images, column="features"):
@@ -809,14 +736,13 @@ class Vision(NamedTuple):
 
     def open(self, name):
         """The store of this name, e.g. "coco"; "vcr" is two of them, joined."""
-        if self.regions and name == "vcr":
-            return vcr_store(self.regions)
-        if self.regions and name == "vg_crops":
-            raise DataError("--corpora crops is of pictures\n  Wanted: --vision patches")
+        crops = name == "vg_crops"
+        if self.regions and crops:
+            raise DataError("--corpora crops is of pictures", "--vision patches")
         if self.regions:
-            return RegionStore(Path(self.regions) / name)
-        store = CropStore if name == "vg_crops" else PatchStore
-        return store(self.data, name, self.resolution, self.patch)
+            folder = Path(self.regions)
+            return vcr_store(folder) if name == "vcr" else RegionStore(folder / name)
+        return (CropStore if crops else PatchStore)(self.data, name, self.resolution, self.patch)
 
 
 def vcr_store(regions):
@@ -827,9 +753,7 @@ def vcr_store(regions):
 
 
 def walk_pictures(data, name):
-    """Yields (image id, path) of a store's pictures, wherever the data set keeps them; folders
-    inside these are looked into.
-    """
+    """Yields (image id, path) of a store's pictures, those in folders inside others too."""
     for folder in (Path(data) / place for place in PICTURES.get(name, ())):
         for at, _, files in os.walk(folder):
             # adding or removing a file changes its folder's time
@@ -837,19 +761,6 @@ def walk_pictures(data, name):
             for file in files:
                 if file.lower().endswith((".jpg", ".jpeg", ".png")):
                     yield file.rsplit(".", 1)[0].removeprefix(f"{name}_"), os.path.join(at, file)
-
-
-def find_picture(data, name, image_id):
-    """The path of one picture of a store."""
-    folders = [Path(data) / place for place in PICTURES.get(name, ())]
-    for folder in folders:
-        for suffix in (".jpg", ".png", ".jpeg"):
-            if (folder / f"{image_id}{suffix}").exists():
-                return folder / f"{image_id}{suffix}"
-    raise DataError(
-        f"the picture {image_id} is in none of {', '.join(map(str, folders))}\n"
-        "  Wanted: a .png or .jpg. Figures need the pictures."
-    )
 
 
 class PatchStore:
@@ -884,10 +795,9 @@ class PatchStore:
         data, name = self.args[:2]
         found = dict(walk_pictures(data, name))
         if not found:
-            raise DataError(
-                f"no pictures of {name} in {', '.join(PICTURES.get(name, ())) or data} of {data}\n"
-                "  Wanted: .jpg or .png files. Fetch them from the data set's own address."
-            )
+            places = f"{', '.join(PICTURES.get(name, ())) or data} of {data}"
+            wanted = ".jpg or .png files. Fetch them from the data set's own address."
+            raise DataError(f"no pictures of {name} in {places}", wanted)
         names = sorted(found)
         paths = [os.path.relpath(found[i], data).encode() for i in names]
         return {"ids": np.array([i.encode() for i in names]), "paths": np.array(paths)}, {}
@@ -895,10 +805,8 @@ class PatchStore:
     def set_pictures(self, arrays, resolution, patch):
         """Sizes and the grid of cells."""
         if patch < 1 or resolution % patch:
-            raise DataError(
-                f"pictures of {resolution} pixels do not divide into patches of {patch}\n"
-                "  Wanted: --resolution a multiple of --patch"
-            )
+            found = f"pictures of {resolution} pixels do not divide into patches of {patch}"
+            raise DataError(found, "--resolution a multiple of --patch")
         self.ids, self.arrays = arrays["ids"], arrays
         self.resolution, self.patch, self.classes = resolution, patch, 1 + 8**3
         y, x = np.mgrid[0:resolution:patch, 0:resolution:patch].reshape(2, -1)
@@ -912,10 +820,8 @@ class PatchStore:
         return len(self.ids)
 
     def __str__(self):
-        return (
-            f"{self.folder}: {len(self):,} of {self.resolution} x {self.resolution} "
-            f"in patches of {self.patch}"
-        )
+        size = f"{self.resolution} x {self.resolution} in patches of {self.patch}"
+        return f"{self.folder}: {len(self):,} of {size}"
 
     image_id, finder = RegionStore.image_id, RegionStore.finder
 
@@ -1009,12 +915,12 @@ class CropStore(PatchStore):
         data = self.args[0]
         pictures, images = dict(walk_pictures(data, "vg")), vg_images(data)
         ids, paths, windows = [], [], []
-        for name, region, box in vg_regions(data):
-            record = images.get(int(name))
-            if name in pictures and record and clip_box(*box, record):
-                rng = np.random.default_rng([int(name), region])
-                ids.append(f"{name}/{region}".encode())
-                paths.append(os.path.relpath(pictures[name], data).encode())
+        for name, number, region, where in vg_regions(data):
+            record, box = images.get(name), vg_box(region, where)
+            if str(name) in pictures and record and clip_box(*box, record):
+                rng = np.random.default_rng([int(name), number])
+                ids.append(f"{name}/{number}".encode())
+                paths.append(os.path.relpath(pictures[str(name)], data).encode())
                 windows.append(crop_window(rng, box, record))
         if not ids:
             raise DataError(f"no pictures of Visual Genome's regions in {data}/vg")
@@ -1029,11 +935,9 @@ def crop_window(rng, box, record):
     """A window of the picture (left, top, right, bottom) round a box x y w h, its sides between the
     box's and the picture's, as likely each time as large.
     """
+    x, y, w, h = box
     spans = []
-    for at, length, whole in (
-        (box[0], box[2], record["width"]),
-        (box[1], box[3], record["height"]),
-    ):
+    for at, length, whole in ((x, w, record["width"]), (y, h, record["height"])):
         length = min(max(length, 1), whole)
         wide = length * (whole / length) ** rng.random()
         lowest, highest = max(0, at + length - wide), min(max(0, at), whole - wide)
@@ -1050,6 +954,11 @@ def open_picture(path, resolution, window=None):
     return np.asarray(picture.resize((resolution, resolution), Image.BICUBIC, window))
 
 
+# what Pillow raises on a file that is no picture, is cut, or is a decompression bomb
+BOMBS = Image.DecompressionBombError, Image.DecompressionBombWarning
+PICTURE_ERRORS = OSError, ValueError, SyntaxError, *BOMBS
+
+
 def read_picture(path, enough=None):
     """A picture, upright and in colour; enough: a JPEG may be decoded at a fraction of its size
     that is not below this.
@@ -1064,19 +973,13 @@ def read_picture(path, enough=None):
                     picture.draft("RGB", (enough, enough))
                 picture.load()
                 return upright(picture)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise DataError(
-            f"{path} cannot be read as a picture: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
-            "  Most often a download that stopped half way, or an error page saved as a picture. "
+    except PICTURE_ERRORS as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        hint = (
+            "Most often a download that stopped half way, or an error page saved as a picture. "
             "Fetch it again, or remove it."
-        ) from None
+        )
+        raise DataError(f"{path} cannot be read as a picture: {why}", hint=hint) from None
 
 
 def upright(picture):
@@ -1085,354 +988,18 @@ def upright(picture):
     """
     if picture.getexif().get(0x0112, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "RGB" and "transparency" not in picture.info:
+    transparent = "transparency" in picture.info
+    if picture.mode == "RGB" and not transparent:
         return picture
-    # 16 bits a pixel or more: Pillow would cut them off
     if picture.mode.startswith(("I", "F")):
+        # 16 bits a pixel or more: Pillow would cut them off
         x = np.asarray(picture, np.float64)
-        picture = Image.fromarray(
-            (x / (65535 if x.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8)
-        )
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        x = x / (65535 if x.max() > 255 else 255) * 255
+        picture = Image.fromarray(x.clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or transparent:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
-
-
-# NLVR's structured representations name shapes, colours and sizes. Features of such regions are
-# sums of one random vector for each; tests/toy.py draws its world with the same ones.
-SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
-COLOURS = "red", "green", "blue", "yellow", "black", "purple"
-SIZES = "small", "medium", "large"
-
-
-def appearance(width=2048):
-    """Features of all things: (shapes + box, colours + grey, sizes, width), cut at zero as
-    mean-pooled ReLU features are; no position. The same in every tree, as one detector serves
-    every data set.
-    """
-    rng = np.random.default_rng(2048)
-    numbers = len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES)
-    s, c, z = (rng.standard_normal((n, width)).astype(np.float32) for n in numbers)
-    return (0.6 * s[:, None, None] + 0.6 * c[None, :, None] + 0.3 * z[None, None, :]).clip(0)
-
-
-class NlvrStore(RegionStore):
-    """NLVR's structured representations as regions: the three grey boxes and their items, in each
-    of the six orders of the boxes.
-
-    Image id = identifier-k, the k-th order, as the official picture's name.
-    """
-
-    def __init__(self, data, split):
-        looks = appearance()
-        self.args, self.folder = (data, split), f"{data}/nlvr/{split}, structured_rep"
-        self.table = looks.reshape(-1, looks.shape[-1]).astype(np.float16)
-        grey = np.ravel_multi_index((len(SHAPES), len(COLOURS), 2), looks.shape[:3])
-        kinds, boxes, counts, ids = [], [], [], []
-        for record in nlvr_presentations(data, split, Counter(), orders=1):
-            for k, order in enumerate(permutations(range(3))):
-                before = len(kinds)
-                for at, b in enumerate(order):
-                    kinds.append(int(grey))
-                    boxes.append((150 * at, 0, 150 * at + 100, 100))
-                    for shape, colour, size, x, y in record.note[b]:
-                        place = SHAPES.index(shape), COLOURS.index(colour), size // 10 - 1
-                        kinds.append(int(np.ravel_multi_index(place, looks.shape[:3])))
-                        right, low = min(x + size, 100), min(y + size, 100)
-                        boxes.append((150 * at + x, y, 150 * at + right, low))
-                counts.append(len(kinds) - before)
-                ids.append(f"{record.id[:-2]}-{k}".encode())
-        self.ids, self.offsets = np.array(ids), np.cumsum([0, *counts])
-        self.features, self.boxes = np.array(kinds), np.array(boxes, np.float32)
-        self.arrays = {"kind": self.features, "boxes": self.boxes}
-        self.wh = np.tile(np.array([[400, 100]], np.int32), (len(ids), 1))
-        self.classes, self.checked_features = 2 + len(SHAPES), np.zeros(len(ids), bool)
-
-    def __reduce__(self):
-        return type(self), self.args
-
-    def stamps(self):
-        path = Path(self.args[0]) / "nlvr" / self.args[1] / f"{self.args[1]}.json"
-        return {str(path): file_stamp(path)}
-
-    def read(self, images, column="features"):
-        if column == "features":
-            return self.table[super().read(images, "kind")]
-        return super().read(images, column)
-
-    def most_certain(self, images):
-        return self.table[self.features[self.offsets[images]]]
-
-
-class StoreWriter:
-    """Writes a store image by image, beside its place; commit() puts it there whole.
-
-    Restartable: every `every` images the files are flushed and what is done is noted in
-    progress.json; names, sizes and counts go to rows.jsonl, a line an image, so that an image
-    costs the same however many came before. A writer opened on the same place later cuts what
-    lies behind the note, and `done` says how many images to skip.
-    """
-
-    def __init__(self, folder, columns, meta, every=256):
-        self.folder, self.tmp = Path(folder), Path(f"{folder}.tmp")
-        self.meta, self.every = meta, every
-        if self.folder.exists():
-            raise DataError(
-                f"{folder} exists already\n"
-                "  Wanted: a new place. Choose another --out, or delete it first."
-            )
-        self.tmp.mkdir(parents=True, exist_ok=True)
-        sizes = {"D_V": meta["features"], "C": meta.get("classes")}
-        self.spec = {}
-        for name in columns:
-            dtype, shape = COLUMNS[name]
-            self.spec[name] = np.dtype(dtype), tuple(sizes.get(s, s) for s in shape)
-        note = self.tmp / "progress.json"
-        state = json.loads(note.read_text()) if note.exists() else {}
-        if state and (state["meta"] != meta or state["columns"] != list(columns)):
-            raise DataError(
-                f"{self.tmp} was begun from something else: {state['meta']}\n"
-                f"  Wanted: {meta}\n  Delete {self.tmp} to start again."
-            )
-        self.done, self.rows = state.get("images", 0), state.get("rows", 0)
-        self.files = {}
-        mode = "r+b" if state else "w+b"
-        for name, (dtype, shape) in self.spec.items():
-            self.files[name] = open(self.tmp / f"{name}.npy", mode)
-            self.write_header(name)
-            self.files[name].seek(128 + self.rows * dtype.itemsize * math.prod(shape))
-            self.files[name].truncate()
-        self.list = open(self.tmp / "rows.jsonl", mode)
-        self.list.seek(state.get("list_bytes", 0))
-        self.list.truncate()
-
-    def write_header(self, name):
-        """npy version 1.0 in 128 bytes, so that the row count can be filled in later without
-        moving the rows.
-        """
-        dtype, shape = self.spec[name]
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (self.rows, *shape)}
-        text = repr(header).ljust(117) + "\n"
-        self.files[name].seek(0)
-        self.files[name].write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little"))
-        self.files[name].write(text.encode())
-
-    def add(self, image_id, wh, **columns):
-        """columns: one array (n, ...) for each column of the store"""
-        n = len(columns["boxes"])
-        for name, (dtype, shape) in self.spec.items():
-            values = np.asarray(columns[name])
-            if values.shape != (n, *shape):
-                wanted = (n, *shape)
-                raise DataError(f"image {image_id}: {name} is {values.shape}, wanted {wanted}")
-            self.files[name].write(np.ascontiguousarray(values, dtype).tobytes())
-        line = json.dumps([str(image_id), n, *(int(x) for x in wh)])
-        self.list.write(line.encode() + b"\n")
-        self.rows, self.done = self.rows + n, self.done + 1
-        if self.done % self.every == 0:
-            self.flush()
-
-    def flush(self):
-        """What was added so far survives a kill."""
-        for file in (*self.files.values(), self.list):
-            file.flush()
-            os.fsync(file.fileno())
-        state = {"meta": self.meta, "columns": list(self.spec), "images": self.done}
-        state |= {"rows": self.rows, "list_bytes": self.list.tell()}
-        write_atomic(self.tmp / "progress.json", json.dumps(state))
-
-    def commit(self):
-        """Fill in the row counts, write the small files with a checksum of each array, rename."""
-        for name, file in self.files.items():
-            self.write_header(name)
-            file.close()
-        self.list.seek(0)
-        listed = [json.loads(line) for line in self.list]
-        self.list.close()
-        counts = np.array([n for _, n, _, _ in listed], np.int64)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(PER_IMAGE["offsets"])
-        np.save(self.tmp / "offsets.npy", offsets)
-        wh = np.array([row[2:] for row in listed], PER_IMAGE["wh"]).reshape(-1, 2)
-        np.save(self.tmp / "wh.npy", wh)
-        np.save(self.tmp / "ids.npy", np.array([row[0].encode() for row in listed]))
-        sums = {}
-        for file in sorted(self.tmp.glob("*.npy")):
-            with open(file, "rb") as handle:
-                sums[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-        meta = {**self.meta, "images": self.done, "regions": self.rows, "sha256": sums}
-        write_atomic(self.tmp / "meta.json", json.dumps(meta, indent=1))
-        (self.tmp / "progress.json").unlink(missing_ok=True)
-        (self.tmp / "rows.jsonl").unlink()
-        os.replace(self.tmp, self.folder)
-
-
-def decode(text, dtype, shape, where):
-    """One base64 column of a TSV row."""
-    try:
-        array = np.frombuffer(base64.b64decode(text, validate=True), dtype)
-        return array.reshape(shape)
-    except ValueError as error:
-        raise DataError(
-            f"{where}: expected {np.dtype(dtype).name} {tuple(shape)}: {error}\n"
-            "  Fetch the file again."
-        ) from None
-
-
-def tsv_rows(path, skip=0):
-    """Yields rows of an LXMERT (10 columns) or BUTD (6 columns) feature file: (image id, (w, h),
-    columns); None for the first `skip`.
-    """
-    with open(path, encoding="ascii", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if number <= skip:
-                yield None
-                continue
-            cells, where = line.rstrip("\n").split("\t"), f"{path}, line {number}"
-            if len(cells) not in (6, 10):
-                raise DataError(
-                    f"{where} has {len(cells)} columns: wanted 10 (LXMERT) or 6 (bottom-up "
-                    "attention)\n"
-                    "  Most often a download that stopped half way: fetch the file again."
-                )
-            try:
-                h, w, n = (int(cells[i]) for i in ((1, 2, 7) if len(cells) == 10 else (2, 1, 3)))
-            except ValueError:
-                raise DataError(
-                    f"{where}: image size or box count is no whole number: {cells[1:4]}"
-                ) from None
-            features = base64.b64decode(cells[-1]) if len(cells[-1]) % 4 == 0 else b""
-            if n < 1 or not features or len(features) % (4 * n):
-                raise DataError(
-                    f"{where} (image {cells[0]}): {len(features):,} bytes of features for {n} "
-                    "boxes\n  Fetch the file again."
-                )
-            columns = {
-                "boxes": decode(cells[-2], "<f4", (n, 4), where).copy(),
-                "features": np.frombuffer(features, "<f4").reshape(n, -1),
-            }
-            if len(cells) == 10:
-                for name, i, dtype in (
-                    ("cls_id", 3, "<i8"),
-                    ("cls_conf", 4, "<f4"),
-                    ("attr_id", 5, "<i8"),
-                    ("attr_conf", 6, "<f4"),
-                ):
-                    columns[name] = decode(cells[i], dtype, (n,), where)
-            yield cells[0], (w, h), columns
-
-
-def npz_rows(folder, sizes, skip=0):
-    """Yields UNITER's npz files in order of name, as tsv_rows. They do not hold the image size:
-    sizes = {image id: (w, h)}, else the unit square.
-    """
-    for number, path in enumerate(sorted(Path(folder).glob("*.npz"))):
-        if number < skip:
-            yield None
-            continue
-        try:
-            z = np.load(path, allow_pickle=False)
-            features, boxes = z["features"], z["norm_bb"][:, :4]
-            conf, probs = z["conf"].ravel(), z["soft_labels"]
-        except (ValueError, OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
-            raise DataError(
-                f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}\n"
-                "  Wanted: UNITER's npz with features, norm_bb, "
-                "conf, soft_labels.\n  Most often a download or a copy that stopped half way: "
-                "fetch it again."
-            ) from None
-        # UNITER's rule [authors' code]
-        n = int(np.clip((conf > 0.2).sum(), 10, 100))
-        name = uniter_image_id(path.stem)
-        w, h = sizes.get(name, (1, 1))
-        columns = {
-            "features": features[:n],
-            "boxes": (boxes[:n] * [w, h, w, h]).astype("<f4"),
-            "cls_prob": probs[:n],
-            "cls_conf": conf[:n],
-            "cls_id": probs[:n, 1:].argmax(axis=1),
-        }
-        yield name, (w, h), columns
-
-
-def uniter_image_id(stem):
-    """coco_train2014_000000000042, visual_grounding_coco_gt_000000000042 ->
-    COCO_train2014_000000000042; flickr30k_000001000092795 -> 1000092795;
-    nlvr2_dev-850-0-img0 -> dev-850-0-img0; vcr_gt_val_1001_Film_00.11@3 -> 1001_Film_00.11@3"""
-    if stem.startswith("coco_"):
-        return "COCO_" + stem[5:]
-    if stem.startswith("visual_grounding_"):  # RefCOCO's images are all of train2014
-        return "COCO_train2014_" + stem[-12:]
-    if found := re.match(r"nlvr2_|vcr_(?:gt_)?(?:train|val|test)_", stem):
-        return stem[found.end() :]
-    head, _, tail = stem.rpartition("_")
-    return str(int(tail)) if head and tail.isdigit() else stem
-
-
-def pack(sources, out, images=None):
-    """Convert LXMERT's or BUTD's TSV files, or folders of UNITER's npz files, into one region
-    store. Streams; may be killed and restarted.
-
-    images: folder of the pictures, to read their sizes from (npz only; without it boxes stay
-    relative and wh is 1 x 1)
-    """
-    paths = [need(s, "a .tsv file or a folder of .npz files", "Check the path.") for s in sources]
-    sizes = picture_sizes(images) if images and any(p.is_dir() for p in paths) else {}
-    first = next(source_rows(paths, sizes), None)
-    if first is None:
-        raise DataError(
-            f"{paths[0]} holds no {'npz files' if paths[0].is_dir() else 'rows'}\n"
-            "  Wanted: features to convert. Check the path."
-        )
-    columns = [name for name in COLUMNS if name in first[2]]
-    meta = {
-        "source": " ".join(map(str, paths)),
-        "features": first[2]["features"].shape[1],
-        "classes": first[2]["cls_prob"].shape[1] if "cls_prob" in columns else None,
-    }
-    writer, num_clipped = StoreWriter(out, columns, meta), 0
-    bar = tqdm(initial=writer.done, desc=f"pack {out}", unit=" images", disable=None)
-    for packed in source_rows(paths, sizes, writer.done):
-        if packed is None:
-            continue
-        image_id, (w, h), row = packed
-        inside, where = row["boxes"].clip(0, [w, h, w, h]), f"{meta['source']}, image {image_id}"
-        if not np.isfinite(row["boxes"]).all() or not np.isfinite(row["features"]).all():
-            raise DataError(f"{where}: nan or inf in boxes or features\n  Fetch the file again.")
-        moved = np.abs(inside - row["boxes"])
-        if (inside[:, 2:] < inside[:, :2]).any() or moved.max() > max(w, h):
-            raise DataError(
-                f"{where}: a box with x2 < x1 or far outside its {w} x {h} image: "
-                f"{row['boxes'].tolist()[0]}"
-            )
-        num_clipped += int((moved > 0).any(axis=1).sum())
-        writer.add(image_id, (w, h), **row | {"boxes": inside})
-        bar.update()
-    bar.close()
-    writer.commit()
-    print(
-        f"{out}: {writer.done:,} images, {writer.rows:,} regions of width "
-        f"{meta['features']}, {num_clipped} boxes clipped to their image"
-    )
-
-
-def source_rows(paths, sizes, skip=0):
-    """Rows of all files to pack, one after the other; None for the first `skip`."""
-    for path in paths:
-        rows = npz_rows(path, sizes, skip) if path.is_dir() else tsv_rows(path, skip)
-        number = 0
-        for number, row in enumerate(rows, 1):
-            yield row
-        skip = max(0, skip - number)
-
-
-def picture_sizes(folder):
-    """{file stem: (width, height)} of the pictures in a folder"""
-    sizes = {}
-    for path in tqdm(sorted(Path(folder).rglob("*.*")), desc="image sizes", disable=None):
-        with contextlib.suppress(OSError), Image.open(path) as picture:
-            sizes[path.stem] = picture.size
-    return sizes
 
 
 # 4. Readers -------------------------------------------------------------------------------------
@@ -1463,9 +1030,10 @@ class Record(NamedTuple):
 def caption_images(path):
     """A captions file in COCO's format, and {image id: its record, with "stem" added}."""
     whole, images = read_json(path, "caption annotations in COCO's format"), {}
+    where = f"{path}, images[]"
     for record in field(whole, "images", path, list):
-        stem = Path(field(record, "file_name", f"{path}, images[]", str)).stem
-        images[field(record, "id", f"{path}, images[]")] = {**record, "stem": stem}
+        stem = Path(field(record, "file_name", where, str)).stem
+        images[field(record, "id", where)] = {**record, "stem": stem}
     return whole, images
 
 
@@ -1476,10 +1044,8 @@ def read_captions(path):
         where = f"{path}, annotation {a.get('id') if isinstance(a, dict) else a}"
         image = field(a, "image_id", where)
         if image not in images:
-            raise DataError(
-                f"{where} is about image {image}, which is not in the file's images list\n"
-                "  Fetch the file again."
-            )
+            found = f"{where} is about image {image}, which is not in the file's images list"
+            raise DataError(found, hint=AGAIN)
         yield Record(images[image]["stem"], field(a, "caption", where, str), str(a.get("id")))
 
 
@@ -1494,9 +1060,7 @@ def coco_captions(data, split, stats):
 
 
 def own_captions(data, split, stats):
-    """Your own: DATA/own/captions.json in COCO's format, pictures in DATA/own/images. The last
-    tenth is for validation.
-    """
+    """DATA/own/captions.json, in COCO's format; the last tenth is for validation."""
     return split_off(read_captions(Path(data) / "own" / "captions.json"), split, 10)
 
 
@@ -1521,14 +1085,12 @@ def karpathy_captions(data, split, stats, dataset="coco"):
 
 
 def winoground_examples(data, split, stats):
-    """Winoground's 400 examples (the toy tree: fewer); two Records each, caption i with image i.
-    note = the tag.
-    """
+    """Winoground's 400 examples; two Records each, caption i with image i; note = the tag."""
     path = Path(data) / "winoground" / "examples.jsonl"
-    for e in read_json_lines(path, "Winoground's examples"):
+    for where, e in read_json_lines(path, "Winoground's examples"):
         for i in (0, 1):
-            image, text = field(e, f"image_{i}", path), field(e, f"caption_{i}", path, str)
-            name = f"{field(e, 'id', path)}/{i}"
+            image, text = field(e, f"image_{i}", where), field(e, f"caption_{i}", where, str)
+            name = f"{field(e, 'id', where)}/{i}"
             yield Record(image, text, name, note=e.get("collapsed_tag", ""))
 
 
@@ -1543,27 +1105,14 @@ def read_label(record, where):
 def nlvr_presentations(data, split, stats, orders=6):
     """NLVR v1: sentences about three boxes of shapes, true or false; target = 1 or 0.
 
-    A Record each of the first so many orders of the boxes; note = the three boxes' items as their
-    structured_rep has them: (shape, colour, size in pixels, x, y).
+    A Record each of the first so many orders of the boxes; note = structured_rep, the three boxes'
+    items. Image id = split-identifier-k, the k-th order, as the official picture's name.
     """
     path = Path(data) / "nlvr" / split / f"{split}.json"
-    colours = {"yellow": "yellow", "black": "black", "#0099ff": "blue"}
-    for e in read_json_lines(path, "NLVR v1: clone lil-lab/nlvr, folder nlvr"):
-        where = f"{path}, {e.get('identifier')}"
-        try:
-            boxes = [
-                [
-                    (i["type"], colours[i["color"].lower()], i["size"], i["x_loc"], i["y_loc"])
-                    for i in box
-                ]
-                for box in field(e, "structured_rep", where)
-            ]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{where}: an item of structured_rep lacks or has an unknown {error}"
-            ) from None
+    for where, e in read_json_lines(path, "NLVR v1: clone lil-lab/nlvr, folder nlvr"):
         field(e, "label", where)
         name, text = f"{split}-{field(e, 'identifier', where)}", field(e, "sentence", where, str)
+        boxes = field(e, "structured_rep", where, list)
         for k in range(orders):
             yield Record(f"{name}-{k}", text, f"{name}-{k}", read_label(e, where), note=boxes)
 
@@ -1579,10 +1128,7 @@ def flickr_photo(url):
 
 
 class HeldOut(NamedTuple):
-    """Images that pre-training may not see: a downstream task is evaluated on them.
-
-    UNITER sec. A.1
-    """
+    """Images of downstream evaluation, which pre-training may not see         UNITER sec. A.1"""
 
     coco: set  # COCO image ids
     photos: set  # Flickr photo numbers of Flickr30k
@@ -1590,9 +1136,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out(data):
-    """Read the lists from whatever of these files is there: Karpathy's val and test, RefCOCO/+/g's
-    val and test, Flickr30k's photos.
-    """
+    """Of the files that are there: Karpathy's, RefCOCO's val and test, Flickr30k's photos."""
     data, coco_ids, counts = Path(data), set(), {}
     karpathy = karpathy_images(data, "coco")[0]
     for split in ("val", "test"):
@@ -1615,9 +1159,7 @@ def held_out(data):
 
 
 def coco_corpus(data, split, stats):
-    """UNITER's COCO: train2014 and val2014 together without what is held out; validation is
-    Karpathy's val.
-    """
+    """UNITER's COCO: train2014 and val2014 without what is held out; val: Karpathy's."""
     if split == "val":
         yield from karpathy_captions(data, "val", stats)
         return
@@ -1670,8 +1212,7 @@ def vg_split(data, split, stats):
     if split == "val":
         validation = {i["cocoid"] for i in karpathy_images(data, "coco")[0] if i["split"] == "val"}
         return {n: i for n, i in images.items() if i.get("coco_id") in validation}
-    out = held_out(data)
-    kept = {}
+    out, kept = held_out(data), {}
     for number, record in images.items():
         if record.get("coco_id") not in out.coco and str(record.get("flickr_id")) not in out.photos:
             kept[number] = record
@@ -1679,49 +1220,48 @@ def vg_split(data, split, stats):
     return kept
 
 
+def vg_regions(data):
+    """Yields (image, number within it, record, where) of Visual Genome's region descriptions."""
+    for image, regions, where in vg_items(data, "region_descriptions", "regions"):
+        for number, region in enumerate(regions):
+            yield image, number, region, where
+
+
+def vg_phrase(region, where):
+    """A region's description, without line ends"""
+    return " ".join(field(region, "phrase", where, str).split())
+
+
 def vg_descriptions(data, split, stats):
     """Visual Genome's region descriptions."""
     images = vg_split(data, split, stats)
-    for image, regions, where in vg_items(data, "region_descriptions", "regions"):
-        for r in regions if image in images else ():
-            text = " ".join(field(r, "phrase", where, str).split())
-            yield Record(str(image), text, str(r.get("region_id")))
-
-
-def vg_regions(data):
-    """Yields (image, number, box x y w h) of Visual Genome's region descriptions, numbered within
-    their image.
-    """
-    for image, regions, where in vg_items(data, "region_descriptions", "regions"):
-        for k, r in enumerate(regions):
-            yield str(image), k, tuple(vg_box(r, where))
+    for image, _, region, where in vg_regions(data):
+        if image in images:
+            yield Record(str(image), vg_phrase(region, where), str(region.get("region_id")))
 
 
 def vg_crops(data, split, stats):
     """Visual Genome's regions, cut out, with their descriptions: things before scenes."""
     images = vg_split(data, split, stats)
-    for image, regions, where in vg_items(data, "region_descriptions", "regions"):
-        for k, r in enumerate(regions if image in images else ()):
-            if clip_box(*vg_box(r, where), images[image]):
-                text = " ".join(field(r, "phrase", where, str).split())
-                yield Record(f"{image}/{k}", text, str(r.get("region_id")))
-            else:
-                stats["regions left out: a box of no area"] += 1
+    for image, number, region, where in vg_regions(data):
+        if image not in images:
+            continue
+        if clip_box(*vg_box(region, where), images[image]):
+            text, name = vg_phrase(region, where), str(region.get("region_id"))
+            yield Record(f"{image}/{number}", text, name)
+        else:
+            stats["regions left out: a box of no area"] += 1
 
 
 def web_captions(path, columns, stats, out):
-    """Yields Records of a file of captions and addresses; columns: their order. Image id = line
-    number from 0.
-    """
-    text = read_text(path, f"web captions, {' and '.join(columns)} a line")
-    caption = columns.index("caption")
+    """Records of a file of captions and addresses, columns in this order; image id = line from 0"""
+    names = " and ".join(columns)
+    text, caption = read_text(path, f"web captions, {names} a line"), columns.index("caption")
     for number, line in enumerate(line for line in text.split("\n") if line):
         row = line.split("\t")
         if len(row) != 2:
-            raise DataError(
-                f"{path}, line {number + 1} has {len(row)} columns: wanted 2, "
-                f"{' and '.join(columns)}\n  Fetch the file again."
-            )
+            found = f"{path}, line {number + 1} has {len(row)} columns: wanted 2, {names}"
+            raise DataError(found, hint=AGAIN)
         if flickr_photo(row[1 - caption]) in out.photos:
             stats["images held out, also in Flickr30k"] += 1
         else:
@@ -1750,28 +1290,19 @@ def cc12m_captions(data, split, stats):
 
 
 def sbu_captions(data, split, stats):
-    """SBU Captions: two files, line by line, or one JSON file. Image id = line number from 0; the
-    last hundredth is for validation.
-    """
+    """SBU: two files, line by line, or one of JSON; image id = line from 0; val: last hundredth"""
     folder, out = Path(data) / "sbu", held_out(data)
     whole = folder / "sbu-captions-all.json"
     if exists(whole):
         record = read_json(whole, "SBU Captions")
         urls, captions = field(record, "image_urls", whole), field(record, "captions", whole)
     else:
-        urls, captions = (
-            read_text(
-                folder / f"SBU_captioned_photo_dataset_{name}.txt", "SBU Captions, one a line"
-            )
-            .rstrip("\n")
-            .split("\n")
-            for name in ("urls", "captions")
-        )
+        paths = (folder / f"SBU_captioned_photo_dataset_{n}.txt" for n in ("urls", "captions"))
+        texts = (read_text(path, "SBU Captions, one a line") for path in paths)
+        urls, captions = (text.rstrip("\n").split("\n") for text in texts)
     if len(urls) != len(captions):
-        raise DataError(
-            f"{folder}: {len(urls):,} addresses and {len(captions):,} captions\n"
-            "  Wanted: as many of either. Fetch both files again."
-        )
+        found = f"{folder}: {len(urls):,} addresses and {len(captions):,} captions"
+        raise DataError(found, "as many of either. Fetch both files again.")
     cut = len(urls) - max(10, len(urls) // 100)
     for i in range(cut) if split == "train" else range(cut, len(urls)):
         if flickr_photo(urls[i]) in out.photos:
@@ -1804,6 +1335,13 @@ class Answers(NamedTuple):
     answer_type: str
 
 
+def vqa_annotations(data, split):
+    """Yields (record, path) of one of VQA v2's answer files."""
+    path = Path(data) / "vqa2" / f"v2_mscoco_{split}_annotations.json"
+    for a in field(read_json(path, "VQA v2's answers"), "annotations", path, list):
+        yield a, path
+
+
 def vqa_questions(data, split, stats, answers=()):
     """VQA v2 questions; target = {number in answers: score}, note = Answers.
 
@@ -1814,41 +1352,21 @@ def vqa_questions(data, split, stats, answers=()):
     if split == "vg":
         yield from vg_questions(data, stats, numbers)
         return
-    folder, known = Path(data) / "vqa2", {}
-    path = folder / f"v2_OpenEnded_mscoco_{split}_questions.json"
-    if not split.startswith("test"):
-        notes = folder / f"v2_mscoco_{split}_annotations.json"
-        for a in field(read_json(notes, "VQA v2's answers"), "annotations", notes, list):
-            given = [field(x, "answer", notes, str) for x in field(a, "answers", notes, list)]
-            kinds = a.get("question_type", ""), a.get("answer_type", "")
-            known[field(a, "question_id", notes)] = Answers(given, *kinds)
+    path, known = Path(data) / "vqa2" / f"v2_OpenEnded_mscoco_{split}_questions.json", {}
+    for a, where in () if split.startswith("test") else vqa_annotations(data, split):
+        given = [field(x, "answer", where, str) for x in field(a, "answers", where, list)]
+        kinds = a.get("question_type", ""), a.get("answer_type", "")
+        known[field(a, "question_id", where)] = Answers(given, *kinds)
     images = split.replace("test-dev", "test")
     for q in field(read_json(path, "VQA v2's questions"), "questions", path, list):
         note = known.get(field(q, "question_id", path))
         target = None if note is None else soft_target(note.given, numbers)
         stats["questions without annotations"] += bool(known) and note is None
-        stats["questions none of whose answers is in the list, kept with an all-zero target"] += (
-            target == {}
-        )
+        unknown = "questions none of whose answers is in the list, kept with an all-zero target"
+        stats[unknown] += target == {}
         image = f"COCO_{images}_{field(q, 'image_id', path, int):012d}"
         text = field(q, "question", path, str)
         yield Record(image, text, str(q["question_id"]), target, note=note)
-
-
-def answer_list(data, minimum=9):
-    """The answers that a VQA model predicts: trainval_label2ans.json if it is there, else by
-    the published rule: the normalised most common answers of at least 9 questions of train2014
-    and val2014, sorted (3,129 in VQA v2).
-    """
-    path = Path(data) / "vqa2" / "trainval_label2ans.json"
-    if exists(path):
-        return read_json(path, "the list of answers")
-    count = Counter()
-    for split in ("train2014", "val2014"):
-        notes = Path(data) / "vqa2" / f"v2_mscoco_{split}_annotations.json"
-        for a in field(read_json(notes, "VQA v2's answers"), "annotations", notes, list):
-            count[normalise_answer(field(a, "multiple_choice_answer", notes, str))] += 1
-    return sorted(answer for answer, n in count.items() if n >= minimum)
 
 
 def soft_target(given, numbers):
@@ -1857,9 +1375,9 @@ def soft_target(given, numbers):
     return {numbers[a]: min(1.0, 0.3 * n) for a, n in count.items() if a in numbers}
 
 
-def vg_answer(question):
+def vg_answer(question, where):
     """The answer to one of Visual Genome's questions, as VQA writes answers"""
-    return normalise_answer(question["answer"].rstrip("."))
+    return normalise_answer(field(question, "answer", where, str).rstrip("."))
 
 
 def vg_questions(data, stats, numbers, own_images=False, out=()):
@@ -1878,8 +1396,7 @@ def vg_questions(data, stats, numbers, own_images=False, out=()):
         if not own_images:
             image = stems.get(images.get(number, {}).get("coco_id"))
         for q in questions:
-            field(q, "answer", where, str)
-            answer = vg_answer(q)
+            answer = vg_answer(q, where)
             if image and answer in numbers:
                 text = field(q, "question", where, str)
                 yield Record(image, text, f"vg{q.get('qa_id')}", {numbers[answer]: 1.0})
@@ -1903,8 +1420,8 @@ def vcr_choices(data, split, stats, parts=("qa",), choices=True):
     """
     path = Path(data) / "vcr1" / f"{split}.jsonl"
     for part in parts:
-        for record in read_json_lines(path, "VCR's annotations"):
-            where = f"{path}, {record.get('annot_id')}"
+        for line, record in read_json_lines(path, "VCR's annotations"):
+            where = f"{line}, {record.get('annot_id')}"
             image = Path(field(record, "img_fn", where, str)).stem
             rows, target = vcr_rows(record, part, where, stats)
             for j, row in enumerate(rows if choices else [rows[target]]):
@@ -1926,10 +1443,8 @@ def vcr_rows(record, part, where, stats):
     if part == "qa":
         return [(question, answer) for answer in answers], right
     if part == "qar" and right is None:
-        raise DataError(
-            f"{where}: no answer_label\n"
-            "  Wanted: train or val; the test set's rationales are scored for all four answers."
-        )
+        wanted = "train or val; the test set's rationales are scored for all four answers."
+        raise DataError(f"{where}: no answer_label", wanted)
     reasons, rows = segments("rationale_choices", 3), []
     for answer in answers if part == "all" else [answers[right]]:
         rows += [(question, answer, reason) for reason in reasons]
@@ -1959,14 +1474,12 @@ def nlvr2_pairs(data, split, stats, rows="pair"):
     rows  "triplet": a Record has both images; else two Records, the sentence with either image
     """
     path = Path(data) / "nlvr2" / f"{split}.json"
-    for e in read_json_lines(path, "NLVR2: clone lil-lab/nlvr, folder nlvr2/data"):
-        name = field(e, "identifier", path, str)
+    for where, e in read_json_lines(path, "NLVR2: clone lil-lab/nlvr, folder nlvr2/data"):
+        name = field(e, "identifier", where, str)
         if name.count("-") != 3:
-            raise DataError(
-                f"{path}: identifier {name!r}, wanted split-set-pair-sentence\n"
-                "  Fetch the file again."
-            )
-        text, label = field(e, "sentence", path, str), read_label(e, f"{path}, {name}")
+            found = f"{where}: identifier {name!r}, wanted split-set-pair-sentence"
+            raise DataError(found, hint=AGAIN)
+        text, label = field(e, "sentence", where, str), read_label(e, f"{where}, {name}")
         left, right = (f"{name.rpartition('-')[0]}-img{side}" for side in (0, 1))
         for image in [(left, right)] if rows == "triplet" else (left, right):
             yield Record(image, text, name, label)
@@ -1979,20 +1492,18 @@ ENTAILMENT = "contradiction", "entailment", "neutral"
 def entailment_pairs(data, split, stats):
     """SNLI-VE: image and hypothesis; target = number in ENTAILMENT. split: train, dev, test."""
     path = Path(data) / "snli_ve" / f"snli_ve_{split}.jsonl"
-    for e in read_json_lines(path, "SNLI-VE's pairs"):
+    for where, e in read_json_lines(path, "SNLI-VE's pairs"):
         # the official file spells it so
-        name = "Flikr30kID" if isinstance(e, dict) and "Flikr30kID" in e else "Flickr30K_ID"
-        image = str(field(e, name, path)).removesuffix(".jpg")
-        label = field(e, "gold_label", path)
+        name = "Flikr30kID" if "Flikr30kID" in e else "Flickr30K_ID"
+        image = str(field(e, name, where)).removesuffix(".jpg")
+        label = field(e, "gold_label", where)
         if label == "-":
             stats["pairs left out: label '-', the annotators disagree"] += 1
             continue
         if label not in ENTAILMENT:
-            raise DataError(
-                f"{path}, {e.get('pairID')}: label {label!r}, wanted one of "
-                f"{', '.join(ENTAILMENT)} or -"
-            )
-        text = field(e, "sentence2", path, str)
+            wanted = f"wanted one of {', '.join(ENTAILMENT)} or -"
+            raise DataError(f"{where}, {e.get('pairID')}: label {label!r}, {wanted}")
+        text = field(e, "sentence2", where, str)
         yield Record(image, text, str(e.get("pairID")), ENTAILMENT.index(label))
 
 
@@ -2035,29 +1546,6 @@ def referring_expressions(data, split, stats, dataset="refcoco"):
         for s in sentences:
             image = f"COCO_train2014_{ref['image_id']:012d}"
             yield Record(image, s["sent"], str(s["sent_id"]), boxes=(box,))
-
-
-def box_overlap(a, b):
-    """Overlap over union of boxes x y w h, (..., 4) each.
-
-    Right edge x + w - 1, an overlap of one pixel counts as none, areas are w h: UNITER's and
-    ALBEF's evaluation code.
-    """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    corner = np.maximum(a[..., :2], b[..., :2])
-    far = np.minimum(a[..., :2] + a[..., 2:] - 1, b[..., :2] + b[..., 2:] - 1)
-    inter = np.where((far > corner).all(-1), (far - corner + 1).prod(-1), 0.0)
-    return inter / (a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - inter)
-
-
-def matching_region(record, store, image):
-    """The target of a referring expression: the region that overlaps the truth most, if by more
-    than half; else -1.
-    """
-    boxes = store.read(np.array([image]), "boxes")[0]
-    boxes[:, 2:] -= boxes[:, :2]
-    overlap = box_overlap(boxes, record.boxes[0])
-    return int(overlap.argmax()) if overlap.max() > 0.5 else -1
 
 
 # ------------------------------------------ words that point at boxes (Kervadec et al., MAF)
@@ -2115,34 +1603,6 @@ def pointed_spans(words, graph, stats):
     return spans
 
 
-def gqa_answers(data):
-    """GQA's answers: trainval_label2ans.json if it is there, else every answer of the balanced
-    train and val questions (1,842).
-    """
-    path = Path(data) / "gqa" / "trainval_label2ans.json"
-    if exists(path):
-        return read_json(path, "the list of answers")
-    splits = [gqa_records(data, split) for split in ("train_balanced", "val_balanced")]
-    return sorted({q["answer"] for records in splits for q in records.values()})
-
-
-def all_answers(data, minimum=9):
-    """The answers of two-stream pre-training: lxmert/all_ans.json if it is there (9,500), else
-    VQA's list, GQA's, and what Visual Genome's questions are answered with at least `minimum`
-    times.
-    """
-    path = Path(data) / "lxmert" / "all_ans.json"
-    if exists(path):
-        return [a["ans"] for a in read_json(path, "LXMERT's answers")]
-    count = Counter()
-    for _, questions, where in vg_items(data, "question_answers", "qas"):
-        for q in questions:
-            field(q, "answer", where, str)
-            count[vg_answer(q)] += 1
-    frequent = (answer for answer, n in count.items() if n >= minimum)
-    return sorted({*answer_list(data), *gqa_answers(data), *frequent})
-
-
 def joined_descriptions(data, stats, out=()):
     """Yields Visual Genome's region descriptions in sentences of one, two or three, joined by
     "and", with their boxes.                                                  Kervadec sec. 6.1
@@ -2177,9 +1637,7 @@ def joined_descriptions(data, stats, out=()):
 
 
 def multitask_coco(data, split, stats, answers=()):
-    """LXMERT's and Kervadec's COCO part: captions of Karpathy's train, and VQA's questions about
-    its images.
-    """
+    """LXMERT's COCO part: captions of Karpathy's train, and VQA's questions about its images."""
     images = set()
     for record in karpathy_captions(data, "train", stats):
         images.add(record.image)
@@ -2245,10 +1703,8 @@ def entity_phrases(line, boxes, where, stats):
     for part in re.split(r"(\[/EN#[^\]\[]*\])", line):
         mark = re.fullmatch(r"\[/EN#(\d+)/(\S+) ([^\]]*)\]", part)
         if not mark and ("[/EN" in part or "]" in part and "[" not in part):
-            raise DataError(
-                f"{where}: brackets that do not close: {line[:90]!r}\n"
-                "  Wanted: [/EN#chain/type words]. Fetch the file again."
-            )
+            found = f"{where}: brackets that do not close: {line[:90]!r}"
+            raise DataError(found, f"[/EN#chain/type words]. {AGAIN}")
         words += (mark[3] if mark else part).split()
         if mark and mark[1] == "0":
             stats["phrases that name nothing (EN#0)"] += 1
@@ -2261,14 +1717,14 @@ def entity_phrases(line, boxes, where, stats):
 
 def entity_boxes(path, stats):
     """{chain: boxes} of one annotation file; its boxes are inclusive and counted from 1."""
-    corners, boxes = ("xmin", "ymin", "xmax", "ymax"), {}
+    text, boxes = read_text(path, "Flickr30k Entities' boxes"), {}
     try:
-        text = read_text(path, "Flickr30k Entities' boxes")
         for thing in xml.etree.ElementTree.fromstring(text).iter("object"):
             box = thing.find("bndbox")
             if box is None:  # a scene, or not to be boxed
                 continue
-            x1, y1, x2, y2 = (int(box.find(name).text) for name in corners)
+            corners = (int(box.find(name).text) for name in ("xmin", "ymin", "xmax", "ymax"))
+            x1, y1, x2, y2 = corners
             if x2 < x1 or y2 < y1:
                 stats["boxes of no area"] += 1
                 continue
@@ -2276,20 +1732,15 @@ def entity_boxes(path, stats):
                 boxes.setdefault(name.text, []).append((x1 - 1, y1 - 1, x2, y2))
         return boxes
     except (xml.etree.ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{path} is no annotation of Flickr30k Entities: {error}\n  Fetch the file again."
-        ) from None
+        found = f"{path} is no annotation of Flickr30k Entities: {error}"
+        raise DataError(found, hint=AGAIN) from None
 
 
 # ------------------------------------------------- pictures and boxes, without a detector (AMC)
 
 
 def clean_caption(text, words=30):
-    """As ALBEF and AMC clean captions: lower case, no punctuation, hyphens and slashes opened, so
-    many words.
-    """
+    """As ALBEF and AMC: lower case, no punctuation, hyphens and slashes opened, so many words"""
     text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
     return " ".join(text.split()[:words])
@@ -2327,24 +1778,22 @@ def vg_triplets(data, split, stats, kinds=("box", "region"), min_area=0.08):
 
 def vg_boxed_texts(data, images, kinds):
     """Yields (kind, image, text, box x y w h)."""
-    if "region" in kinds:
-        for image, regions, where in vg_items(data, "region_descriptions", "regions"):
-            for r in regions if image in images else ():
-                text = " ".join(field(r, "phrase", where, str).split())
-                yield "region descriptions", image, text, vg_box(r, where)
-    if "box" in kinds:
-        for image, objects, where in vg_items(data, "attributes", "attributes"):
-            named = {}
-            for o in objects if image in images else ():
-                name = str((field(o, "names", where, list) or [""])[0])
-                corners = vg_box(o, where, "xywh")
-                named.setdefault(name, []).append(corners)
-                for attribute in o.get("attributes") or [""]:
-                    kind = "objects with attributes" if attribute else "objects"
-                    yield kind, image, f"{attribute} {name}".strip(), corners
-            for name, boxes in named.items():
-                for text, corners in places_of(name, boxes, images[image]):
-                    yield "prompts of place", image, text, corners
+    for image, _, r, where in vg_regions(data) if "region" in kinds else ():
+        if image in images:
+            yield "region descriptions", image, vg_phrase(r, where), vg_box(r, where)
+    items = vg_items(data, "attributes", "attributes") if "box" in kinds else ()
+    for image, objects, where in items:
+        named = {}
+        for o in objects if image in images else ():
+            name = str((field(o, "names", where, list) or [""])[0])
+            corners = vg_box(o, where, "xywh")
+            named.setdefault(name, []).append(corners)
+            for attribute in o.get("attributes") or [""]:
+                kind = "objects with attributes" if attribute else "objects"
+                yield kind, image, f"{attribute} {name}".strip(), corners
+        for name, boxes in named.items():
+            for text, corners in places_of(name, boxes, images[image]):
+                yield "prompts of place", image, text, corners
 
 
 def places_of(name, boxes, image):
@@ -2390,6 +1839,7 @@ class Corpus(NamedTuple):
     task: str = ""  # a second stage: for this task, with its words and types, and alone
 
 
+VCR_CORPUS = functools.partial(vcr_choices, parts=("qa", "qar"), choices=False)
 CORPORA = {
     "coco": Corpus(coco_corpus, "coco"),
     "vg": Corpus(vg_descriptions, "vg"),
@@ -2398,20 +1848,14 @@ CORPORA = {
     "cc12m": Corpus(cc12m_captions, "cc12m", skip_missing=True),
     "crops": Corpus(vg_crops, "vg_crops"),
     "own": Corpus(own_captions, "own"),
-    "vcr": Corpus(
-        functools.partial(vcr_choices, parts=("qa", "qar"), choices=False), "vcr", task="vcr"
-    ),
+    "vcr": Corpus(VCR_CORPUS, "vcr", task="vcr"),
     # texts with boxes [AMC sec. 4.1]; comes alone, by --triplets
     "triplets": Corpus(vg_triplets, "vg"),
 }
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-NUMBERS = dict(
-    zip(
-        "none zero one two three four five six seven eight nine ten".split(),
-        "0 0 1 2 3 4 5 6 7 8 9 10".split(),
-    )
-)
+NUMBERS = "none zero one two three four five six seven eight nine ten".split()
+NUMBERS = dict(zip(NUMBERS, "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -2423,14 +1867,13 @@ what's what've when's where'd where's where've who'd who'd've who'll who's who'v
 why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
 you've
 """.split()
-
-
-# without its apostrophe -> with it
+# without its apostrophe, or one of them -> with it
 RESTORE = {}
 for contraction in CONTRACTIONS:
     for position, letter in enumerate(contraction):
         if letter == "'":
             RESTORE[contraction[:position] + contraction[position + 1 :]] = contraction
+# as the official table has it
 RESTORE["somebody'd"] = "somebodyd"
 
 
@@ -2439,60 +1882,91 @@ RESTORE["somebody'd"] = "somebodyd"
 # memory-mapped by all processes and loader workers. No Python object exists per text.
 
 # raised whenever what a reader or the index writes changes
-INDEX_VERSION = 1
-# how a text becomes ids: [CLS] text [SEP], [CLS] text, or phrases side by side [MAF's code: of at
-# most so many words, so many a caption]
-LAYOUTS = "bert", "albef", "phrases"
+INDEX_VERSION = 2
+# MAF's code: phrases of a caption, words of a phrase at most
 MAX_PHRASES, MAX_PHRASE_WORDS = 32, 12
 
 
+class IndexOptions(NamedTuple):
+    """How records become an Index."""
+
+    max_words: int = 60  # word pieces a text; longer ones are truncated [authors' code: left out]
+    # leave texts out whose image has no features, and count them; else that is an error
+    skip_missing: bool = False
+    # how a text becomes ids. bert: [CLS] text [SEP]; albef: [CLS] text; phrases: side by side
+    layout: str = "bert"
+    group: int = 1  # so many texts that follow each other are one example
+    # (record, store, image) -> target, where it depends on the store
+    label: Callable = None
+
+
+# {array: type code, numbers a row} of an Index, which says what they are
+INDEX_ARRAYS = {
+    "tokens": ("i", 1),
+    "starts": ("q", 1),
+    "types": ("b", 1),
+    "image": ("i", 1),
+    "id_bytes": ("B", 1),
+    "id_starts": ("q", 1),
+    "answered": ("b", 1),
+    "target": ("i", 1),
+    "score": ("d", 1),
+    "target_starts": ("q", 1),
+    "boxes": ("d", 4),
+    "box_starts": ("q", 1),
+    "pointed": ("q", 2),
+    "pointed_box": ("f", 4),
+}
+
+
 class IndexWriter:
-    """Collects the arrays of an Index, text by text; see Index for what they are."""
+    """Collects the arrays of an Index, text by text."""
 
     def __init__(self, tokenizer, max_words, layout):
         self.tokenizer, self.max_words, self.layout = tokenizer, max_words, layout
-        self.tokens, self.starts = array.array("i"), array.array("q", [0])
-        self.types, self.images = array.array("b"), []
-        self.id_bytes, self.id_starts = bytearray(), array.array("q", [0])
-        self.answered, self.target_starts = array.array("b"), array.array("q", [0])
-        self.target, self.score = array.array("i"), array.array("d")
-        self.box_starts, self.boxes = array.array("q", [0]), array.array("d")
-        self.pointed, self.pointed_box = array.array("q"), array.array("f")
-        self.pointed_words = {}
-        self.counts = Counter()
+        # arrays of numbers: lists of Python objects would take ten times the memory
+        self.arrays = {
+            name: array.array(code, [0] if name.endswith("starts") else [])
+            for name, (code, _) in INDEX_ARRAYS.items()
+        }
+        self.images_a_text, self.pointed_words, self.counts = 1, {}, Counter()
 
     def add(self, record, images, target):
         """One text, the numbers of its images in the store, and what is right."""
         ids, types = self.tokenize(record)
         self.counts["truncated"] += len(ids) > self.max_words
         self.counts["empty"] += not ids
-        if self.layout == "phrases":
-            self.tokens.extend(ids)
-        else:
-            self.tokens.append(self.tokenizer.cls)
-            self.tokens.extend(ids[: self.max_words])
-            self.tokens.extend([self.tokenizer.sep] * (self.layout == "bert"))
-        self.types.extend(types)
-        self.starts.append(len(self.tokens))
-        self.images.append(images)
-        self.id_bytes.extend(record.id.encode())
-        self.id_starts.append(len(self.id_bytes))
-        self.answered.append(target is not None)
         self.counts["without a matching region"] += target == -1
+        if self.layout != "phrases":
+            end = [self.tokenizer.sep] * (self.layout == "bert")
+            ids = [self.tokenizer.cls, *ids[: self.max_words], *end]
         scores = target if isinstance(target, dict) else {} if target is None else {target: 1.0}
-        self.target.extend(scores)
-        self.score.extend(scores.values())
-        self.target_starts.append(len(self.target))
-        for box in record.boxes:
-            self.boxes.extend(box)
-        self.box_starts.append(len(self.boxes) // 4)
+        self.images_a_text, a = len(images), self.arrays
+        for name, values in {
+            "tokens": ids,
+            "types": types,
+            "image": images,
+            "id_bytes": record.id.encode(),
+            "answered": [target is not None],
+            "target": scores,
+            "score": scores.values(),
+            "boxes": chain.from_iterable(record.boxes),
+        }.items():
+            a[name].extend(values)
+        for starts, name in (("starts", "tokens"), ("id_starts", "id_bytes")):
+            a[starts].append(len(a[name]))
+        a["target_starts"].append(len(a["target"]))
+        a["box_starts"].append(len(a["boxes"]) // 4)
 
     def tokenize(self, record):
         """ids of a text without [CLS] and the last [SEP], and, for segments, rows of the type table
         for all of it: a [SEP] opens the next segment and has its type [authors' code].
         """
         if self.layout == "phrases":
-            return self.tokenize_phrases(record.text)
+            parts = [(n, self.tokenizer(words)) for n, words in record.text[:MAX_PHRASES]]
+            # the type is the phrase's number
+            parts = [(n, i) for n, ids in parts for i in ids[:MAX_PHRASE_WORDS]]
+            return [i for _, i in parts], [n for n, _ in parts]
         if record.pointers:
             return self.tokenize_pointed(record), []
         if isinstance(record.text, str):
@@ -2506,158 +1980,104 @@ class IndexWriter:
         last = types[min(len(ids), self.max_words)]
         return ids, [*types[: self.max_words + 1], last]
 
-    def tokenize_phrases(self, phrases):
-        """ids of phrases side by side; the type is the phrase's number."""
-        ids, types = [], []
-        for number, words in phrases[:MAX_PHRASES]:
-            new = self.tokenizer(words)[:MAX_PHRASE_WORDS]
-            ids += new
-            types += [number] * len(new)
-        return ids, types
-
     def tokenize_pointed(self, record):
         """ids of a text with pointers, word by word; every piece of a pointed word becomes a row:
         its place in tokens, the word's number, the box.
         """
-        ids = []
+        ids, first_place = [], len(self.arrays["tokens"]) + 1
         for i, word in enumerate(record.text.split()):
             pieces = self.tokenizer(word)
             boxes = [box for first, end, box in record.pointers if first <= i < end]
             if boxes:
                 known = self.pointed_words
                 number = known.setdefault(strip_punctuation(word), len(known))
-            for j in range(len(pieces) if boxes else 0):
-                place = len(ids) + j
+            for place in range(len(ids), len(ids) + len(pieces)) if boxes else ():
                 for box in boxes if place < self.max_words else ():
-                    self.pointed.extend((len(self.tokens) + 1 + place, number))
-                    self.pointed_box.extend(box)
+                    self.arrays["pointed"].extend((first_place + place, number))
+                    self.arrays["pointed_box"].extend(box)
             ids += pieces
         return ids
 
     def finish(self):
         """{name: array}"""
-        image = np.array(self.images, np.int32)
-        image = image[:, 0] if image.shape[1] == 1 else image
-        out = {
-            "tokens": np.frombuffer(self.tokens, np.int32),
-            "starts": np.frombuffer(self.starts, np.int64),
-            "image": image,
-            "id_bytes": np.frombuffer(self.id_bytes, np.uint8),
-            "id_starts": np.frombuffer(self.id_starts, np.int64),
-            "answered": np.frombuffer(self.answered, np.int8),
-            "target_starts": np.frombuffer(self.target_starts, np.int64),
-            "target": np.array(self.target, np.int32),
-            "score": np.array(self.score, np.float64),
-            "box_starts": np.frombuffer(self.box_starts, np.int64),
-            "boxes": np.array(self.boxes, np.float64).reshape(-1, 4),
-        }
-        if image.ndim == 1:
+        out = {}
+        for name, (_, width) in INDEX_ARRAYS.items():
+            # shares the memory of what was collected
+            values = np.asarray(self.arrays[name])
+            out[name] = values.reshape(-1, width) if width > 1 else values
+        for name in ("types", "pointed", "pointed_box"):
+            if not len(out[name]):
+                del out[name]
+        if self.images_a_text > 1:
+            out["image"] = out["image"].reshape(-1, self.images_a_text)
+        else:
             # texts by their image: mismatched pairs are drawn with these
-            by_image = np.argsort(image, kind="stable")
-            images, first = np.unique(image[by_image], return_index=True)
+            by_image = np.argsort(out["image"], kind="stable")
+            images, first = np.unique(out["image"][by_image], return_index=True)
             out |= {"images": images, "by_image": by_image.astype(np.int32)}
-            out["image_starts"] = np.append(first, len(image))
-        if self.types:
-            out["types"] = np.frombuffer(self.types, np.int8)
-        if self.pointed:
-            words = [word.encode() for word in self.pointed_words]
-            out["pointed"] = np.array(self.pointed, np.int64).reshape(-1, 2)
-            out["pointed_box"] = np.array(self.pointed_box, np.float32).reshape(-1, 4)
-            out["pointed_words"] = np.array(words)
+            out["image_starts"] = np.append(first, len(by_image))
+        if "pointed" in out:
+            out["pointed_words"] = np.array([word.encode() for word in self.pointed_words])
         return out
 
 
-def build_index(records, store, tokenizer, name, max_words, layout, skip_missing, group, label):
-    """Arrays and meta of an Index; see open_index."""
-    writer, missing, total, first = IndexWriter(tokenizer, max_words, layout), 0, 0, ""
+def chunks(items, size):
+    """Lists of `size` items, the last one shorter."""
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])
+
+
+def build_index(records, store, tokenizer, name, how):
+    """Arrays and meta of an Index; how: IndexOptions."""
+    writer, missing, total, first = IndexWriter(tokenizer, how.max_words, how.layout), 0, 0, ""
     store.check_rows()
     find = store.finder()
-    for chunk in chunks(
-        tqdm(records, desc=f"index {name}", disable=None, leave=False), 4096 * group
-    ):
+    bar = tqdm(records, desc=f"index {name}", disable=None, leave=False)
+    # images are looked up many at a time, whole examples together
+    for chunk in chunks(bar, 4096 * how.group):
         names = [r.image if isinstance(r.image, tuple) else (r.image,) for r in chunk]
-        images = find([one for each in names for one in each]).reshape(len(chunk), -1)
-        known = (images >= 0).all(axis=1).reshape(-1, group).all(axis=1).repeat(group)
+        images = find(list(chain.from_iterable(names))).reshape(len(chunk), -1)
+        known = (images >= 0).all(axis=1).reshape(-1, how.group).all(axis=1).repeat(how.group)
         if not known.all():
             row, column = np.argwhere(images < 0)[0]
             first = first or names[row][column]
         missing, total = missing + int((~known).sum()), total + len(chunk)
         for record, row, keep in zip(chunk, images.tolist(), known):
             if keep:
-                target = label(record, store, row[0]) if label else record.target
+                target = how.label(record, store, row[0]) if how.label else record.target
                 writer.add(record, row, target)
-    if missing and not skip_missing:
+    if missing and not how.skip_missing:
+        where = f"{store.folder} ({missing:,} of {total:,} captions)"
         raise DataError(
-            f"{name}: image {first} has captions but no features in {store.folder} "
-            f"({missing:,} of {total:,} captions)\n"
-            "  Wanted: features of every image that has captions.\n"
-            "  Pack the missing features, or go on without these captions: --skip-missing"
+            f"{name}: image {first} has captions but no features in {where}",
+            "features of every image that has captions.",
+            "Pack the missing features, or go on without these captions: --skip-missing",
         )
     if missing == total:
-        raise DataError(
-            f"{name}: no captions left that have features in {store.folder}\n"
-            "  Check --data and the split's name."
-        )
-    counts = {"missing": missing, **writer.counts}
-    return writer.finish(), {"counts": counts}
+        found = f"{name}: no captions left that have features in {store.folder}"
+        raise DataError(found, hint="Check --data and the split's name.")
+    return writer.finish(), {"counts": {"missing": missing, **writer.counts}}
 
 
-def chunks(items, size):
-    """Lists of `size` items, the last one shorter."""
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def make_index(records, store, tokenizer, max_words=60, name="", **options):
+    """An Index in memory only, for a few texts; options: IndexOptions"""
+    how = IndexOptions(max_words, **options)
+    arrays, meta = build_index(records, store, tokenizer, name, how)
+    return Index(arrays, meta, store, tokenizer, name, group=how.group)
 
 
-def make_index(
-    records,
-    store,
-    tokenizer,
-    max_words=60,
-    name="",
-    skip_missing=False,
-    layout="bert",
-    group=1,
-    label=None,
-):
-    """An Index of these records that lives in memory only: for a few texts."""
-    how = name, max_words, layout, skip_missing, group, label
-    arrays, meta = build_index(records, store, tokenizer, *how)
-    return Index(arrays, meta, store, tokenizer, name, group=group)
-
-
-def open_index(
-    data,
-    reader,
-    split,
-    store,
-    tokenizer,
-    max_words=60,
-    name="",
-    skip_missing=False,
-    layout="bert",
-    group=1,
-    label=None,
-):
+def open_index(data, reader, split, store, tokenizer, name="", **options):
     """The Index of a reader's records, made on first use in DATA/index and again once a file that
-    the reader has read, the store, the tokenizer or one of these settings changes.
+    the reader has read, the store, the tokenizer or an option changes.
 
-    reader        a generator function (data, split, stats), or a functools.partial of one; splits
-                  joined by + are read one after the other
-    max_words     word pieces a text; longer ones are truncated [authors' code: left out]
-    skip_missing  leave texts out whose image has no features, and count them; else an error
-    group         so many texts that follow each other are one example
-    label         (record, store, image) -> target, where it depends on the store
+    reader   a generator function (data, split, stats), or a functools.partial of one; splits
+             joined by + are read one after the other
+    options  IndexOptions
     """
-    function = getattr(reader, "func", reader)
-    options = getattr(reader, "keywords", {}) | {"args": getattr(reader, "args", ())}
-    how = [str(Path(store.folder)), tokenizer.fingerprint(), max_words, layout, skip_missing, group]
-    described = repr((sorted(options.items()), how, label and label.__name__))
+    how, function = IndexOptions(**options), getattr(reader, "func", reader)
+    given = sorted(getattr(reader, "keywords", {}).items()), getattr(reader, "args", ())
+    settings = how._replace(label=how.label and how.label.__name__)
+    described = repr((given, str(Path(store.folder)), tokenizer.fingerprint(), settings))
     digest = hashlib.sha256(described.encode()).hexdigest()[:8]
     key = [INDEX_VERSION, function.__module__, function.__name__, split, digest]
     name = name or f"{function.__name__} {split}"
@@ -2666,20 +2086,12 @@ def open_index(
     def build():
         stats = Counter()
         records = chain.from_iterable(reader(data, part, stats) for part in split.split("+"))
-        settings = name, max_words, layout, skip_missing, group, label
-        arrays, meta = build_index(records, store, tokenizer, *settings)
+        arrays, meta = build_index(records, store, tokenizer, name, how)
         sources.update(store.stamps())
         return arrays, meta | {"stats": stats}
 
     arrays, meta = memory_mapped(folder, key, build)
-    return Index(arrays, meta, store, tokenizer, name, folder, group)
-
-
-def load_index(folder, store, tokenizer, name, group):
-    """An Index that exists: how loader workers get theirs."""
-    arrays = {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}
-    meta = json.loads((folder / "meta.json").read_text())
-    return Index(arrays, meta, store, tokenizer, name, folder, group, joined=True)
+    return Index(arrays, meta, store, tokenizer, name, folder, how.group)
 
 
 class Index:
@@ -2698,25 +2110,26 @@ class Index:
     The two images of a text (NLVR2), or the sides of a group of two, become a JoinedStore.
     """
 
-    def __init__(self, arrays, meta, store, tokenizer, name, folder=None, group=1, joined=False):
-        self.arrays, self.meta, self.store, self.tokenizer = arrays, meta, store, tokenizer
+    def __init__(self, arrays, meta, store, tokenizer, name, folder=None, group=1):
+        # of a pickle that is on its way to a loader worker: it maps the files itself
+        arrays = load_arrays(folder) if arrays is None else arrays
+        self.arrays, self.meta, self.tokenizer = arrays, meta, tokenizer
         self.name, self.folder, self.group = name, folder, group
-        self.tokens = arrays["tokens"]
-        self.starts = arrays["starts"]
-        self.types = arrays.get("types")
+        self.tokens, self.starts, self.types = map(arrays.get, ("tokens", "starts", "types"))
         self.image, self.images = arrays["image"], arrays.get("images")
-        if not joined and self.image.ndim == 2:
+        self.store = self.own_store = store
+        if self.image.ndim == 2:
             self.store = JoinedStore([(store, self.image[:, j], j + 1) for j in (0, 1)])
-        elif not joined and group == 2:
+        elif group == 2:
             self.store = JoinedStore([(store, self.image, np.tile([1, 2], len(self) // 2))])
-        if isinstance(self.store, JoinedStore) and (self.image.ndim == 2 or group == 2):
+        # a joined store has an image of its own for each text
+        if self.store is not store:
             self.image = np.arange(len(self))
 
     def __reduce__(self):
-        if self.folder:
-            return load_index, (self.folder, self.store, self.tokenizer, self.name, self.group)
-        args = self.arrays, self.meta, self.store, self.tokenizer, self.name, None, self.group, True
-        return type(self), args
+        arrays = None if self.folder else self.arrays
+        args = self.meta, self.own_store, self.tokenizer, self.name, self.folder, self.group
+        return type(self), (arrays, *args)
 
     def __len__(self):
         return len(self.starts) - 1
@@ -2744,10 +2157,8 @@ class Index:
 
     def decode(self, row):
         """A text as its word pieces say it"""
-        tokenizer = self.tokenizer
-        skip = {tokenizer.cls, tokenizer.sep}
-        ids = self.tokens[self.starts[row] : self.starts[row + 1]]
-        pieces = [tokenizer.pieces[i] for i in ids if i not in skip]
+        tokenizer, ids = self.tokenizer, self.tokens[self.starts[row] : self.starts[row + 1]]
+        pieces = [tokenizer.pieces[i] for i in ids if i not in (tokenizer.cls, tokenizer.sep)]
         return " ".join(pieces).replace(" ##", "")
 
     def n_words(self, rows):
@@ -2763,32 +2174,28 @@ class Index:
         """(B, N_L) int64 ids (or types) and the mask"""
         n, values = self.n_words(rows), self.arrays[column]
         mask = length_mask(n)
-        padding = self.tokenizer.pad if column == "tokens" else 0
-        out = np.full(mask.shape, padding, np.int64)
+        out = np.full(mask.shape, self.tokenizer.pad if column == "tokens" else 0, np.int64)
         if len(n):
             pieces = [values[start : start + k] for start, k in zip(self.starts[rows], n)]
             out[mask] = np.concatenate(pieces)
         return out, mask
 
     def batch(self, rows, images, text=None):
-        """The model's input for these pairs (two arrays of equal length); text = ids to use
-        instead, e.g. masked ones.
-        """
+        """The model's input for these pairs; text = ids to use instead, e.g. masked ones."""
         ids, text_mask = self.text(rows)
-        as_tensor = torch.from_numpy
         batch = {
-            "text": as_tensor(ids if text is None else text),
-            "text_mask": as_tensor(text_mask),
-            "regions": as_tensor(self.store.read(images)),
-            "boxes": as_tensor(self.store.relative_boxes(images)),
-            "region_mask": as_tensor(length_mask(self.store.n_regions(images))),
-            "length": int(self.length(rows, images).max()),
+            "text": ids if text is None else text,
+            "text_mask": text_mask,
+            "regions": self.store.read(images),
+            "boxes": self.store.relative_boxes(images),
+            "region_mask": length_mask(self.store.n_regions(images)),
         }
         if self.types is not None:
-            batch["text_type"] = as_tensor(self.text(rows, "types")[0])
+            batch["text_type"] = self.text(rows, "types")[0]
         if isinstance(self.store, JoinedStore):
-            batch["region_type"] = as_tensor(self.store.region_types(images))
-        return batch
+            batch["region_type"] = self.store.region_types(images)
+        # counted here: a GPU would have to be waited for
+        return as_tensors(batch) | {"length": int(self.length(rows, images).max())}
 
     def boxes_of(self, row):
         """(n, 4) boxes that a text describes"""
@@ -2816,17 +2223,13 @@ class Index:
         return out
 
     def pointers(self, rows):
-        """Pointed words of these texts: places in B*N_L (K,), numbers of the words (K,), boxes
-        (K, 4), rows (K,)
-        """
+        """Pointed words of texts: places in B*N_L, words' numbers, rows (K,) and boxes (K, 4)"""
         place, n = self.arrays["pointed"][:, 0], self.n_words(rows)
         first = np.searchsorted(place, self.starts[rows])
-        end = np.searchsorted(place, self.starts[rows] + n)
-        row = np.repeat(np.arange(len(n)), end - first)
+        count = np.searchsorted(place, self.starts[rows] + n) - first
+        row = np.repeat(np.arange(len(n)), count)
         # the k-th pointed word of its text is number first + k
-        which = np.arange(len(row)) + np.repeat(
-            first - np.cumsum(end - first) + (end - first), end - first
-        )
+        which = np.arange(len(row)) + np.repeat(first - np.cumsum(count) + count, count)
         pointed = self.arrays["pointed"][which]
         place = row * n.max(initial=0) + pointed[:, 0] - self.starts[rows][row]
         return place, pointed[:, 1], self.arrays["pointed_box"][which], row
@@ -2846,6 +2249,11 @@ class Index:
             yield order[chunk], example_batch(self, order[chunk], answers)
 
 
+def as_tensors(arrays):
+    """{name: tensor} that shares the arrays' memory"""
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
 # 6. Batches -------------------------------------------------------------------------------------
 
 # mined negatives kept of each caption and image [UNITER sec. A.2]
@@ -2855,9 +2263,7 @@ BUCKET = 8192
 
 
 def token_batches(lengths, batch_tokens):
-    """Cut a run of rising lengths into batches of at most `batch_tokens` words and regions, padding
-    counted: index arrays.
-    """
+    """Index arrays that cut rising lengths into batches of at most so many, padding counted."""
     batches, start = [], 0
     while start < len(lengths):
         most = max(1, int(batch_tokens // lengths[start]))
@@ -2867,6 +2273,24 @@ def token_batches(lengths, batch_tokens):
         batches.append(np.arange(start, start + n))
         start += n
     return batches
+
+
+class BatchOptions(NamedTuple):
+    """What the kinds of batches can be asked for."""
+
+    stream: int = 0  # number of the task's random numbers, where it is not the kind's own
+    mask_rate: float = 0.15  # share of words or regions that are masked
+    joint: bool = False  # mask words and regions of a pair at once; else one, the other is whole
+    negatives: int = 2  # mismatched pairs of each group that are trained on
+    candidates: int = 0  # so many are drawn to be scored by the model; 0: negatives are random
+    mined: bool = False  # besides the random negatives one hard image and one hard caption
+    # even batches: captions with other images; odd ones: images with other captions
+    alternate: bool = False
+    augment: tuple = ()  # of pictures: flip, jitter, grey
+    answers: int = 0  # how many the task's head predicts, where several may be right
+    similarity: object = None  # WordSimilarity of the pointed words
+    soft_target: Callable = None  # losses.soft_alignment_target
+    phrase_input: Callable = None  # PhraseInput of the captions
 
 
 class Batches:
@@ -2879,7 +2303,7 @@ class Batches:
                       where the kind says so
     rank, world_size  this process takes every world_size-th example of a batch
     corpus            number of the data set in the mix, so that each has random numbers of its own
-    options           of the kind: see BATCH_OPTIONS
+    options           BatchOptions, which are attributes too
     [k]               dict: "input" for the model, what the task predicts, "names" of the samples
                       (none: nothing of the batch is this process's), "counts": over how many
                       things the mean of each loss runs, "" of those not named
@@ -2888,22 +2312,12 @@ class Batches:
     def __init__(self, task, index, size, seed, rank=0, world_size=1, corpus=0, **options):
         self.task, self.index, self.size, self.seed = task, index, size, seed
         self.rank, self.world_size, self.corpus = rank, world_size, corpus
-        self.kind = KINDS[task]
-        unknown = set(options) - set(BATCH_OPTIONS)
-        if unknown:
-            raise TypeError(f"{', '.join(unknown)}: no option of batches")
-        self.options = {**BATCH_OPTIONS, **options}
+        self.kind, self.share = KINDS[task], slice(rank, None, world_size)
+        vars(self).update(BatchOptions(**options)._asdict())
         # the epoch at hand and its first batch's number
         self.epoch, self.first, self.columns, self.batches = -1, 0, (), []
         if self.kind.check:
             self.kind.check(self)
-
-    def __getattr__(self, name):
-        # options read as attributes
-        options = self.__dict__.get("options", {})
-        if name not in options:
-            raise AttributeError(name)
-        return options[name]
 
     def rng(self, *numbers):
         """Random numbers that belong to these numbers, this task and this data set alone."""
@@ -2919,6 +2333,7 @@ class Batches:
             cut = len(columns[0]) // self.size * self.size or len(columns[0])
             return columns, np.split(np.arange(cut), range(self.size, cut, self.size))
         batches = []
+        # an epoch is sorted in buckets, so that batches of one length are not all alike
         for start in range(0, len(columns[0]), BUCKET):
             part = [column[start : start + BUCKET] for column in columns]
             cost = self.kind.cost(self, *part)
@@ -2943,30 +2358,7 @@ class Batches:
 
     def __getstate__(self):
         # a worker draws the epoch itself
-        return {**self.__dict__, "epoch": -1, "first": 0, "columns": (), "batches": []}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-
-    @property
-    def share(self):
-        """This process's part of a batch"""
-        return slice(self.rank, None, self.world_size)
-
-
-BATCH_OPTIONS = {
-    "stream": 0,  # number of the task's random numbers, where it is not the kind's own
-    "mask_rate": 0.15,  # share of words or regions that are masked
-    "joint": False,  # mask words and regions of a pair at once; else one, the other is whole
-    "negatives": 2,  # mismatched pairs of each group that are trained on
-    "candidates": 0,  # so many are drawn to be scored by the model; 0: negatives are random
-    "mined": False,  # besides the random negatives one hard image and one hard caption
-    "alternate": False,  # even batches: captions with other images; odd: images with other captions
-    "augment": (),  # of pictures: flip, jitter, grey
-    "answers": 0,  # how many the task's head predicts, where several may be right
-    "similarity": None,  # WordSimilarity of the pointed words
-    "soft_target": None,  # losses.soft_alignment_target
-}
+        return {**vars(self), "epoch": -1, "first": 0, "columns": (), "batches": []}
 
 
 def length_mask(lengths, width=None):
@@ -2979,9 +2371,7 @@ def length_mask(lengths, width=None):
 
 
 def draw_mask(rng, maskable, rate):
-    """Which of the places that may be masked are: (B, N) bool, at least one in each row that has
-    any.
-    """
+    """Which maskable places are masked: (B, N) bool, at least one in each row that has any"""
     u = np.where(maskable, rng.random(maskable.shape), 2.0)
     return (u < rate) | ((u == u.min(axis=1, keepdims=True)) & maskable)
 
@@ -3025,6 +2415,7 @@ def mismatched_images(rng, images, avoid):
     here = np.searchsorted(images, avoid).clip(max=len(images) - 1)
     inside = images[here] == avoid
     u = rng.integers(len(images) - inside)
+    # those behind the one to avoid move up by one
     u += inside & (u >= here)
     return images[u]
 
@@ -3082,16 +2473,12 @@ def draw_examples(batches, rng):
 
 
 def answered_examples(index):
-    """Examples that somebody has answered, and of which something is right"""
+    """Examples that somebody has answered, but those whose answer is none of the choices (-1)"""
     answered = index.arrays["answered"][:: index.group] > 0
-    return np.flatnonzero(answered & ~unmatched(index))
-
-
-def unmatched(index):
-    """(examples,) bool: the answer is known to be none of the choices"""
-    starts = index.arrays["target_starts"][:: index.group]
-    target = np.append(index.arrays["target"], 0)
-    return target[starts[: len(index) // index.group]] == -1
+    starts = index.arrays["target_starts"][:: index.group][: len(answered)]
+    # (an empty target reads its neighbour's: tasks that have -1 have no empty ones)
+    target = np.append(index.arrays["target"], 0)[starts]
+    return np.flatnonzero(answered & (target != -1))
 
 
 # ... what it costs, in words and regions ...
@@ -3112,10 +2499,15 @@ def example_cost(batches, rows, examples):
     return example_length(batches.index, examples) * batches.index.group
 
 
+def example_rows(index, examples):
+    """(B, group) rows of the index"""
+    return np.asarray(examples, np.int64)[:, None] * index.group + np.arange(index.group)
+
+
 def example_length(index, examples):
     """(B,) words + regions of the longest text of each example"""
-    rows = (np.asarray(examples, np.int64)[:, None] * index.group + np.arange(index.group)).ravel()
-    return index.length(rows, index.image[rows]).reshape(-1, index.group).max(axis=1)
+    rows = example_rows(index, examples)
+    return index.length(rows.ravel(), index.image[rows.ravel()]).reshape(rows.shape).max(axis=1)
 
 
 # ... and what a batch holds.
@@ -3150,6 +2542,7 @@ def collate_pairs(batches, rng, k, rows, images, match):
     batch["match"], text = torch.from_numpy(match), None
     if masked_words is not None:
         text, real = index.text(rows)
+        # this process's longest text may be shorter than the whole batch's
         masked, new = (m[share, : text.shape[1]] for m in masked_words)
         masked = masked & real
         if task == "mlm":
@@ -3177,8 +2570,8 @@ def has_boxed_pictures(batches):
 
 
 def add_boxed(batches, batch, rows, candidates, u, flip=()):
-    """Of the candidate rows of a batch those whose text has boxes, and one box of each, which
-    u (B,) in [0, 1) chooses; flip (B,): in a mirrored picture.
+    """The candidate rows whose text has boxes, and one box of each, chosen by u (B,) in [0, 1);
+    flip (B,): in a mirrored picture.
     """
     index, R = batches.index, batches.index.store.resolution
     boxed = [b for b in candidates if len(index.boxes_of(rows[b]))]
@@ -3235,9 +2628,7 @@ def collate_ranking(batches, rng, k, rows, images, match):
 
 
 def collate_negatives(index, rows, images):
-    """Batches of these negatives, (G, K) rows and images, shortest first, cut where padding would
-    pass 3 %.
-    """
+    """Batches of (G, K) rows and images, shortest first, cut where padding would pass 3 %."""
     length = index.length(rows.ravel(), images.ravel())
     order = np.argsort(length, kind="stable")
     place = np.empty_like(order)
@@ -3251,44 +2642,6 @@ def collate_negatives(index, rows, images):
     parts = np.split(order, cuts)
     negatives = [index.batch(rows.ravel()[part], images.ravel()[part]) for part in parts]
     return {"negatives": negatives, "order": torch.from_numpy(place.reshape(rows.shape))}
-
-
-class HardNegatives(NamedTuple):
-    """What mining found: the hardest images of each caption, captions of each image (-1: none)."""
-
-    images: np.ndarray  # (texts, HARDEST)
-    captions: np.ndarray  # (images of the store, HARDEST)
-
-
-def mining_candidates(index, rng, n):
-    """Captions and images to score: n random other images for each caption, (T, n) twice.
-
-    UNITER sec. A.2
-    """
-    captions = np.repeat(np.arange(len(index))[:, None], n, 1)
-    images = mismatched_images(rng, index.images, index.image[captions.ravel()])
-    return captions, images.reshape(captions.shape)
-
-
-def hardest_of(index, captions, images, scores):
-    """The HARDEST highest-scored images of each caption, and captions of each image."""
-    best = np.argsort(-scores, axis=1, kind="stable")[:, np.arange(HARDEST) % scores.shape[1]]
-    order = np.lexsort([-scores.ravel(), images.ravel()])
-    owner, first, n = np.unique(images.ravel()[order], return_index=True, return_counts=True)
-    by_image = np.full((len(index.store), HARDEST), -1)
-    ranked = order[first[:, None] + np.arange(HARDEST) % n[:, None]]
-    by_image[owner] = captions.ravel()[ranked]
-    return HardNegatives(np.take_along_axis(images, best, 1), by_image)
-
-
-def add_mined(index, hard, batch):
-    """A batch's random negatives, and one of the hardest each way."""
-    rows, images, wrong_rows, wrong_images, pick = batch.pop("random")
-    caption = hard.captions[images, pick[0]]
-    caption = np.where(caption < 0, wrong_rows[:, -1], caption)
-    all_rows = np.column_stack([wrong_rows, rows, caption])
-    all_images = np.column_stack([wrong_images, hard.images[rows, pick[1]], images])
-    return batch | collate_negatives(index, all_rows, all_images)
 
 
 class WordSimilarity:
@@ -3328,15 +2681,11 @@ class WordSimilarity:
         return tables, {"unknown": sum(w not in vectors for w in words)}
 
     def __call__(self, words, ids, column):
-        """(K, N_V) float32 of words (K,) and the regions' ids (K, N_V), -1 unknown; column: cls_id
-        or attr_id
-        """
+        """(K, N_V) float32 of words (K,) and ids (K, N_V) of cls_id or attr_id, -1 unknown"""
         table = self.tables[column]
         if ids.max(initial=-1) >= table.shape[1]:
-            raise DataError(
-                f"a region of {column} {ids.max()}, but only {table.shape[1]} names\n"
-                "  Wanted: the vocabulary files of the detector that made the features."
-            )
+            found = f"a region of {column} {ids.max()}, but only {table.shape[1]} names"
+            raise DataError(found, "the vocabulary files of the detector that made the features.")
         similarity = table[words[:, None], ids.clip(min=0)]
         return np.where(ids < 0, 0, similarity).astype(np.float32)
 
@@ -3353,7 +2702,6 @@ def collate_multitask(batches, rng, k, rows, images, match):
     code].
     """
     index, share, store = batches.index, batches.share, batches.index.store
-    as_tensor = torch.from_numpy
     masked_words, new = mask_words(batches, rng, rows)
     real = length_mask(store.n_regions(images))
     masked, how = draw_mask(rng, real, batches.mask_rate), rng.random(real.shape)
@@ -3368,26 +2716,29 @@ def collate_multitask(batches, rng, k, rows, images, match):
     regions = x["regions"]
     masked, how, donor = (m[share, : regions.shape[1]] for m in (masked, how, donor))
     places = np.nonzero(masked)
-    batch = {
-        "task": batches.task,
-        "names": index.names(rows, images),
-        "match": as_tensor(match),
-        "input": x,
-        "masked_words": as_tensor(np.flatnonzero(masked_words)),
-        "word_targets": as_tensor(text[masked_words]),
-        "masked_regions": as_tensor(np.flatnonzero(masked)),
-        "hidden_regions": torch.zeros(0, dtype=torch.int64),
-        "region_features": regions[places],
-    }
-    for name, column in (("region_class", "cls_id"), ("region_attribute", "attr_id")):
-        batch[name] = as_tensor(store.read(images, column)[masked].astype(np.int64))
-    regions[places] = torch.where(as_tensor(how[places] < 0.8)[:, None], 0, regions[places])
-    swapped = np.nonzero(masked & (how >= 0.8) & (how < 0.9))
-    regions[swapped] = as_tensor(store.most_certain(donor[swapped]))
+    # only those asked about their own image have an answer
     answer = [draw_answer(index, r, v) if m else -1 for r, m, v in zip(rows, match, u)]
     answer = np.array(answer)
-    batch |= {"answered": as_tensor(np.flatnonzero(answer >= 0))}
-    batch |= {"answer": as_tensor(answer[answer >= 0])}
+    batch = as_tensors(
+        {
+            "match": match,
+            "masked_words": np.flatnonzero(masked_words),
+            "word_targets": text[masked_words],
+            "masked_regions": np.flatnonzero(masked),
+            "hidden_regions": np.zeros(0, np.int64),
+            "region_class": store.read(images, "cls_id")[masked].astype(np.int64),
+            "region_attribute": store.read(images, "attr_id")[masked].astype(np.int64),
+            "answered": np.flatnonzero(answer >= 0),
+            "answer": answer[answer >= 0],
+        }
+    )
+    batch |= {"task": batches.task, "names": index.names(rows, images), "input": x}
+    # what the regions were, before some of them are overwritten
+    batch["region_features"] = regions[places]
+    hidden = torch.from_numpy(how[places] < 0.8)[:, None]
+    regions[places] = torch.where(hidden, 0, regions[places])
+    swapped = np.nonzero(masked & (how >= 0.8) & (how < 0.9))
+    regions[swapped] = torch.from_numpy(store.most_certain(donor[swapped]))
     if batches.soft_target:
         batch |= aligned_words(batches, rows, images, match)
     counts = {"": len(rows), "mlm": len(batch["masked_words"]), "answers": len(batch["answered"])}
@@ -3433,18 +2784,15 @@ class PhraseInput:
     MAX_REGIONS = 100
 
     def __init__(self, data, index):
-        self.index, names = index, {}
-        for what in ("objects", "attributes"):
+        self.index, self.words = index, {}
+        for column, what in (("cls_id", "objects"), ("attr_id", "attributes")):
             rows = [index.tokenizer.ids.get(name, 1) for name in detector_names(data, what)]
             # an id of -1, unknown, finds the last
-            names[what] = np.array([*rows, 1])
-        self.label_words, self.attribute_words = names["objects"], names["attributes"]
+            self.words[column] = np.array([*rows, 1])
 
     def __call__(self, rows, images):
-        """The model's input for these captions' phrases (b, Q, W) and these images' regions
-        (B, K), and the masks of both.
-        """
-        index, store, as_tensor = self.index, self.index.store, torch.from_numpy
+        """Input for the phrases (b, Q, W) of texts and the regions (B, K) of images, and masks."""
+        index, store = self.index, self.index.store
         tokens, real = index.text(rows)
         number = index.text(rows, "types")[0]  # (b, N) of phrase
         place = np.arange(real.shape[1]) - np.argmax(number[:, :, None] == number[:, None], axis=2)
@@ -3453,25 +2801,14 @@ class PhraseInput:
         phrases = np.zeros(shape, np.int64)
         phrases[row, number[real], place[real]] = tokens[real]
         region_mask = length_mask(store.n_regions(images))[:, : self.MAX_REGIONS]
-        most, names = region_mask.shape[1], {}
-        for name, column, words in (
-            ("labels", "cls_id", self.label_words),
-            ("attributes", "attr_id", self.attribute_words),
-        ):
-            known = words[store.read(images, column)[:, :most]]
-            names[name] = as_tensor(np.where(region_mask, known, 0))
-        features = as_tensor(store.read(images)[:, :most][region_mask])
-        return {
-            "input": {
-                "phrases": as_tensor(phrases),
-                **names,
-                "features": features,
-                "place": as_tensor(np.flatnonzero(region_mask)),
-            },
-            "word_mask": as_tensor(phrases > 0),
-            "phrase_mask": as_tensor((phrases > 0).any(axis=2)),
-            "region_mask": as_tensor(region_mask),
-        }
+        most = region_mask.shape[1]
+        x = {"phrases": phrases, "place": np.flatnonzero(region_mask)}
+        x["features"] = store.read(images)[:, :most][region_mask]
+        for name, column in (("labels", "cls_id"), ("attributes", "attr_id")):
+            known = self.words[column][store.read(images, column)[:, :most]]
+            x[name] = np.where(region_mask, known, 0)
+        masks = {"word_mask": phrases > 0, "phrase_mask": (phrases > 0).any(axis=2)}
+        return as_tensors(masks | {"region_mask": region_mask}) | {"input": as_tensors(x)}
 
 
 def collate_phrases(batches, rng, k, rows):
@@ -3499,7 +2836,7 @@ def collate_pictures(batches, rng, k, rows):
     the text as it is]
     """
     index, B = batches.index, len(rows)
-    mine = np.arange(batches.rank, B, batches.world_size)
+    own = np.arange(B)[batches.share]
     masked, new = mask_words(batches, rng, rows)
     u, factors = rng.random((4, B)), rng.uniform(0.6, 1.4, (B, 3))
     negatives = rng.random((2, B))
@@ -3508,47 +2845,43 @@ def collate_pictures(batches, rng, k, rows):
         (name in batches.augment) & (u[i] < p) for i, (name, p) in enumerate(chances.items())
     )
     # as wide on all processes
-    text, real = (x[mine] for x in index.text(rows))
+    text, real = (x[own] for x in index.text(rows))
     left, right = (index.tokenizer(side) for side in ("left", "right"))
     if len(left) == len(right) == 1:
         mirrored = np.where(text == left[0], right[0], np.where(text == right[0], left[0], text))
-        text = np.where(flip[mine, None], mirrored, text)
-    masked, new = masked[mine] & real, new[mine]
-    images = index.image[rows[mine]]
+        text = np.where(flip[own, None], mirrored, text)
+    masked, new = masked[own] & real, new[own]
+    images = index.image[rows[own]]
     pixels = []
-    for x, i in zip(index.store.pixels(images), mine):
+    for x, i in zip(index.store.pixels(images), own):
         pixels.append(augment_picture(x, flip[i], factors[i] if jitter[i] else None, grey[i]))
-    as_tensor = torch.from_numpy
-    batch = {
-        "task": batches.task,
-        "names": index.names(rows[mine], images),
-        "number": k,
-        "own": as_tensor(mine),
-        "u": as_tensor(negatives).float(),
-        "text": as_tensor(text),
-        "masked_text": as_tensor(np.where(masked & (new >= 0), new, text)),
-        "text_mask": as_tensor(real),
-        "pixels": as_tensor(np.stack(pixels)),
-        "masked_words": as_tensor(np.flatnonzero(masked)),
-        "word_targets": as_tensor(text[masked]),
-        "counts": {"": len(mine), "mlm": int(masked.sum())},
-    }
-    return add_boxed(batches, batch, rows[mine], range(len(mine)), u[3, mine], flip[mine])
+    batch = as_tensors(
+        {
+            "own": own,
+            "u": negatives.astype(np.float32),
+            "text": text,
+            "masked_text": np.where(masked & (new >= 0), new, text),
+            "text_mask": real,
+            "pixels": np.stack(pixels),
+            "masked_words": np.flatnonzero(masked),
+            "word_targets": text[masked],
+        }
+    )
+    batch |= {"task": batches.task, "names": index.names(rows[own], images), "number": k}
+    batch["counts"] = {"": len(own), "mlm": int(masked.sum())}
+    return add_boxed(batches, batch, rows[own], range(len(own)), u[3, own], flip[own])
 
 
 def check_batch_fits(batches):
     """Contrast needs whole batches."""
-    if batches.size > len(batches.index):
-        raise DataError(
-            f"{batches.index.name}: {len(batches.index):,} texts for batches of {batches.size}\n"
-            "  Wanted: at least one batch. Lower --batch-size."
-        )
+    name, texts = batches.index.name, len(batches.index)
+    if batches.size > texts:
+        found = f"{name}: {texts:,} texts for batches of {batches.size}"
+        raise DataError(found, "at least one batch. Lower --batch-size.")
 
 
 def augment_picture(pixels, flip, factors, grey):
-    """One picture (R, R, 3) uint8, mirrored, with other brightness, contrast and colour, or
-    grey.
-    """
+    """(R, R, 3) uint8, mirrored, with other brightness, contrast and colour, or grey"""
     picture = Image.fromarray(pixels[:, ::-1] if flip else pixels)
     if factors is not None:
         enhancers = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
@@ -3559,16 +2892,13 @@ def augment_picture(pixels, flip, factors, grey):
 
 def normalize_pixels(pixels):
     """(B, R, R, 3) uint8, on any device -> (B, 3, R, R) float32, less the mean, by the deviation"""
-    mean, std = (
-        torch.tensor(x, device=pixels.device).view(3, 1, 1) * 255 for x in (PIXEL_MEAN, PIXEL_STD)
-    )
+    numbers = torch.tensor([PIXEL_MEAN, PIXEL_STD], device=pixels.device) * 255
+    mean, std = numbers.view(2, 3, 1, 1)
     return (pixels.permute(0, 3, 1, 2).float() - mean) / std
 
 
 def collate_examples(batches, rng, k, rows, examples):
-    """Examples of a downstream task, and "target": (B,) the number of what is right, or (B,
-    answers) how right each answer is.
-    """
+    """Examples of a task; "target": (B,) what is right, or (B, answers) how right each answer is"""
     examples = examples[batches.share]
     if not len(examples):
         return empty_batch(batches)
@@ -3578,7 +2908,7 @@ def collate_examples(batches, rng, k, rows, examples):
 def example_batch(index, examples, answers=0):
     """The texts of these examples, one after the other, and their targets."""
     examples = np.asarray(examples, np.int64)
-    rows = (examples[:, None] * index.group + np.arange(index.group)).ravel()
+    rows = example_rows(index, examples).ravel()
     numbers = index.target_scores(examples, answers) if answers else index.target_numbers(examples)
     return {
         "names": [index.id(row) for row in rows[:: index.group]],
@@ -3591,31 +2921,8 @@ def example_batch(index, examples, answers=0):
 def check_answered(batches):
     """A task needs examples to learn from."""
     if not len(answered_examples(batches.index)):
-        raise DataError(
-            f"{batches.index.name}: no example with an answer to learn from\n"
-            "  Choose a split that has answers."
-        )
-
-
-def ablate_modality(batch, modality):
-    """A control: the same batch without its words ("text") or without what the regions show and
-    where they are ("regions").
-
-    Words: [CLS] [SEP] stay. Regions: one remains, and all of them where regions are what is asked
-    for (batch["keep_regions"]).
-    """
-    x = dict(batch["input"])
-    if modality == "text":
-        end = x["text_mask"].sum(dim=1, keepdim=True) - 1
-        x["text"] = torch.cat([x["text"][:, :1], x["text"].gather(1, end)], dim=1)
-        x["text_mask"], x["length"] = x["text_mask"][:, :2], None
-        x.pop("text_type", None)
-    else:
-        x |= {name: torch.zeros_like(x[name]) for name in ("regions", "boxes")}
-        if not batch.get("keep_regions"):
-            columns = [c for c in ("regions", "boxes", "region_mask", "region_type") if c in x]
-            x |= {c: x[c][:, :1] for c in columns} | {"length": None}
-    return batch | {"input": x}
+        found = f"{batches.index.name}: no example with an answer to learn from"
+        raise DataError(found, hint="Choose a split that has answers.")
 
 
 class Kind(NamedTuple):
@@ -3641,7 +2948,6 @@ KINDS = {
     "albef": Kind(17, draw_texts, collate_pictures, by_example=True, check=check_batch_fits),
     "examples": Kind(20, draw_examples, collate_examples, example_cost, check=check_answered),
 }
-BATCH_OPTIONS["phrase_input"] = None  # PhraseInput of the captions
 
 # 7. Loader --------------------------------------------------------------------------------------
 
@@ -3690,41 +2996,3 @@ def make_loader(mixed, start, workers, pin_memory):
 def keep_batch(batch):
     """Batches are whole already: the loader only carries them."""
     return batch
-
-
-# 8. Command line --------------------------------------------------------------------------------
-
-
-def make_parser():
-    """The command line of this file"""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description="Convert region features. Pictures: python evaluate.py extract",
-        formatter_class=formatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", description=pack.__doc__, formatter_class=formatter)
-    packing.add_argument(
-        "source",
-        nargs="+",
-        help="LXMERT's or bottom-up attention's .tsv files, or folders of UNITER's .npz files",
-    )
-    packing.add_argument("--out", required=True, help="a new folder, e.g. DATA/regions/coco")
-    packing.add_argument(
-        "--images",
-        help="folder of the pictures, to read their sizes from (.npz does not hold them)",
-    )
-    return parser
-
-
-def main(argv=None):
-    """python data.py pack"""
-    args = make_parser().parse_args(argv)
-    try:
-        pack(args.source, args.out, args.images)
-    except (DataError, OSError) as error:
-        sys.exit(f"data.py: error: {error}")
-
-
-if __name__ == "__main__":
-    main()

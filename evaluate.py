@@ -8,15 +8,18 @@
     5. Phrase grounding   grounding                                         MAF tables 1, 2, 5
     6. Heat maps          pointing_games: is a text's heat map inside its box   AMC tables 1-5
     7. Figures            attention_figure  heat_figures  map_figures  grounding_figures
-    8. Pictures in        score_photo: one photo and a sentence; extract: pictures to a region store
+    8. Pictures and features in   pack: official feature files to a region store; extract: pictures;
+                          score_photo: one photo and a sentence
     9. Command line       python evaluate.py --task winoground --ckpt out/toy-cacr-seed0/last.pt
 
 python evaluate.py --image photo.jpg --text "a dog left of a person" --ckpt out/.../last.pt \\
     --detector pytorch_model.bin
 python evaluate.py extract --images photos --detector pytorch_model.bin --out DATA/regions/photos
+python evaluate.py pack train2014_obj36.tsv val2014_obj36.tsv --out DATA/regions/coco
 """
 
 import argparse
+import base64
 import contextlib
 import csv
 import datetime
@@ -24,80 +27,36 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import (
-    COLUMNS,
-    ENTAILMENT,
-    REFER,
-    VCR_WORDS,
-    DataError,
-    PatchStore,
-    PhraseInput,
-    Record,
-    RegionStore,
-    StoreWriter,
-    Vision,
-    WordPiece,
-    WordVectors,
-    ablate_modality,
-    answer_list,
-    box_overlap,
-    detector_names,
-    entailment_pairs,
-    entity_captions,
-    find_picture,
-    gqa_answers,
-    gqa_questions,
-    gqa_records,
-    karpathy_captions,
-    make_index,
-    matching_region,
-    need,
-    nlvr2_pairs,
-    nlvr_presentations,
-    NlvrStore,
-    normalise_answer,
-    normalize_pixels,
-    open_index,
-    read_json,
-    read_picture,
-    referit_expressions,
-    referring_expressions,
-    strip_punctuation,
-    token_batches,
-    vcr_choices,
-    vg_images,
-    vqa_questions,
-    winoground_examples,
-    write_atomic,
-)
-from model import (
-    SIZES,
-    Albef,
-    CheckpointError,
-    Lxmert,
-    Maf,
-    build,
-    detector_size,
-    load_detector,
-    load_pretrained,
-    read_checkpoint,
-    resize_for_detector,
-)
+
+# data.py: errors and files, tokenizers, stores, readers, index
+from data import AGAIN, CUT_SHORT, DataError, need, read_json, write_atomic
+from data import WordPiece, WordVectors, detector_names, normalise_answer, strip_punctuation
+from data import COLUMNS, PER_IMAGE, PICTURES, PatchStore, RegionStore, Vision, read_picture
+from data import ENTAILMENT, REFER, VCR_WORDS, Record, exists, gqa_records, vg_answer, vg_items
+from data import entailment_pairs, entity_captions, gqa_questions, karpathy_captions, nlvr2_pairs
+from data import nlvr_presentations, referit_expressions, referring_expressions, vcr_choices
+from data import field, vg_images, vqa_annotations, vqa_questions, winoground_examples
+from data import PhraseInput, make_index, normalize_pixels, open_index, token_batches
+from model import SIZES, Albef, CheckpointError, Lxmert, Maf, build, load_pretrained
+from model import detector_size, load_detector, read_checkpoint, resize_for_detector
 
 # 1. Scoring -------------------------------------------------------------------------------------
 
@@ -200,11 +159,9 @@ def score_matrix(path, shape):
         os.replace(f"{path}.tmp", path)
     scores = np.load(path, mmap_mode="r+")
     if scores.shape != shape:
-        raise DataError(
-            f"{path} holds scores of {scores.shape[0]:,} x {scores.shape[1]:,}, this is "
-            f"{shape[0]:,} x {shape[1]:,}\n"
-            "  Another split's. Delete it, or choose another file."
-        )
+        (T, I), (wanted_T, wanted_I) = scores.shape, shape
+        found = f"{path} holds scores of {T:,} x {I:,}, this is {wanted_T:,} x {wanted_I:,}"
+        raise DataError(found, hint="Another split's. Delete it, or choose another file.")
     return scores
 
 
@@ -251,6 +208,27 @@ def score_all(
     return scores
 
 
+def ablate_modality(batch, modality):
+    """A control: the same batch without its words ("text") or without what the regions show and
+    where they are ("regions").
+
+    Words: [CLS] [SEP] stay. Regions: one remains, and all of them where regions are what is asked
+    for (batch["keep_regions"]).
+    """
+    x = dict(batch["input"])
+    if modality == "text":
+        end = x["text_mask"].sum(dim=1, keepdim=True) - 1
+        x["text"] = torch.cat([x["text"][:, :1], x["text"].gather(1, end)], dim=1)
+        x["text_mask"], x["length"] = x["text_mask"][:, :2], None
+        x.pop("text_type", None)
+    else:
+        x |= {name: torch.zeros_like(x[name]) for name in ("regions", "boxes")}
+        if not batch.get("keep_regions"):
+            columns = [c for c in ("regions", "boxes", "region_mask", "region_type") if c in x]
+            x |= {c: x[c][:, :1] for c in columns} | {"length": None}
+    return batch | {"input": x}
+
+
 def predict(run, task, index, batch_tokens=8192, ablate=""):
     """What the task head says of each example: (E, answers), (E, choices), (E, 2) or (E, most
     regions), -inf where there is no region.
@@ -287,11 +265,8 @@ def winoground_scores(s):
     """
     text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
     image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
-    return {
-        "text": 100 * text.mean(),
-        "image": 100 * image.mean(),
-        "group": 100 * (text & image).mean(),
-    }, text & image
+    hits = {"text": text, "image": image, "group": text & image}
+    return {name: 100 * hit.mean() for name, hit in hits.items()}, hits["group"]
 
 
 def winoground_index(run):
@@ -324,12 +299,11 @@ def ranking_head(run):
 def recall(scores, image_of_text):
     """R@1, 5, 10 in percent.
 
-        scores (T, I): caption t with image i; image_of_text (T,): the column that is right
-
-    text:   an image hits if any of its own captions is among its k best;   image: a caption hits
-            if its image is among its k best Ties go to the wrong one, so a constant score gets 0
-            and only a perfect ranker 100. (UNITER's and IAIS's code also counts row numbers as
-            ranks in image retrieval and can pass 100.)
+    scores (T, I): caption t with image i; image_of_text (T,): the column that is right
+    text     an image hits if any of its own captions is among its k best
+    image    a caption hits if its image is among its k best
+    Ties go to the wrong one, so a constant score gets 0 and only a perfect ranker 100. (UNITER's
+    and IAIS's code also counts row numbers as ranks in image retrieval and can pass 100.)
     """
     T, I = scores.shape
     own = scores[np.arange(T), image_of_text]  # (T,)
@@ -338,9 +312,11 @@ def recall(scores, image_of_text):
     np.maximum.at(best, image_of_text, own)  # (I,) an image's best own caption
     # (T, I) without own captions
     wrong = np.where(np.arange(I)[None] == image_of_text[:, None], -np.inf, scores)
-    rank_text = (wrong >= best).sum(axis=0)
-    return {f"image/r{k}": float(100 * (rank_image < k).mean()) for k in (1, 5, 10)} | {
-        f"text/r{k}": float(100 * (rank_text < k).mean()) for k in (1, 5, 10)
+    ranks = {"image": rank_image, "text": (wrong >= best).sum(axis=0)}
+    return {
+        f"{name}/r{k}": float(100 * (rank < k).mean())
+        for name, rank in ranks.items()
+        for k in (1, 5, 10)
     }
 
 
@@ -571,19 +547,16 @@ def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=Non
     entailed = {e for q in asked.values() for e in q["entailed"] if e in questions}
     lacking = sorted((entailed | set(asked)) - set(predictions))
     if lacking:
-        raise DataError(
-            f"GQA: question {lacking[0]} has no prediction\n"
-            "  Wanted: all of the split's questions, those that others entail included"
-        )
+        wanted = "all of the split's questions, those that others entail included"
+        raise DataError(f"GQA: question {lacking[0]} has no prediction", wanted)
     hit = {k: predictions[k] == questions[k]["answer"] for k in predictions if k in questions}
     scores = {"accuracy": percent(hit[k] for k in asked)}
     for name, is_open in (("binary", False), ("open", True)):
         of = [k for k, q in asked.items() if (q["types"]["structural"] == "query") == is_open]
         scores[name] = percent(hit[k] for k in of)
     for name, key in (("validity", "valid"), ("plausibility", "plausible")) if choices else ():
-        scores[name] = percent(
-            predictions[k] in choices_of(q, choices[k][key]) for k, q in asked.items()
-        )
+        fits = (predictions[k] in choices_of(q, choices[k][key]) for k, q in asked.items())
+        scores[name] = percent(fits)
     shares = []
     for k, q in asked.items():
         follow = [hit[e] for e in q["entailed"] if e != k and e in hit]
@@ -591,11 +564,9 @@ def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=Non
     scores["consistency"] = percent(shares)
     scores["distribution"] = gqa_distribution(asked, predictions)
     if attentions is not None and scenes is not None:
-        scores["grounding"] = percent(
-            grounded(asked[k], attentions[k], scenes.get(asked[k]["imageId"]))
-            for k in asked
-            if k in attentions
-        )
+        seen = [k for k in asked if k in attentions]
+        scenes_of = {k: scenes.get(asked[k]["imageId"]) for k in seen}
+        scores["grounding"] = percent(grounded(asked[k], attentions[k], scenes_of[k]) for k in seen)
     kinds = {
         "structural": lambda q: q["types"]["structural"],
         "semantic": lambda q: q["types"]["semantic"],
@@ -645,28 +616,21 @@ def grounded(question, attention, scene):
     """Attention (m, m), first index along x, on the boxes of the objects in question and full
     answer, summed over the boxes.
     """
-    things = [
-        *question["annotations"].get("question", {}).values(),
-        *question["annotations"].get("fullAnswer", {}).values(),
-    ]
+    mentioned = [question["annotations"].get(part, {}) for part in ("question", "fullAnswer")]
     total, m = 0.0, len(attention)
-    for o in things:  # one that both mention counts twice [official]
-        if scene and (b := scene["objects"].get(o)):
-            x, y = (
-                (b[a] / scene[side], (b[a] + b[length]) / scene[side])
-                for a, length, side in (("x", "w", "width"), ("y", "h", "height"))
-            )
-            share = [
-                np.clip(
-                    np.minimum(end, np.arange(1, m + 1) / m) - np.maximum(start, np.arange(m) / m),
-                    0,
-                    None,
-                )
-                * m
-                for start, end in (x, y)
-            ]
-            total += float((np.asarray(attention) * np.outer(*share)).sum())
+    # a thing that both mention counts twice [official]
+    for thing in (name for part in mentioned for name in part.values()):
+        if scene and (b := scene["objects"].get(thing)):
+            x = cell_overlap(b["x"] / scene["width"], (b["x"] + b["w"]) / scene["width"], m)
+            y = cell_overlap(b["y"] / scene["height"], (b["y"] + b["h"]) / scene["height"], m)
+            total += float((np.asarray(attention) * np.outer(x * m, y * m)).sum())
     return total
+
+
+def cell_overlap(start, end, m):
+    """(..., m) how much of each of m equal parts of [0, 1] lies between start and end (...)"""
+    edges, start, end = np.arange(m + 1) / m, np.asarray(start)[..., None], np.asarray(end)
+    return (np.minimum(end[..., None], edges[1:]) - np.maximum(start, edges[:-1])).clip(min=0)
 
 
 def evaluate_gqa(run, task, split, submit=False, **scoring):
@@ -686,10 +650,8 @@ def evaluate_gqa(run, task, split, submit=False, **scoring):
     for part in split.split("+"):
         records = gqa_records(run.data, part)
         questions |= {k: q for k, q in records.items() if k in predictions}
-    choices, scenes = (
-        read_json(path, "GQA") if path.exists() else None
-        for path in (folder / f"eval/{tier}_choices.json", folder / f"{tier}_sceneGraphs.json")
-    )
+    paths = folder / f"eval/{tier}_choices.json", folder / f"{tier}_sceneGraphs.json"
+    choices, scenes = (read_json(path, "GQA") if path.exists() else None for path in paths)
     attentions = None
     if scenes is not None:
         balanced = [e for e in range(len(index)) if questions[index.id(e)]["isBalanced"]]
@@ -710,12 +672,7 @@ def cell_map(weights, boxes, m=7):
     """(m, m), first index along x: each region's weight spread evenly over its box, x1 y1 x2 y2
     in [0, 1].
     """
-    edges = np.arange(m + 1) / m
-    # (N_V, m)
-    along = lambda a, b: np.clip(
-        np.minimum(b[:, None], edges[1:]) - np.maximum(a[:, None], edges[:-1]), 0, None
-    )
-    x, y = along(boxes[:, 0], boxes[:, 2]), along(boxes[:, 1], boxes[:, 3])
+    x, y = (cell_overlap(boxes[:, i], boxes[:, i + 2], m) for i in (0, 1))  # (N_V, m)
     area = np.maximum(x.sum(1) * y.sum(1), 1e-9)
     return np.einsum("n, nx, ny -> xy", weights / area, x, y)
 
@@ -760,6 +717,70 @@ class Task(NamedTuple):
     max_words: int = 60
     # data sets to choose from; the first is the default
     datasets: tuple = ("flickr30k", "coco")
+
+
+def answer_list(data, minimum=9):
+    """The answers that a VQA model predicts: trainval_label2ans.json if it is there, else by
+    the published rule: the normalised most common answers of at least 9 questions of train2014
+    and val2014, sorted (3,129 in VQA v2).
+    """
+    path = Path(data) / "vqa2" / "trainval_label2ans.json"
+    if exists(path):
+        return read_json(path, "the list of answers")
+    count = Counter()
+    for split in ("train2014", "val2014"):
+        for a, where in vqa_annotations(data, split):
+            count[normalise_answer(field(a, "multiple_choice_answer", where, str))] += 1
+    return sorted(answer for answer, n in count.items() if n >= minimum)
+
+
+def gqa_answers(data):
+    """GQA's answers: trainval_label2ans.json if it is there, else every answer of the balanced
+    train and val questions (1,842).
+    """
+    path = Path(data) / "gqa" / "trainval_label2ans.json"
+    if exists(path):
+        return read_json(path, "the list of answers")
+    splits = [gqa_records(data, split) for split in ("train_balanced", "val_balanced")]
+    return sorted({q["answer"] for records in splits for q in records.values()})
+
+
+def all_answers(data, minimum=9):
+    """The answers of two-stream pre-training: lxmert/all_ans.json if it is there (9,500), else
+    VQA's list, GQA's, and what Visual Genome's questions are answered with at least `minimum`
+    times.
+    """
+    path = Path(data) / "lxmert" / "all_ans.json"
+    if exists(path):
+        return [a["ans"] for a in read_json(path, "LXMERT's answers")]
+    count = Counter()
+    for _, questions, where in vg_items(data, "question_answers", "qas"):
+        count.update(vg_answer(q, where) for q in questions)
+    frequent = (answer for answer, n in count.items() if n >= minimum)
+    return sorted({*answer_list(data), *gqa_answers(data), *frequent})
+
+
+def box_overlap(a, b):
+    """Overlap over union of boxes x y w h, (..., 4) each.
+
+    Right edge x + w - 1, an overlap of one pixel counts as none, areas are w h: UNITER's and
+    ALBEF's evaluation code.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    corner = np.maximum(a[..., :2], b[..., :2])
+    far = np.minimum(a[..., :2] + a[..., 2:] - 1, b[..., :2] + b[..., 2:] - 1)
+    inter = np.where((far > corner).all(-1), (far - corner + 1).prod(-1), 0.0)
+    return inter / (a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - inter)
+
+
+def matching_region(record, store, image):
+    """The target of a referring expression: the region that overlaps the truth most, if by more
+    than half; else -1.
+    """
+    boxes = store.read(np.array([image]), "boxes")[0]
+    boxes[:, 2:] -= boxes[:, :2]
+    overlap = box_overlap(boxes, record.boxes[0])
+    return int(overlap.argmax()) if overlap.max() > 0.5 else -1
 
 
 def soft_loss(out, batch, margin):
@@ -930,8 +951,6 @@ def open_task(run, name, split, **options):
     """The Index of a task's split."""
     task = TASKS[name]
     store = task.store(split) if callable(task.store) else task.store
-    if store == "nlvr" and run.vision.regions:
-        store = NlvrStore(run.data, split)
     how = {"group": task.group(run.settings), "label": task.label, "name": f"{name} {split}"}
     return run.index(task.reader(run.settings), split, store, **how | options)
 
@@ -1159,19 +1178,15 @@ def grounding(run, split=""):
     allow; in percent of the phrases that have a box.
     """
     if not isinstance(run.model, Maf):
-        raise CheckpointError(
-            "this checkpoint does not ground phrases\n"
-            "  Train that first: python train.py --loss maf"
-        )
+        hint = "  Train that first: python train.py --loss maf"
+        raise CheckpointError(f"this checkpoint does not ground phrases\n{hint}")
     rows, kinds = [], []
     for _, phrase, truth, found in grounded_phrases(run, split or "test"):
         rows.append({m: losses.box_iou(box, truth).item() for m, box in found.items()})
         kinds.append(phrase.kinds)
     if not rows:
-        raise DataError(
-            f"Flickr30k Entities {split}: no phrase has a box\n"
-            "  Check flickr30k_entities/Annotations."
-        )
+        found = f"Flickr30k Entities {split}: no phrase has a box"
+        raise DataError(found, hint="Check flickr30k_entities/Annotations.")
     found = phrase_accuracy([row["maf"] for row in rows], kinds) | {"phrases": len(rows)}
     for method in rows[0].keys() - {"maf"}:
         found[method] = phrase_accuracy([row[method] for row in rows], kinds)["accuracy"]
@@ -1201,10 +1216,8 @@ def at_size(A, size):
     """Heat maps (b, patches) of one size of picture (width, height): (b, height, width), bicubic
     [AMC's code]
     """
-    side = int(A.shape[1] ** 0.5)
-    return torch.nn.functional.interpolate(
-        A.view(-1, 1, side, side), size[::-1], mode="bicubic", align_corners=False
-    )[:, 0]
+    A, how = rearrange(A, "b (h w) -> b 1 h w", h=math.isqrt(A.shape[1])), {"mode": "bicubic"}
+    return torch.nn.functional.interpolate(A, size[::-1], **how, align_corners=False)[:, 0]
 
 
 def hottest(A):
@@ -1217,21 +1230,13 @@ def best_box_by_heat(A, boxes):
     """The box, x y w h, that holds most heat for the square root of its area; corners are cut to
     whole pixels [AMC's code].
     """
+    # heat left of and above each corner: a box's is a sum of four
     total = torch.nn.functional.pad(A.double().cumsum(0).cumsum(1), (1, 0, 1, 0)).cpu().numpy()
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(int)
     h, w = A.shape
-    x1, y1, x2, y2 = (
-        np.clip(c.astype(int), 0, top)
-        for c, top in zip(
-            (boxes[:, 0], boxes[:, 1], boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]),
-            (w, h, w, h),
-        )
-    )
-    return int(
-        (
-            (total[y2, x2] - total[y1, x2] - total[y2, x1] + total[y1, x1])
-            / np.sqrt(np.maximum(boxes[:, 2] * boxes[:, 3], 1e-9))
-        ).argmax()
-    )
+    x1, y1, x2, y2 = corners.clip(0, [w, h, w, h]).T
+    inside = total[y2, x2] - total[y1, x2] - total[y2, x1] + total[y1, x1]
+    return int((inside / np.sqrt(np.maximum(boxes[:, 2] * boxes[:, 3], 1e-9))).argmax())
 
 
 def heat_maps_of(run, records, store, batch_size=64, name="pointing"):
@@ -1292,10 +1297,8 @@ def pointing_sets(data, sets):
     if "referit" in sets and (data / "refclef").exists():
         found["referit"] = "refclef", list(referit_expressions(data, "test_10k", stats))
     if not found:
-        raise DataError(
-            f"{data} has none of flickr30k_entities, refer/refcoco+, refclef\n"
-            "  Wanted: at least one, to point at something."
-        )
+        none = f"{data} has none of flickr30k_entities, refer/refcoco+, refclef"
+        raise DataError(none, "at least one, to point at something.")
     return found
 
 
@@ -1356,6 +1359,17 @@ HEAT = np.array([*HEAT, (255, 234, 70)], float)
 PANEL = 240  # pixels of a panel's width
 
 
+def find_picture(data, name, image_id):
+    """The path of one picture of a store."""
+    folders = [Path(data) / place for place in PICTURES.get(name, ())]
+    for folder in folders:
+        for suffix in (".jpg", ".png", ".jpeg"):
+            if (folder / f"{image_id}{suffix}").exists():
+                return folder / f"{image_id}{suffix}"
+    found = f"the picture {image_id} is in none of {', '.join(map(str, folders))}"
+    raise DataError(found, "a .png or .jpg. Figures need the pictures.")
+
+
 def panel_of(picture):
     """A picture at a panel's width"""
     return picture.resize((PANEL, max(1, round(picture.height * PANEL / picture.width))))
@@ -1372,10 +1386,8 @@ def titled(panel, title):
 def grid(rows, titles):
     """Panels in rows, each row under its title."""
     heights = [max(p.height for p in row) + 24 for row in rows]
-    out = Image.new(
-        "RGB", (max(sum(p.width + 6 for p in row) for row in rows), sum(heights)), "white"
-    )
-    y = 0
+    width, y = max(sum(p.width + 6 for p in row) for row in rows), 0
+    out = Image.new("RGB", (width, sum(heights)), "white")
     for row, title, height in zip(rows, titles, heights):
         ImageDraw.Draw(out).text((4, y + 4), title, fill=INK, font=ImageFont.load_default(14))
         for i, p in enumerate(row):
@@ -1407,15 +1419,10 @@ def training_curve(log, out):
         py = 150 - 115 * (y - low) / max(high - low, 1e-12)
         pen.line([(40, 30), (40, 150), (290, 150)], fill=INK)
         pen.line(list(zip(px, py)), fill=(0, 114, 178), width=2)
-        small = ImageFont.load_default(10)
-        (
-            pen.text((2, 30), f"{high:.3g}", fill=INK, font=small),
-            pen.text((2, 140), f"{low:.3g}", fill=INK, font=small),
-        )
-        (
-            pen.text((240, 153), f"step {int(x[-1])}", fill=INK, font=small),
-            pen.text((44, 8), f"{name}   {y[-1]:.4g}", fill=INK, font=ImageFont.load_default(13)),
-        )
+        labels = ((2, 30), f"{high:.3g}", 10), ((2, 140), f"{low:.3g}", 10)
+        labels += ((240, 153), f"step {int(x[-1])}", 10), ((44, 8), f"{name}   {y[-1]:.4g}", 13)
+        for place, text, size in labels:
+            pen.text(place, text, fill=INK, font=ImageFont.load_default(size))
         panels.append(panel)
     save_png(grid([panels[i : i + 3] for i in range(0, len(panels), 3)], [""] * len(panels)), out)
 
@@ -1579,10 +1586,9 @@ def map_panel(P, words, cell=18):
     for i, word in enumerate(words):
         pen.text((2, cell * i + 3), word, fill=INK, font=ImageFont.load_default(11))
         for j, weight in enumerate(P[i] / P.max()):
-            pen.rectangle(
-                [90 + cell * j, cell * i, 88 + cell * (j + 1), cell * (i + 1) - 2],
-                fill=tuple(int(255 + weight * (c - 255)) for c in (0, 80, 150)),
-            )
+            corners = [90 + cell * j, cell * i, 88 + cell * (j + 1), cell * (i + 1) - 2]
+            blue = tuple(int(255 + weight * (c - 255)) for c in (0, 80, 150))
+            pen.rectangle(corners, fill=blue)
     return titled(panel, "regions")
 
 
@@ -1620,7 +1626,258 @@ def benchmarks_of(settings):
     return [winoground], [attention_figures] * ranked
 
 
-# 8. Pictures in ---------------------------------------------------------------------------------
+# 8. Pictures and features in ----------------------------------------------------------------------
+
+
+class StoreWriter:
+    """Writes a store image by image, beside its place; commit() puts it there whole.
+
+    Restartable: every `every` images the files are flushed and what is done is noted in
+    progress.json; names, sizes and counts go to rows.jsonl, a line an image, so that an image
+    costs the same however many came before. A writer opened on the same place later cuts what
+    lies behind the note, and `done` says how many images to skip.
+    """
+
+    def __init__(self, folder, columns, meta, every=256):
+        self.folder, self.tmp = Path(folder), Path(f"{folder}.tmp")
+        self.meta, self.every, self.files = meta, every, {}
+        need_new(folder)
+        self.tmp.mkdir(parents=True, exist_ok=True)
+        sizes, self.spec = {"D_V": meta["features"], "C": meta.get("classes")}, {}
+        for name in columns:
+            dtype, shape = COLUMNS[name]
+            self.spec[name] = np.dtype(dtype), tuple(sizes.get(s, s) for s in shape)
+        note = self.tmp / "progress.json"
+        state = json.loads(note.read_text()) if note.exists() else {}
+        if state and (state["meta"] != meta or state["columns"] != list(columns)):
+            found = f"{self.tmp} was begun from something else: {state['meta']}"
+            raise DataError(found, str(meta), f"Delete {self.tmp} to start again.")
+        self.done, self.rows = state.get("images", 0), state.get("rows", 0)
+        mode = "r+b" if state else "w+b"
+        for name, (dtype, shape) in self.spec.items():
+            self.files[name] = open(self.tmp / f"{name}.npy", mode)
+            start = self.write_header(name)
+            self.files[name].seek(start + self.rows * dtype.itemsize * math.prod(shape))
+            self.files[name].truncate()
+        self.list = open(self.tmp / "rows.jsonl", mode)
+        self.list.seek(state.get("list_bytes", 0))
+        self.list.truncate()
+
+    def write_header(self, name):
+        """numpy's header, which leaves room for any number of rows, so that it can be written again
+        at the end without moving them; returns where they begin.
+        """
+        (dtype, shape), file = self.spec[name], self.files[name]
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (self.rows, *shape)}
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)
+        return file.tell()
+
+    def add(self, image_id, wh, **columns):
+        """columns: one array (n, ...) for each column of the store"""
+        n = len(columns["boxes"])
+        for name, (dtype, shape) in self.spec.items():
+            values, wanted = np.asarray(columns[name]), (n, *shape)
+            if values.shape != wanted:
+                raise DataError(f"image {image_id}: {name} is {values.shape}, wanted {wanted}")
+            self.files[name].write(np.ascontiguousarray(values, dtype).tobytes())
+        line = json.dumps([str(image_id), n, *(int(x) for x in wh)])
+        self.list.write(line.encode() + b"\n")
+        self.rows, self.done = self.rows + n, self.done + 1
+        if self.done % self.every == 0:
+            self.flush()
+
+    def flush(self):
+        """What was added so far survives a kill."""
+        for file in (*self.files.values(), self.list):
+            file.flush()
+            os.fsync(file.fileno())
+        state = {"meta": self.meta, "columns": list(self.spec), "images": self.done}
+        state |= {"rows": self.rows, "list_bytes": self.list.tell()}
+        write_atomic(self.tmp / "progress.json", json.dumps(state))
+
+    def commit(self):
+        """Fill in the row counts, write the small files with a checksum of each array, rename."""
+        for name, file in self.files.items():
+            self.write_header(name)
+            file.close()
+        self.list.seek(0)
+        ids, counts, *wh = zip(*map(json.loads, self.list)) if self.done else ((), (), (), ())
+        self.list.close()
+        offsets = np.cumsum([0, *counts], dtype=PER_IMAGE["offsets"])
+        np.save(self.tmp / "offsets.npy", offsets)
+        np.save(self.tmp / "wh.npy", np.array(wh, PER_IMAGE["wh"]).T)
+        np.save(self.tmp / "ids.npy", np.array([name.encode() for name in ids], "S"))
+        sums = {}
+        for path in sorted(self.tmp.glob("*.npy")):
+            with open(path, "rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        meta = {**self.meta, "images": self.done, "regions": self.rows, "sha256": sums}
+        write_atomic(self.tmp / "meta.json", json.dumps(meta, indent=1))
+        (self.tmp / "progress.json").unlink(missing_ok=True)
+        (self.tmp / "rows.jsonl").unlink()
+        os.replace(self.tmp, self.folder)
+
+
+def need_new(folder):
+    """Nothing is written over."""
+    if Path(folder).exists():
+        hint = "a new place. Choose another --out, or delete it first."
+        raise DataError(f"{folder} exists already", hint)
+
+
+def decode(text, dtype, shape, where):
+    """One base64 column of a TSV row."""
+    try:
+        array = np.frombuffer(base64.b64decode(text, validate=True), dtype)
+        return array.reshape(shape)
+    except ValueError as error:
+        found = f"{where}: expected {np.dtype(dtype).name} {tuple(shape)}: {error}"
+        raise DataError(found, hint=AGAIN) from None
+
+
+# columns of an LXMERT row: name, number, type
+LXMERT_COLUMNS = (
+    ("cls_id", 3, "<i8"),
+    ("cls_conf", 4, "<f4"),
+    ("attr_id", 5, "<i8"),
+    ("attr_conf", 6, "<f4"),
+)
+
+
+def tsv_rows(path, skip=0):
+    """Yields rows of an LXMERT (10 columns) or BUTD (6 columns) feature file: (image id, (w, h),
+    columns); None for the first `skip`.
+    """
+    with open(path, encoding="ascii", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            row = line.rstrip("\n").split("\t")
+            yield None if number <= skip else tsv_row(row, f"{path}, line {number}")
+
+
+def tsv_row(cells, where):
+    """One of tsv_rows"""
+    if len(cells) not in (6, 10):
+        found = f"{where} has {len(cells)} columns: wanted 10 (LXMERT) or 6 (bottom-up attention)"
+        raise DataError(found, hint=CUT_SHORT)
+    is_lxmert = len(cells) == 10
+    try:
+        h, w, n = (int(cells[i]) for i in ((1, 2, 7) if is_lxmert else (2, 1, 3)))
+    except ValueError:
+        found = f"image size or box count is no whole number: {cells[1:4]}"
+        raise DataError(f"{where}: {found}", hint=AGAIN) from None
+    features = base64.b64decode(cells[-1]) if len(cells[-1]) % 4 == 0 else b""
+    if n < 1 or not features or len(features) % (4 * n):
+        found = f"{len(features):,} bytes of features for {n} boxes"
+        raise DataError(f"{where} (image {cells[0]}): {found}", hint=AGAIN)
+    columns = {"boxes": decode(cells[-2], "<f4", (n, 4), where).copy()}
+    columns["features"] = np.frombuffer(features, "<f4").reshape(n, -1)
+    for name, i, dtype in LXMERT_COLUMNS if is_lxmert else ():
+        columns[name] = decode(cells[i], dtype, (n,), where)
+    return cells[0], (w, h), columns
+
+
+def npz_rows(folder, sizes, skip=0):
+    """Yields UNITER's npz files in order of name, as tsv_rows. They do not hold the image size:
+    sizes = {image id: (w, h)}, else the unit square.
+    """
+    for number, path in enumerate(sorted(Path(folder).glob("*.npz"))):
+        if number < skip:
+            yield None
+            continue
+        try:
+            z = np.load(path, allow_pickle=False)
+            features, boxes = z["features"], z["norm_bb"][:, :4]
+            conf, probs = z["conf"].ravel(), z["soft_labels"]
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            found = f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}"
+            wanted = "UNITER's npz with features, norm_bb, conf, soft_labels."
+            raise DataError(found, wanted, CUT_SHORT) from None
+        # UNITER's rule [authors' code]
+        n = int(np.clip((conf > 0.2).sum(), 10, 100))
+        name = uniter_image_id(path.stem)
+        w, h = sizes.get(name, (1, 1))
+        columns = {
+            "features": features[:n],
+            "boxes": (boxes[:n] * [w, h, w, h]).astype("<f4"),
+            "cls_prob": probs[:n],
+            "cls_conf": conf[:n],
+            "cls_id": probs[:n, 1:].argmax(axis=1),
+        }
+        yield name, (w, h), columns
+
+
+def uniter_image_id(stem):
+    """coco_train2014_000000000042, visual_grounding_coco_gt_000000000042 ->
+    COCO_train2014_000000000042; flickr30k_000001000092795 -> 1000092795;
+    nlvr2_dev-850-0-img0 -> dev-850-0-img0; vcr_gt_val_1001_Film_00.11@3 -> 1001_Film_00.11@3"""
+    if stem.startswith("coco_"):
+        return "COCO_" + stem[5:]
+    if stem.startswith("visual_grounding_"):  # RefCOCO's images are all of train2014
+        return "COCO_train2014_" + stem[-12:]
+    if found := re.match(r"nlvr2_|vcr_(?:gt_)?(?:train|val|test)_", stem):
+        return stem[found.end() :]
+    head, _, tail = stem.rpartition("_")
+    return str(int(tail)) if head and tail.isdigit() else stem
+
+
+def pack(sources, out, images=None):
+    """Convert LXMERT's or BUTD's TSV files, or folders of UNITER's npz files, into one region
+    store. Streams; may be killed and restarted.
+
+    images: folder of the pictures, to read their sizes from (npz only; without it boxes stay
+    relative and wh is 1 x 1)
+    """
+    paths = [need(s, "a .tsv file or a folder of .npz files", "Check the path.") for s in sources]
+    sizes = picture_sizes(images) if images and any(p.is_dir() for p in paths) else {}
+    first = next(source_rows(paths, sizes), None)
+    if first is None:
+        found = f"{paths[0]} holds no {'npz files' if paths[0].is_dir() else 'rows'}"
+        raise DataError(found, "features to convert. Check the path.")
+    columns = [name for name in COLUMNS if name in first[2]]
+    meta = {"source": " ".join(map(str, paths)), "features": first[2]["features"].shape[1]}
+    meta["classes"] = first[2]["cls_prob"].shape[1] if "cls_prob" in columns else None
+    writer, num_clipped = StoreWriter(out, columns, meta), 0
+    bar = tqdm(initial=writer.done, desc=f"pack {out}", unit=" images", disable=None)
+    for packed in source_rows(paths, sizes, writer.done):
+        if packed is None:
+            continue
+        image_id, (w, h), row = packed
+        inside, where = row["boxes"].clip(0, [w, h, w, h]), f"{meta['source']}, image {image_id}"
+        if not np.isfinite(row["boxes"]).all() or not np.isfinite(row["features"]).all():
+            raise DataError(f"{where}: nan or inf in boxes or features", hint=AGAIN)
+        moved = np.abs(inside - row["boxes"])
+        if (inside[:, 2:] < inside[:, :2]).any() or moved.max() > max(w, h):
+            box = f"{row['boxes'].tolist()[0]}"
+            raise DataError(
+                f"{where}: a box with x2 < x1 or far outside its {w} x {h} image: {box}"
+            )
+        num_clipped += int((moved > 0).any(axis=1).sum())
+        writer.add(image_id, (w, h), **row | {"boxes": inside})
+        bar.update()
+    bar.close()
+    writer.commit()
+    regions = f"{writer.rows:,} regions of width {meta['features']}"
+    print(f"{out}: {writer.done:,} images, {regions}, {num_clipped} boxes clipped to their image")
+
+
+def source_rows(paths, sizes, skip=0):
+    """Rows of all files to pack, one after the other; None for the first `skip`."""
+    for path in paths:
+        rows = npz_rows(path, sizes, skip) if path.is_dir() else tsv_rows(path, skip)
+        number = 0
+        for number, row in enumerate(rows, 1):
+            yield row
+        skip = max(0, skip - number)
+
+
+def picture_sizes(folder):
+    """{file stem: (width, height)} of the pictures in a folder"""
+    sizes = {}
+    for path in tqdm(sorted(Path(folder).rglob("*.*")), desc="image sizes", disable=None):
+        with contextlib.suppress(OSError), Image.open(path) as picture:
+            sizes[path.stem] = picture.size
+    return sizes
 
 
 def score_photo(run, photo, text, out, detector="", regions=(36, 36), sides=(800, 1333)):
@@ -1630,16 +1887,12 @@ def score_photo(run, photo, text, out, detector="", regions=(36, 36), sides=(800
     A model of regions needs a detector's weights; one of patches, and ALBEF, only the photo.
     """
     if isinstance(run.model, Maf):
-        raise CheckpointError(
-            "MAF compares captions and does not score a single one\n"
-            "  Wanted: a checkpoint of uniter, lxmert or albef"
-        )
+        wanted = "  Wanted: a checkpoint of uniter, lxmert or albef"
+        raise CheckpointError(f"MAF compares captions and does not score a single one\n{wanted}")
     if run.vision.regions and not detector:
-        raise CheckpointError(
-            "this model reads a detector's regions\n"
-            "  Wanted: --detector pytorch_model.bin of unc-nlp/frcnn-vg-finetuned; or a checkpoint "
-            "trained with --vision patches"
-        )
+        wanted = "--detector pytorch_model.bin of unc-nlp/frcnn-vg-finetuned; or a checkpoint"
+        wanted = f"  Wanted: {wanted} trained with --vision patches"
+        raise CheckpointError(f"this model reads a detector's regions\n{wanted}")
     photo, record = Path(photo), Record(Path(photo).stem, text, "photo")
     picture, figure = read_picture(photo), Path(out) / f"{photo.stem}.png"
     with tempfile.TemporaryDirectory() as folder:
@@ -1690,12 +1943,10 @@ def list_pictures(folder):
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
     twice = [name for name, n in Counter(p.stem for p in paths).items() if n > 1]
     if twice:
-        raise DataError(
-            f"{folder}: {len(twice):,} names stand for several pictures, the first {twice[0]}\n"
-            "  Wanted: one picture a name. Extract their folders one by one."
-        )
+        found = f"{folder}: {len(twice):,} names stand for several pictures, the first {twice[0]}"
+        raise DataError(found, "one picture a name. Extract their folders one by one.")
     if not paths:
-        raise DataError(f"{folder} holds no .jpg or .png\n  Check the path.")
+        raise DataError(f"{folder} holds no .jpg or .png", hint="Check the path.")
     return paths
 
 
@@ -1711,11 +1962,7 @@ def extract(images, detector, out, regions=(36, 36), shorter=800, longer=1333, b
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts, paths = Path(f"{out}.parts"), list_pictures(images)
-    if Path(out).exists():
-        raise DataError(
-            f"{out} exists already\n"
-            "  Wanted: a new place. Choose another --out, or delete it first."
-        )
+    need_new(out)
     model = load_detector(detector)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -1732,10 +1979,8 @@ def extract(images, detector, out, regions=(36, 36), shorter=800, longer=1333, b
     note, what = parts / "settings.json", "what the extraction was begun with"
     parts.mkdir(parents=True, exist_ok=True)
     if note.exists() and read_json(note, what) != settings:
-        raise DataError(
-            f"{parts} was begun with other settings or pictures\n"
-            "  Delete it to start again, or repeat the first command."
-        )
+        hint = "Delete it to start again, or repeat the first command."
+        raise DataError(f"{parts} was begun with other settings or pictures", hint=hint)
     if rank == 0:  # one writer; the others' settings are of the same command line
         write_atomic(note, json.dumps(settings))
     shards = [paths[i : i + shard] for i in range(0, len(paths), shard)]
@@ -1766,10 +2011,10 @@ def read_by_size(paths, shorter, longer, bar):
             pixels = torch.from_numpy(np.array(read_picture(path)))
             size = detector_size(*pixels.shape[:2], shorter, longer)
             if min(size) < 32:
-                raise DataError(
-                    f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels become {size[1]} x "
-                    f"{size[0]}, too narrow for the detector"
+                became = (
+                    f"{pixels.shape[1]} x {pixels.shape[0]} pixels become {size[1]} x {size[0]}"
                 )
+                raise DataError(f"{path}: {became}, too narrow for the detector")
             pictures.setdefault(size, []).append((path.stem, pixels))
         except DataError as error:
             skipped.append(str(error).splitlines()[0])
@@ -1820,10 +2065,8 @@ def save_shard(path, arrays):
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise DataError(
-            f"{path} could not be written: {error}\n"
-            "  Free some space and start the same command again: finished shards are kept."
-        ) from None
+        hint = "Free some space and start the same command again: finished shards are kept."
+        raise DataError(f"{path} could not be written: {error}", hint=hint) from None
 
 
 def merge_shards(parts, count, out, meta):
@@ -1847,10 +2090,8 @@ def merge_shards(parts, count, out, meta):
                 writer.add(name, (w, h), **columns)
             number += 1
     if writer is None:
-        raise DataError(
-            f"none of the pictures could be read, for example {skipped[0]}\n"
-            f"  {parts} holds the list."
-        )
+        found = f"none of the pictures could be read, for example {skipped[0]}"
+        raise DataError(found, hint=f"{parts} holds the list.")
     write_atomic(writer.tmp / "skipped.txt", "".join(f"{line}\n" for line in skipped))
     writer.commit()
     shutil.rmtree(parts)
@@ -1890,10 +2131,10 @@ def load_run(path, data, regions="", size=None, official=None):
         settings["answer_list"] = answers
         return Run(model, tokenizer, settings, sizes | {"answer_list": answers}, vision)
     if saved.sizes["vocab"] != len(tokenizer):
-        raise CheckpointError(
-            f"{path} was trained with {saved.sizes['vocab']:,} word pieces, the vocabulary in "
-            f"{data} has {len(tokenizer):,}\n  Choose the --data tree it was trained on."
-        )
+        trained = f"{path} was trained with {saved.sizes['vocab']:,} word pieces"
+        here = f"the vocabulary in {data} has {len(tokenizer):,}"
+        hint = "  Choose the --data tree it was trained on."
+        raise CheckpointError(f"{trained}, {here}\n{hint}")
     sizes = {k: v for k, v in saved.sizes.items() if k not in ("model", "size", "new_words")}
     answers = sizes.pop("answer_list", [])
     model = build(saved.sizes["model"], saved.sizes["size"], **sizes)
@@ -1923,76 +2164,45 @@ def make_parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--task",
-        choices=(*BENCHMARKS, *tasks),
-        help="pointing: do words attend where GQA's annotation points, or heat maps lie inside "
-        "boxes; grounding: MAF; figures: attention, heat maps or grounded phrases, training curve",
-    )
-    add(
-        "--ckpt",
-        required=True,
-        nargs="+",
-        help=(
-            "a last.pt of train.py, or an official checkpoint with --size; figures compares several"
-        ),
-    )
+    add("--task", choices=(*BENCHMARKS, *tasks), help=TASK_HELP)
+    add("--ckpt", required=True, nargs="+", help=CKPT_HELP)
     add("--data", default="data/toy", help="the data tree (default: data/toy)")
     add("--regions", default="", help="folder of the region stores (default: DATA/regions)")
-    add(
-        "--dataset",
-        default="",
-        help="retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog; pointing: "
-        "flickr30k, refcoco+ or referit (default: the run's, or all)",
-    )
-    add(
-        "--split",
-        default="",
-        help=f"default: test for retrieval, else the one with public answers: {splits}",
-    )
+    add("--dataset", default="", help=DATASET_HELP)
+    add("--split", default="", help=f"default: test for retrieval, else with answers: {splits}")
     add("--head", choices=("rank", "match"), help="which score: match is zero-shot retrieval")
-    add(
-        "--ablate",
-        default="",
-        choices=("", "text", "regions"),
-        help="a control: the model may not see them",
-    )
+    ablate = "a control: the model may not see them"
+    add("--ablate", default="", choices=("", "text", "regions"), help=ablate)
     add("--submit", default="", help="write the test server's file here: .json or .csv")
-    add(
-        "--skip-missing",
-        action="store_true",
-        help="go on without examples whose image has no features; they are counted",
-    )
-    add(
-        "--scores",
-        help="retrieval's score matrix, to go on after a kill (default: by the checkpoint)",
-    )
+    skip = "go on without examples whose image has no features; they are counted"
+    add("--skip-missing", action="store_true", help=skip)
+    add("--scores", help="retrieval's score matrix, to go on after a kill")
     add("--out", default="out/figures", help="where figures go (default: out/figures)")
-    photo = parser.add_argument_group("one photo")
-    photo.add_argument("--image", help="how well --text fits it, and where its words attend to")
-    photo.add_argument("--text", default="", help="the sentence")
-    photo.add_argument(
-        "--detector",
-        default="",
-        help="weights, with a model of regions: unc-nlp/frcnn-vg-finetuned's pytorch_model.bin",
-    )
-    photo.add_argument(
-        "--sides",
-        type=int,
-        nargs=2,
-        default=(800, 1333),
-        help="what the shorter and at most the longer side is resized to (default: 800 1333)",
-    )
-    official = parser.add_argument_group("official checkpoints")
-    official.add_argument("--size", choices=tuple(SIZES), help="its size")
-    official.add_argument("--model", default="uniter", choices=("uniter", "lxmert"))
-    official.add_argument(
-        "--nlvr2-head",
-        default="pair-biattn",
-        choices=("triplet", "pair", "pair-mlp", "pair-biattn"),
-    )
-    official.add_argument("--mlp", action="store_true", help="RefCOCO+, whose head has two layers")
+    add = parser.add_argument_group("one photo").add_argument
+    add("--image", help="how well --text fits it, and where its words attend to")
+    add("--text", default="", help="the sentence")
+    weights = "weights, with a model of regions: unc-nlp/frcnn-vg-finetuned's pytorch_model.bin"
+    add("--detector", default="", help=weights)
+    sides = "the shorter side, and the longer at most, are resized to these (default: 800 1333)"
+    add("--sides", type=int, nargs=2, default=(800, 1333), help=sides)
+    add = parser.add_argument_group("official checkpoints").add_argument
+    add("--size", choices=tuple(SIZES), help="its size")
+    add("--model", default="uniter", choices=("uniter", "lxmert"))
+    pairs = "triplet", "pair", "pair-mlp", "pair-biattn"
+    add("--nlvr2-head", default="pair-biattn", choices=pairs)
+    add("--mlp", action="store_true", help="RefCOCO+, whose head has two layers")
     return parser
+
+
+TASK_HELP = (
+    "pointing: do words attend where GQA's annotation points, or heat maps lie inside boxes; "
+    "grounding: MAF; figures: attention, heat maps or grounded phrases, training curve"
+)
+CKPT_HELP = "a last.pt of train.py, or an official checkpoint with --size; figures compares several"
+DATASET_HELP = (
+    "retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog; pointing: flickr30k, "
+    "refcoco+ or referit (default: the run's, or all)"
+)
 
 
 def make_extract_parser():
@@ -2014,12 +2224,31 @@ def make_extract_parser():
     return parser
 
 
+def make_pack_parser():
+    """The command line of evaluate.py pack"""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py pack",
+        description=pack.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    files = "LXMERT's or bottom-up attention's .tsv files, or folders of UNITER's .npz files"
+    parser.add_argument("source", nargs="+", help=files)
+    parser.add_argument("--out", required=True, help="a new folder, e.g. DATA/regions/coco")
+    sizes = "folder of the pictures, to read their sizes from (.npz does not hold them)"
+    parser.add_argument("--images", help=sizes)
+    return parser
+
+
 def main(argv=None):
-    """A benchmark, a photo, figures; or extract"""
+    """A benchmark, a photo, figures; or a region store made: pack, extract"""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["extract"]:
             run_extract(make_extract_parser().parse_args(argv[1:]))
+            return
+        if argv[:1] == ["pack"]:
+            args = make_pack_parser().parse_args(argv[1:])
+            pack(args.source, args.out, args.images)
             return
         args = make_parser().parse_args(argv)
         numbers = run_benchmark(args)
@@ -2033,7 +2262,7 @@ def main(argv=None):
 def run_extract(args):
     """evaluate.py extract"""
     if not re.fullmatch(r"\d+(-\d+)?", args.regions):
-        raise DataError(f"--regions {args.regions}\n  Wanted: 36, or 10-100")
+        raise DataError(f"--regions {args.regions}", "36, or 10-100")
     least, _, most = args.regions.partition("-")
     how = (int(least), int(most or least)), args.shorter, args.longer, args.batch, args.shard
     extract(args.images, args.detector, args.out, *how)
@@ -2061,16 +2290,12 @@ def run_benchmark(args):
     run = next(iter(runs.values()))
     if args.image:
         if not args.text.strip():
-            raise DataError(
-                "--image without --text\n"
-                '  Wanted: a sentence, as in --text "a dog left of a person"'
-            )
+            wanted = 'a sentence, as in --text "a dog left of a person"'
+            raise DataError("--image without --text", wanted)
         how = args.image, args.text, args.out, args.detector
         return score_photo(run, *how, sides=args.sides)
     if not args.task:
-        raise DataError(
-            "neither --task nor --image\n  Wanted: a benchmark, or a photo and a sentence"
-        )
+        raise DataError("neither --task nor --image", "a benchmark, or a photo and a sentence")
     return BENCHMARKS.get(args.task, run_task)(runs, args)
 
 
@@ -2100,10 +2325,9 @@ def run_task(runs, args):
     if trained == "pretrain" and run.settings.get("pretrain") == "multitask":
         trained = "gqa"
     if trained != args.task:
-        raise CheckpointError(
-            f"{args.ckpt[0]} was trained for {run.settings['task']}, not for {args.task}\n"
-            f"  Train that first: python train.py --task {args.task}"
-        )
+        found = f"{args.ckpt[0]} was trained for {run.settings['task']}, not for {args.task}"
+        hint = f"  Train that first: python train.py --task {args.task}"
+        raise CheckpointError(f"{found}\n{hint}")
     settings = run.settings | {"task": args.task}
     settings |= {"dataset": args.dataset} if args.dataset else {}
     return downstream(run._replace(settings=settings), args.split, args.submit, args.ablate)

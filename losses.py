@@ -6,7 +6,7 @@ masked words or regions.
 S_LV = logits of one attention layer, rows are words, columns regions; P_LV = the same after the
 softmax over its columns.
 A mask is bool and True means real; each row of a mask has at least one True. Finite values in
-padding changes nothing.
+padding change nothing.
 Everything is computed in float32 (float64 stays), also under autocast.
 
     masked modelling       mlm  mrfr  mrc  mrc_kl                               UNITER eq. 1, 4
@@ -23,13 +23,11 @@ Everything is computed in float32 (float64 stays), also under autocast.
                            cacr  cacr_side                                      CACR eq. 3, 5, 6
                            soft_relation_alignment                    CACR Algorithm 1, with loops
                            iais_singular  iais_singular_side       IAIS sec. 3.1 (Ren et al. 2021)
-                           iais_singular_released                               the same, as in
-                           the authors' code
+                           iais_singular_released          the same, as in the authors' code
                            iais_distributed  iais_distributed_side              IAIS sec. 3.2
-    pixels                 itc  itc_targets  negative_weights  mlm_distilled
-                                                                              AMC eq. 1, 3 (ALBEF)
-                           gradcam  unit_range  amc  amc_mean  amc_max  amc_cosine
-                                                                              AMC eq. 4-9, Table 3
+    contrast, distillation itc  itc_targets  negative_weights  mlm_distilled AMC eq. 1, 3 (ALBEF)
+    heat maps              gradcam  unit_range                                  AMC eq. 4-6
+                           amc  amc_mean  amc_max  amc_cosine                   AMC eq. 7-9, Table 3
     helpers                wide  mean_over  masked_softmax  block_softmax  joint_softmax
                            strongest_partner  row_mean_kl
 """
@@ -54,8 +52,8 @@ def mean_over(x, count):
 def masked_softmax(S, column_mask):
     """softmax over the real columns; padded columns get probability 0.
 
-    S (B, ..., N, M) logits; column_mask (B, M), at least one True in each row; returns (B, ...,
-        N, M), float32
+    S (B, ..., N, M) logits; column_mask (B, M), at least one True in each row
+    returns  (B, ..., N, M), float32
     Helpers: wide.
     """
     pad = ~column_mask.view(len(column_mask), *[1] * (S.dim() - 2), -1)
@@ -66,21 +64,21 @@ def block_softmax(S, column_mask):
     """The probabilities that IAIS aligns: each head's softmax over the columns of this block
     alone, then the head mean.
 
-    S (B, H, N, M) logits of one block; column_mask (B, M); returns P (B, N, M): rows sum to 1
-        inside the block
+    S (B, H, N, M) logits of one block; column_mask (B, M)
+    returns  P (B, N, M): rows sum to 1 inside the block
     Source: IAIS code. It is no slice of the layer's own attention, whose rows sum to 1 over both
-        modalities.
+    modalities.
     Helpers: wide, masked_softmax.
     """
     return masked_softmax(S, column_mask).mean(dim=1)
 
 
 def joint_softmax(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
-    """The layer's own attention probabilities, block_of into blocks: each row's softmax runs over
-    words and regions together.
+    """The layer's own attention probabilities, cut into blocks: each row's softmax runs over words
+    and regions together.
 
-    S_LL (B, H, N_L, N_L) ... S_VV (B, H, N_V, N_V) logits; returns P_LL, P_LV, P_VL, P_VV; rows
-        of [P_LL P_LV] sum to 1
+    S_LL (B, H, N_L, N_L) ... S_VV (B, H, N_V, N_V) logits
+    returns  P_LL, P_LV, P_VL, P_VV; rows of [P_LL P_LV] sum to 1
     Helpers: wide, masked_softmax.
     """
     N_L, column = len(text_mask[0]), torch.cat([text_mask, region_mask], dim=1)
@@ -198,11 +196,8 @@ def soft_answers(scores, target):
         has the cross-entropy (classify).
     Helpers: wide.
     """
-    return (
-        F.binary_cross_entropy_with_logits(wide(scores), wide(target), reduction="none")
-        .sum(dim=-1)
-        .mean()
-    )
+    each = F.binary_cross_entropy_with_logits(wide(scores), wide(target), reduction="none")
+    return each.sum(dim=-1).mean()
 
 
 def classify(logits, target):
@@ -210,8 +205,8 @@ def classify(logits, target):
 
         loss = -mean_b log softmax(logits_b)[target_b]                             UNITER sec. A.2
 
-    logits (B, C), target (B,) int64.  NLVR2: false, true. VCR: wrong, right, for each choice by
-                                       itself. Visual entailment: its three.
+    logits (B, C), target (B,) int64
+    NLVR2: false, true. VCR: wrong, right, for each choice by itself. Visual entailment: its three.
     returns  scalar >= 0, nats per row
     Source: UNITER sec. A.2.
     Helpers: wide.
@@ -240,11 +235,10 @@ def box_iou(a, b):
     """Overlap over union of boxes x1 y1 x2 y2, (..., 4) each, any unit; 0 where neither has an
     area.
     """
-    wh = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
-        min=0
-    )
-    inter = wh.prod(dim=-1)
-    area = lambda x: (x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1)
+    area = lambda box: (box[..., 2:] - box[..., :2]).clamp(min=0).prod(dim=-1)
+    near = torch.maximum(a[..., :2], b[..., :2])
+    far = torch.minimum(a[..., 2:], b[..., 2:])
+    inter = area(torch.cat([near, far], dim=-1))
     return inter / (area(a) + area(b) - inter).clamp(min=1e-12)
 
 
@@ -256,13 +250,13 @@ def soft_alignment_target(pointer, boxes, class_similarity, attribute_similarity
                                                                            Kervadec eq. (15), (16)
         target = ( PA / sum PA + SA / sum SA ) / 2                                  eq. (17), (18)
 
-    pointer (K, 4), boxes (K, N_V, 4): one unit; class_similarity, attribute_similarity (K, N_V):
-        cosines of GloVe vectors, 0 for a word, class or attribute without one; region_mask (K,
-        N_V)
+    pointer (K, 4), boxes (K, N_V, 4): one unit; region_mask (K, N_V)
+    class_similarity, attribute_similarity (K, N_V): cosines of GloVe vectors, 0 for a word, class
+             or attribute without one
     returns  (K, N_V) >= 0, rows sum to 1; 0 in padding, and in the whole row where the pointer
              touches no region and no name is like it
-    Source: Kervadec sec. 5. Here: negative cosines count as 0, else a row could not be
-        normalised; of a criterion that is 0 everywhere, the other one stands alone.
+    Source: Kervadec sec. 5. Here: negative cosines count as 0, else a row could not be normalised;
+    of a criterion that is 0 everywhere, the other one stands alone.
     Helpers: wide, box_iou.
     """
     PA = box_iou(wide(pointer)[:, None], wide(boxes))
@@ -289,25 +283,25 @@ def word_object_alignment(A, target, region_mask, k=3):
 
         loss = mean_i KL( target_i || softmax(A_i) )                                eq. (13), (14)
 
-    A (K, N_V): AlignmentDecoder's logits, eq. (12), of the K pointed words; target, region_mask
-        (K, N_V); a row of zeros, a pointer that matches nothing, is left out of the mean; K may
-        be 0, then the loss is 0
+    A (K, N_V): AlignmentDecoder's logits, eq. (12), of the K pointed words; K may be 0, then the
+             loss is 0
+    target, region_mask (K, N_V): a row of zeros, a pointer that matches nothing, is left out of
+             the mean
     returns  scalar >= 0, nats per pointed word
     Source: Kervadec sec. 5, no code was released. Eq. (13) gives 0 to all but the k highest A,
-        where eq. (14) is infinite. Here: both distributions live on the k highest of A and the k
-        highest of the target, the target normalised again over these, so that a region that the
-        model overlooks gets a gradient too.
+    where eq. (14) is infinite. Here: both distributions live on the k highest of A and the k
+    highest of the target, the target normalised again over these, so that a region that the model
+    overlooks gets a gradient too.
     Helpers: wide, mean_over.
     """
     A = wide(A).masked_fill(~region_mask, float("-inf"))
     target = wide(target).masked_fill(~region_mask, 0)
-    n = min(k, A.shape[-1])
-    keep = (
-        torch.zeros_like(region_mask)
-        .scatter(-1, A.topk(n, dim=-1).indices, True)
-        .scatter(-1, target.topk(n, dim=-1).indices, True)
-        & region_mask
-    )
+    keep = torch.zeros_like(region_mask)
+    for values in (A, target):
+        highest = values.topk(min(k, A.shape[-1]), dim=-1).indices
+        keep = keep.scatter(-1, highest, True)
+    # of fewer than k regions padding would be among the highest
+    keep = keep & region_mask
     kept = target.masked_fill(~keep, 0)
     known = kept.sum(dim=-1) > 0  # (K,)
     kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -321,12 +315,12 @@ def detected(logits, label, confidence=None):
 
         loss = mean_k confidence_k CE(logits_k, label_k)
 
-    logits (K, C), label (K,) int64, -1: nothing to name; confidence (K,) in [0, 1], 1 unless
-        given; K may be 0
+    logits (K, C), label (K,) int64, -1: nothing to name; K may be 0
+    confidence (K,) in [0, 1], 1 unless given
     returns  scalar >= 0, nats per region
     Source: Kervadec sec. 4, masked regions, all alike. LXMERT's code: all regions of all pairs,
-        masked or not, with the detector's confidence, and the mean is divided by 0.15, the share
-        of masked ones.
+    masked or not, with the detector's confidence, and the mean is divided by 0.15, the share of
+    masked ones.
     Helpers: wide, mean_over.
     """
     each = F.cross_entropy(wide(logits), label, ignore_index=-1, reduction="none")
@@ -342,11 +336,11 @@ def word_weights(h, v, word_mask, region_mask):
         a_km = softmax_m( h_k . v_m / sqrt(d) ),   alpha_k = max_m a_km,   beta = softmax_k(alpha)
                                                                                   MAF eq. (2), (3)
 
-    h (B, Q, W, d) word vectors, v (B, K, d) region vectors of the same pair; word_mask (B, Q, W),
-        region_mask (B, K)
+    h (B, Q, W, d) word vectors, word_mask (B, Q, W)
+    v (B, K, d) region vectors of the same pair, region_mask (B, K)
     returns  beta (B, Q, W): sums to 1 over a phrase's words, 0 in a phrase that is all padding
     Source: MAF sec. 3.1. The authors' code lets padded regions and padded words take part in both
-        softmaxes: pass masks that are all True.
+    softmaxes: pass masks that are all True.
     Helpers: wide, masked_softmax.
     """
     # (B, Q, W, K)
@@ -360,8 +354,8 @@ def phrase_embedding(h, v, word_mask, region_mask):
 
         p = sum_k beta_k h_k                                                           MAF eq. (3)
 
-    Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's. With beta
-    = 1 / words: "average" of Table 3.
+    Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's.
+    "average" of Table 3 has beta = 1 / words.
     Helpers: wide, masked_softmax, word_weights.
     """
     return (word_weights(h, v, word_mask, region_mask)[..., None] * wide(h)).sum(dim=-2)
@@ -377,9 +371,8 @@ def phrase_scores(e, v, region_mask):
     Helpers: wide.
     """
     A = wide(e).flatten(0, 1) @ wide(v).flatten(0, 1).mT  # (T Q, I K): one product for all pairs
-    return (
-        A.view(*e.shape[:2], *v.shape[:2]).masked_fill(~region_mask, float("-inf")).transpose(1, 2)
-    )
+    A = A.view(*e.shape[:2], *v.shape[:2])  # (T, Q, I, K)
+    return A.masked_fill(~region_mask, float("-inf")).transpose(1, 2)
 
 
 def maf_similarity(e, v, phrase_mask, region_mask):
@@ -389,13 +382,12 @@ def maf_similarity(e, v, phrase_mask, region_mask):
 
     Arguments as phrase_scores, phrase_mask (T, Q); returns (T, I)
     Source: MAF sec. 3.2. The authors' code sums over padded phrases too, lets padded regions win,
-        and divides by the real phrases.
+    and divides by the real phrases.
     Helpers: wide, phrase_scores.
     """
     best = phrase_scores(e, v, region_mask).amax(dim=-1)  # (T, I, Q)
-    return best.masked_fill(~phrase_mask[:, None], 0).sum(dim=-1) / phrase_mask.sum(
-        dim=-1, keepdim=True
-    ).clamp(min=1)
+    total = best.masked_fill(~phrase_mask[:, None], 0).sum(dim=-1)  # (T, I)
+    return total / phrase_mask.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def maf(similarity, own=None):
@@ -408,10 +400,9 @@ def maf(similarity, own=None):
     Source: MAF sec. 3.2; one way only and without temperature, as in the authors' code.
     Helpers: wide.
     """
-    return F.cross_entropy(
-        wide(similarity),
-        torch.arange(len(similarity), device=similarity.device) if own is None else own,
-    )
+    if own is None:
+        own = torch.arange(len(similarity), device=similarity.device)
+    return F.cross_entropy(wide(similarity), own)
 
 
 # ------------------------------------------------------------------------ optimal transport (WRA)
@@ -425,12 +416,10 @@ def cosine_cost(words, regions, text_mask, region_mask):
         cost 1 to everything.
     Helpers: wide.
     """
+    # autocast would multiply in bf16 whatever the type of the arguments
     with torch.autocast(words.device.type, enabled=False):
-        cost = (
-            1
-            - F.normalize(wide(words), dim=-1, eps=1e-5)
-            @ F.normalize(wide(regions), dim=-1, eps=1e-5).mT
-        )
+        w, v = (F.normalize(wide(x), dim=-1, eps=1e-5) for x in (words, regions))
+        cost = 1 - w @ v.mT  # (B, N_L, N_V)
     return cost.masked_fill(~(text_mask[:, :, None] & region_mask[:, None, :]), 0)
 
 
@@ -439,16 +428,16 @@ def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
     """Inexact proximal point method for optimal transport: the plan T that carries words to
     regions cheaply.
 
-        Q = exp(-cost / beta) * T;   delta = 1 / (m Q^T sigma),  sigma = 1 / (n Q delta);   T =
-                                     diag(sigma) Q diag(delta)
+        Q = exp(-cost / beta) * T
+        delta = 1 / (m Q^T sigma),   sigma = 1 / (n Q delta)          `inner` times
+        T = diag(sigma) Q diag(delta)                                 `iterations` times all three
 
-    cost (B, N_L, N_V); text_mask, region_mask; inner = steps of the middle line for each of the
-        outer `iterations`
+    cost (B, N_L, N_V); text_mask (B, N_L), region_mask (B, N_V)
     returns  T (B, N_L, N_V) >= 0 without gradient: sums to 1, rows to 1/n exactly, columns to 1/m
-             in the limit;
-             n and m count the real words and regions, [CLS] and [SEP] included; 0 in padding
-    Source: UNITER Algorithm 1, with its defaults. The authors' code stops with an error for inner
-        > 1.
+             in the limit; n and m count the real words and regions, [CLS] and [SEP] included; 0 in
+             padding
+    Source: UNITER Algorithm 1, with its defaults. The authors' code stops with an error for
+    inner > 1.
     Helpers: wide.
     """
     with torch.autocast(cost.device.type, enabled=False):
@@ -487,16 +476,14 @@ def ot_distance(words, regions, text_mask, region_mask, beta=0.5, iterations=50)
 
 def wra(words, regions, text_mask, region_mask, match=None, beta=0.5, iterations=50):
     """Word-region alignment: words and regions of a matched pair should lie close.
-                                                                                    UNITER eq. (3)
 
-        loss = mean_b distance_b                        every pair is matched (match=None): the
-        paper loss = mean_b (distance_b if match_b else -distance_b)      with match: the authors'
-        code, which weighs it by 0.1
+        loss = mean_b distance_b                                                    UNITER eq. (3)
+        loss = mean_b (distance_b if match_b else -distance_b)       with match: the authors' code
 
     words (B, N_L, D), regions (B, N_V, D), text_mask, region_mask; match (B,) bool
     returns  scalar in [0, 2], with match in [-2, 2]; cosine distance per pair
     Source: UNITER eq. (3). The paper does not say that the released code pushes mismatched pairs
-        apart.
+    apart; it weighs this loss by 0.1.
     Helpers: wide, cosine_cost, ipot, ot_distance.
     """
     distance = ot_distance(words, regions, text_mask, region_mask, beta, iterations)
@@ -513,8 +500,8 @@ def matrix_kl(p, q, row_mask, eps=1e-6):
 
     p, q (B, N, M): rows are distributions, 0 in padded columns; row_mask (B, N)
     returns  scalar >= 0 in nats: sum over the real rows of a pair, mean over pairs
-    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes the mean over rows: see
-        iais_singular.
+    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes the mean over rows:
+    row_mean_kl.
     Helpers: wide.
     """
     p, q = wide(p), wide(q)
@@ -527,25 +514,23 @@ def cacr_side(S_own, S_cross, S_other, own_mask, other_mask):
     """One side of CACR: the own modality should attend as the other does, seen through the
     cross-modal attention.
 
-        language:  m-KL( softmax(S_LV S_VV S_LV^T), softmax(S_LL) )  = cacr_side(S_LL, S_LV, S_VV,
-                   text, region)
-                                                                                      CACR eq. (3)
-        vision:    m-KL( softmax(S_VL S_LL S_VL^T), softmax(S_VV) )  = cacr_side(S_VV, S_VL, S_LL,
-                   region, text)
-                                                                                      CACR eq. (5)
+        language:  m-KL( softmax(S_LV S_VV S_LV^T), softmax(S_LL) )                   CACR eq. (3)
+                   = cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask)
+        vision:    m-KL( softmax(S_VL S_LL S_VL^T), softmax(S_VV) )                   CACR eq. (5)
+                   = cacr_side(S_VV, S_VL, S_LL, region_mask, text_mask)
 
-    S_own (B, N, N), S_cross (B, N, M), S_other (B, M, M): blocks of one layer, mean over heads;
-        own_mask (B, N), other_mask (B, M)
+    S_own (B, N, N), S_cross (B, N, M), S_other (B, M, M): blocks of one layer, mean over heads
+    own_mask (B, N), other_mask (B, M)
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all three blocks
     Source: CACR sec. 3.2. Here: the equations' index order; the last line of sec. 3.4 prints the
-        transpose.
+    transpose.
     Helpers: wide, masked_softmax, matrix_kl.
     """
     with torch.autocast(S_own.device.type, enabled=False):
-        # padding stands for nothing
+        # padding stands for nothing; a softmax comes only after the product, so 0 and not -inf
         S_cross = wide(S_cross).masked_fill(~other_mask[:, None, :], 0)
-        # (B, N, N) the other's relations, own basis
-        seen = S_cross @ wide(S_other) @ S_cross.mT
+        # a change of basis: what i stands for, times how those relate, times what j stands for
+        seen = S_cross @ wide(S_other) @ S_cross.mT  # (B, N, N)
     return matrix_kl(masked_softmax(seen, own_mask), masked_softmax(S_own, own_mask), own_mask)
 
 
@@ -555,30 +540,28 @@ def cacr(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
         loss = language side + vision side                                            CACR eq. (6)
 
     S_LL (B, N_L, N_L), S_LV (B, N_L, N_V), S_VL (B, N_V, N_L), S_VV (B, N_V, N_V): blocks of the
-        last layer, mean over heads:
-        logits as eq. (1) writes them (here scaled by 1/sqrt(d), as the layer uses them), or
-        probabilities, which the text of sec. 3.1 describes ("a distribution over columns")
+             last layer, mean over heads: logits as eq. (1) writes them (here scaled by 1/sqrt(d),
+             as the layer uses them), or probabilities, which the text of sec. 3.1 describes ("a
+             distribution over columns")
     text_mask (B, N_L), region_mask (B, N_V): the words and regions that take part
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all four blocks
     Source: CACR sec. 3.2. No code was released.
     Helpers: wide, masked_softmax, matrix_kl, cacr_side.
     """
-    return cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask) + cacr_side(
-        S_VV, S_VL, S_LL, region_mask, text_mask
-    )
+    language = cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask)
+    return language + cacr_side(S_VV, S_VL, S_LL, region_mask, text_mask)
 
 
 def soft_relation_alignment(S_own, S_cross, S_other, own_mask, other_mask):
     """Algorithm 1 with its loops, for reading and for the proof: cacr_side gives the same number.
 
-        a*_ij = sum_kp S_cross[i,k] S_cross[j,p] S_other[k,p];    m-KL( softmax(a*),
-        softmax(S_own) )
-                                                                                  CACR Algorithm 1
+        a*_ij = sum_kp S_cross[i,k] S_cross[j,p] S_other[k,p]                     CACR Algorithm 1
+        loss  = m-KL( softmax(a*), softmax(S_own) )
 
     Arguments as cacr_side; returns the same scalar; one pair at a time, one relation i -> j at a
     time: hundreds of times slower.
     Source: CACR sec. 3.3. Here: a weighted sum, as sec. 3.4 proves; Algorithm 1 writes "mean",
-        which the softmax would see.
+    which the softmax would see.
     Helpers: wide, matrix_kl.
     """
     losses = []
@@ -605,8 +588,8 @@ def strongest_partner(cross, other, other_mask):
     """IAIS's hard change of basis: G_ij = other[c(i), c(j)] with c(i) = argmax of row i of cross;
     the first of a tie.
 
-    cross (B, N, M), other (B, M, M), other_mask (B, M); returns G (B, N, N); gradient to other,
-        none to cross
+    cross (B, N, M), other (B, M, M), other_mask (B, M)
+    returns  G (B, N, N); gradient to other, none to cross
     """
     partner = cross.masked_fill(~other_mask[:, None, :], float("-inf")).argmax(dim=-1)  # (B, N)
     pair = torch.arange(len(cross), device=cross.device)[:, None, None]
@@ -614,12 +597,13 @@ def strongest_partner(cross, other, other_mask):
 
 
 def row_mean_kl(p, q, row_mask, eps=0.0):
-    """IAIS's m-KL:  mean_b mean_i sum_j p_ij (log p_ij - log(q_ij + eps)) + q_ij (log q_ij -
-    log(p_ij + eps))
+    """IAIS's m-KL, the mean over rows:
 
-    p, q (B, N, M), rows are distributions; row_mask (B, N); returns a scalar in nats per row. The
-        authors' code gives inf or nan where a probability is exactly 0; here log never sees less
-        than 1e-30, so value and gradient stay finite.
+        mean_b mean_i sum_j p_ij (log p_ij - log(q_ij + eps)) + q_ij (log q_ij - log(p_ij + eps))
+
+    p, q (B, N, M), rows are distributions; row_mask (B, N); returns a scalar in nats per row.
+    Here: the authors' code gives inf or nan where a probability is exactly 0; log never sees less
+    than 1e-30, so value and gradient stay finite.
     Helpers: wide.
     """
     p, q = wide(p), wide(q)
@@ -634,11 +618,10 @@ def iais_singular_side(S_own, S_cross, S_other, own_mask, other_mask):
         m-KL( softmax(S_other[c, c]), softmax(S_own) ),   c(i) = argmax of row i of S_cross
                                                                                      IAIS sec. 3.1
 
-    Arguments and the roles of language and vision as cacr_side; returns a scalar >= 0 in nats per
-    row;
-    gradient to S_own and S_other, none to S_cross.
-    Source: Ren et al. 2021, sec. 3.1: both sides normalised alike, from logits. The authors'
-        code: iais_singular_released.
+    Arguments and the roles of language and vision as cacr_side
+    returns  scalar >= 0 in nats per row; gradient to S_own and S_other, none to S_cross
+    Source: Ren et al. 2021, sec. 3.1: both sides normalised alike, from logits. The authors' code:
+    iais_singular_released.
     Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
     """
     seen = masked_softmax(strongest_partner(S_cross, S_other, other_mask), own_mask)
@@ -649,13 +632,12 @@ def iais_singular(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
     """Intra-modal self-attention alignment, singular: language side + vision side.
                                                                                      IAIS sec. 3.1
 
-    Arguments as cacr, logits; the authors leave [CLS] and [SEP] out of text_mask. Returns a
-    scalar >= 0, nats per row.
+    Arguments as cacr, logits; the authors leave [CLS] and [SEP] out of text_mask.
+    returns  scalar >= 0, nats per row
     Helpers: wide, masked_softmax, strongest_partner, row_mean_kl, iais_singular_side.
     """
-    return iais_singular_side(S_LL, S_LV, S_VV, text_mask, region_mask) + iais_singular_side(
-        S_VV, S_VL, S_LL, region_mask, text_mask
-    )
+    language = iais_singular_side(S_LL, S_LV, S_VV, text_mask, region_mask)
+    return language + iais_singular_side(S_VV, S_VL, S_LL, region_mask, text_mask)
 
 
 def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
@@ -664,8 +646,8 @@ def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
 
         m-KL( softmax(P_other[c, c]), P_own ),   so that the left side is close to uniform
 
-    P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side; returns a scalar
-        >= 0 in nats per row.
+    P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side
+    returns  scalar >= 0 in nats per row
     Source: IAIS code. Here: finite where a probability is 0 (row_mean_kl).
     Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
     """
@@ -680,12 +662,12 @@ def iais_distributed_side(P_own, P_cross, P_back, own_mask, other_mask, eps=1e-6
         m-KL( P_cross P_back, P_own )    language: (P_LL, P_LV, P_VL), vision: (P_VV, P_VL, P_LV)
                                                                                      IAIS sec. 3.2
 
-    P_own (B, N, N), P_cross (B, N, M), P_back (B, M, N): block_softmax of each block; own_mask
-        (B, N), other_mask (B, M)
-    returns  scalar in nats per row, >= -2e-6 N: eps stands in the second logarithm of each KL
-             only (authors' code)
+    P_own (B, N, N), P_cross (B, N, M), P_back (B, M, N): block_softmax of each block
+    own_mask (B, N), other_mask (B, M)
+    returns  scalar in nats per row, >= -2e-6 N: eps stands in the second logarithm of each KL only
+             (authors' code)
     Source: Ren et al. 2021, sec. 3.2, and the IAIS code. Here: finite where a probability is 0
-        (row_mean_kl).
+    (row_mean_kl).
     Helpers: wide, row_mean_kl.
     """
     own, other = own_mask[:, None, :], other_mask[:, None, :]
@@ -699,13 +681,12 @@ def iais_distributed(P_LL, P_LV, P_VL, P_VV, text_mask, region_mask):
     """Intra-modal self-attention alignment, distributed: language side + vision side.
                                                                                      IAIS sec. 3.2
 
-    P_LL ... P_VV: block_softmax of each block; masks without [CLS] and [SEP]; returns a scalar in
-    nats per row.
+    P_LL ... P_VV: block_softmax of each block; masks without [CLS] and [SEP]
+    returns  scalar in nats per row
     Helpers: wide, row_mean_kl, iais_distributed_side.
     """
-    return iais_distributed_side(P_LL, P_LV, P_VL, text_mask, region_mask) + iais_distributed_side(
-        P_VV, P_VL, P_LV, region_mask, text_mask
-    )
+    language = iais_distributed_side(P_LL, P_LV, P_VL, text_mask, region_mask)
+    return language + iais_distributed_side(P_VV, P_VL, P_LV, region_mask, text_mask)
 
 
 # ----------------------------------------------------- pixels: ALBEF's and AMC's (He et al. 2022)
@@ -716,8 +697,8 @@ def itc_targets(similarity_m, own, alpha):
 
         alpha softmax(s_m) + (1 - alpha) onehot
 
-    similarity_m (b, M): the momentum model's similarities divided by the temperature, no
-        gradient; own (b,): the column of each row's partner
+    similarity_m (b, M): the momentum model's similarities divided by the temperature, no gradient
+    own (b,): the column of each row's partner
     returns  (b, M), rows sum to 1
     Source: ALBEF's code, AMC sec. 2.1.
     Helpers: wide.
@@ -732,23 +713,21 @@ def itc(similarity, target):
         loss = -mean_b sum_m target_bm log softmax(similarity_b)_m                     AMC eq. (3)
 
     similarity (b, M): an image with M texts or the reverse, divided by the temperature: the
-        momentum model's features of the batch, then of the queue; target (b, M) of itc_targets
+             momentum model's features of the batch, then of the queue; target (b, M) of itc_targets
     returns  scalar >= 0, nats per pair; ALBEF takes the mean of both directions
     Source: ALBEF's code. Here: the cross-entropy; ALBEF's paper writes a KL divergence, which has
-        the same gradient.
+    the same gradient.
     Helpers: wide.
     """
     return -(wide(similarity).log_softmax(dim=-1) * target).sum(dim=-1).mean()
 
 
 def negative_weights(similarity, own):
-    """How likely each other partner of the batch is drawn as the mismatched one: the more
-    similar, the more likely.
-                                                                                      ALBEF's code
+    """How likely each other partner of the batch is drawn as the mismatched one: the more similar,
+    the more likely.                                                                  ALBEF's code
 
-    similarity (b, B): with the B partners of the batch; own (b,): the column of each row's true
-        one
-    returns  (b, B), 0 there; rows sum to less than 1
+    similarity (b, B): with the B partners of the batch; own (b,): the column of each row's true one
+    returns  (b, B), 0 in that column; rows sum to less than 1
     Helpers: wide.
     """
     return wide(similarity).softmax(dim=-1).scatter(1, own[:, None], 0.0)
@@ -759,10 +738,10 @@ def mlm_distilled(logits, target, teacher_logits, alpha):
 
         loss = (1 - alpha) mlm - alpha mean_k sum_v softmax(teacher)_kv log softmax(logits)_kv
 
-    logits, teacher_logits (K, V), target (K,): the K masked words; K may be 0; returns a scalar
-        >= 0, nats per masked word
+    logits, teacher_logits (K, V), target (K,): the K masked words; K may be 0
+    returns  scalar >= 0, nats per masked word
     Source: ALBEF's code, AMC eq. (1). AMC's code takes the teacher's softmax over token positions
-        instead of words, a slip.
+    instead of words, a slip.
     Helpers: wide, mean_over, mlm.
     """
     soft = -(wide(logits).log_softmax(dim=-1) * wide(teacher_logits).softmax(dim=-1)).sum(dim=-1)
@@ -770,47 +749,47 @@ def mlm_distilled(logits, target, teacher_logits, alpha):
 
 
 def gradcam(P, score, text_mask, create_graph=True, block_of=lambda P: P[..., 1:]):
-    """Where the image supports a score: A = mean over heads and words of P * ReLU(d score / d P),
-    patches only.
-                                                                                   AMC eq. (4)-(6)
+    """Where the image supports a score.
+
+        A = mean over heads and words of  P * ReLU(d score / d P),   patches only  AMC eq. (4)-(6)
 
     P (B, H, N_L, 1 + patches): cross-attention probabilities in the graph of score, image [CLS]
-        first; score (B,) or a scalar block_of: for a P of another form, such as a single
-        stream's: P -> its part (B, H, N_L, patches), words asking patches
+             first
+    score (B,), or a scalar
     text_mask (B, N_L): padded words give nothing, but count in the mean [authors' code]
+    block_of  for a P of another form, such as a single stream's: P -> its part (B, H, N_L,
+             patches), words asking patches
     returns  A (B, patches) >= 0; with create_graph a loss on A reaches every weight, through the
              gradient too
     Source: AMC's code. It differentiates the matched logit of matched pairs; eq. (5) writes the
-        cross-entropy, whose sign is opposite (pass it as score to have that); ReLU before the
-        product equals eq. (6), since P >= 0.
+    cross-entropy, whose sign is opposite (pass it as score to have that).
     """
+    # ReLU before the product equals eq. (6), since P >= 0
     (gradient,) = torch.autograd.grad(score.sum(), P, create_graph=create_graph)
     words = text_mask[:, None, :, None]
     return (block_of(P * gradient.clamp(min=0)) * words).mean(dim=(1, 2))
 
 
 def unit_range(A, eps=1e-7):
-    """Each heat map to [0, 1].
+    """Each heat map to [0, 1]:  (A - min) / (max - min + eps)
 
-    (A - min) / (max - min + eps);   A (B, ...); returns the same shape. Source: AMC's code;
-                                     not in the paper.
+    A (B, ...); returns the same shape. Source: AMC's code; not in the paper.
     """
-    low, flat = (1,) * (A.dim() - 1), A.flatten(1)
-    return (A - flat.amin(1).view(-1, *low)) / (flat.amax(1) - flat.amin(1) + eps).view(-1, *low)
+    rest = tuple(range(1, A.dim()))
+    low, high = A.amin(rest, keepdim=True), A.amax(rest, keepdim=True)
+    return (A - low) / (high - low + eps)
 
 
 def amc_mean(A, M, margin=0.1):
     """The mean heat inside the region should exceed the mean heat outside by a margin.
 
         max(0, out - in + margin)                                                      AMC eq. (7)
+        in = sum A M / sum M,   out = sum A (1 - M) / sum (1 - M)     sums over all pairs of a batch
 
-        in = sum A M / sum M,   out = sum A (1 - M) / sum (1 - M),   sums over all pairs of the
-                                batch
-
-    A, M (b, h, w): heat maps in [0, 1] and region masks in [0, 1]; returns a scalar in [0, 1 +
-        margin]
+    A, M (b, h, w): heat maps in [0, 1] and region masks in [0, 1]
+    returns  scalar in [0, 1 + margin]
     Source: AMC's code. Eq. (7) has one hinge a pair, then the mean: the mean of
-        amc_mean(A[i:i+1], M[i:i+1]).
+    amc_mean(A[i:i+1], M[i:i+1]).
     Helpers: wide.
     """
     A, M = wide(A), wide(M)
@@ -828,9 +807,8 @@ def amc_max(A, M, margin=0.5):
     Helpers: wide.
     """
     A, M = wide(A).flatten(1), wide(M).flatten(1)
-    return (
-        ((A * (1 - M)).max(dim=1).values - (A * M).max(dim=1).values + margin).clamp(min=0).mean()
-    )
+    inside, outside = (x.max(dim=1).values for x in (A * M, A * (1 - M)))  # (b,)
+    return (outside - inside + margin).clamp(min=0).mean()
 
 
 def amc(A, M):

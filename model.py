@@ -8,23 +8,19 @@ mask is bool, True = real; real entries come first.
     Attention        softmax(S) V with S = Q K^T / sqrt(d); fused, or written out where the maps S
                      are asked for
     Layer            attention and MLP, each followed by layer norm (BERT)
-    CrossLayer       words attend to regions and back, with one set of weights; then a
-                     Layer each
-                                                                         LXMERT; Kervadec eq. 5-10
+    CrossLayer       words attend to regions and back, then a Layer each          Kervadec eq. 5-10
     TextEmbedding    word + position + type                                      UNITER sec. 3.1
-    RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1;
-                     AveragedRegionEmbedding: LXMERT's
+    RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1
+    AveragedRegionEmbedding      LXMERT's
     PatchStem        pixels instead of features
-    answer_head  choice_head  region_head  TripletHead  PairHead  PairAttentionHead     one for
-                 each downstream task, UNITER sec. A.2
+    answer_head  choice_head  region_head  TripletHead  PairHead  PairAttentionHead
+                     one for each downstream task                                UNITER sec. A.2
     AlignmentDecoder which region a word stands for                            Kervadec eq. 11, 12
     Uniter           single stream and heads; forward() returns an Output     UNITER sec. 3.1, 3.2
     Lxmert           two streams and heads; same forward()                       Kervadec sec. 3
-    Albef            ViT, text and fusion encoder, momentum copy, queues
-                                                                       AMC sec. 2 (Li et al. 2021)
+    Albef            ViT, text and fusion encoder, momentum copy, queues    AMC sec. 2; Li 2021
     Maf              word vectors and three matrices                             MAF sec. 3.1
-    Detector         ResNet-101 Faster R-CNN with attributes: pictures to regions
-                                                                              Anderson et al. 2018
+    Detector         ResNet-101 Faster R-CNN with attributes: pictures to regions   Anderson 2018
     build            any of them by name and size
     load_pretrained  BERT, UNITER, LXMERT, DeiT, ALBEF, AMC, MAF and our own checkpoints
 """
@@ -53,24 +49,8 @@ TWO_STREAM_LAYERS = {"toy": (2, 1, 2), "base": (9, 5, 5)}
 # ALBEF: layers of text and fusion, fusion of them; its ViT; width of the contrastive features
 # [ALBEF's code]; toy [ours]
 ALBEF_SIZES = {
-    "toy": dict(
-        width=128,
-        layers=4,
-        fusion=2,
-        heads=4,
-        mlp_dim=512,
-        embed=64,
-        vision=dict(width=128, layers=4, heads=4, mlp_dim=512),
-    ),
-    "base": dict(
-        width=768,
-        layers=12,
-        fusion=6,
-        heads=12,
-        mlp_dim=3072,
-        embed=256,
-        vision=dict(width=768, layers=12, heads=12, mlp_dim=3072),
-    ),
+    "toy": SIZES["toy"] | dict(fusion=2, embed=64, vision=SIZES["toy"]),
+    "base": SIZES["base"] | dict(fusion=6, embed=256, vision=SIZES["base"]),
 }
 EPS = 1e-12  # layer norm, as BERT
 
@@ -126,10 +106,8 @@ class Attention(nn.Module):
     def __init__(self, width, heads, dropout=0.0, context_width=None):
         super().__init__()
         if width % heads:
-            raise ValueError(
-                f"width {width} does not divide into {heads} heads; try "
-                f"heads={math.gcd(width, heads)}"
-            )
+            near = math.gcd(width, heads)
+            raise ValueError(f"width {width} does not divide into {heads} heads; try heads={near}")
         self.heads, self.dropout, from_width = heads, dropout, context_width or width
         self.to_q, self.to_k = nn.Linear(width, width), nn.Linear(from_width, width)
         self.to_v, self.to_out = nn.Linear(from_width, width), nn.Linear(width, width)
@@ -183,8 +161,7 @@ class CrossLayer(nn.Module):
         words, regions = attend(words, regions), attend(regions, words);  then a Layer each
 
     Both directions share one set of weights and read what the other stream was before [LXMERT's
-    code].
-                                                                             Kervadec eq. (5)-(10)
+    code].                                                                   Kervadec eq. (5)-(10)
     returns  words (B, N_L, D), regions (B, N_V, D), and Maps if need_maps, where each block has a
              softmax of its own, or the probabilities of words asking regions (B, H, N_L, N_V) if
              need_probs, or None
@@ -225,9 +202,9 @@ class TextEmbedding(nn.Module):
 
     def forward(self, text, text_type=None):
         if text.shape[1] > self.position.num_embeddings:
+            most = self.position.num_embeddings
             raise ValueError(
-                f"a sentence of {text.shape[1]} tokens; this model has "
-                f"{self.position.num_embeddings} positions"
+                f"a sentence of {text.shape[1]} tokens; this model has {most} positions"
             )
         kind = self.token_type.weight[0] if text_type is None else self.token_type(text_type)
         x = self.word(text) + self.position.weight[: text.shape[1]] + kind
@@ -239,7 +216,7 @@ class PatchStem(nn.Module):
     small convolutions over the whole picture.
 
     A single matrix, as a ViT has, learns shapes far slower from few pictures (README);
-        convolutions: Xiao et al. 2021.
+    convolutions: Xiao et al. 2021.
     """
 
     def __init__(self, patch, width):
@@ -254,11 +231,8 @@ class PatchStem(nn.Module):
         channels, layers = 3, []
         for i, stride in enumerate(strides):
             out = max(24, width >> (len(strides) - 1 - i))
-            layers += [
-                nn.Conv2d(channels, out, max(3, stride), stride, padding=int(stride <= 3)),
-                nn.GroupNorm(8, out),
-                nn.GELU(),
-            ]
+            layers.append(nn.Conv2d(channels, out, max(3, stride), stride, int(stride <= 3)))
+            layers += [nn.GroupNorm(8, out), nn.GELU()]
             channels = out
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
 
@@ -269,9 +243,8 @@ class PatchStem(nn.Module):
 
 
 class RegionEmbedding(nn.Module):
-    """norm( norm(W feature) + norm(W box) + type ): UNITER's embedding of a region; for patches
-    of pixels, W is a PatchStem
-                                                                                   UNITER sec. 3.1
+    """norm( norm(W feature) + norm(W box) + type ): UNITER's embedding of a region; for patches of
+    pixels, W is a PatchStem                                                       UNITER sec. 3.1
 
     regions (B, N_V, D_V), boxes (B, N_V, 4) = x1 y1 x2 y2 in [0, 1], seven numbers of them enter
         (footnote 3)
@@ -330,10 +303,10 @@ class AlignmentDecoder(nn.Module):
         A_ij = s_i . o_j / sqrt(d),  s = norm(S' + FF(S')),  o = norm(O' + FF(O'))
                                                                            Kervadec eq. (11), (12)
 
-    words (B, N_L, D), regions (B, N_V, D): the encoder's last states; returns A (B, N_L, N_V),
-        undefined in padding
+    words (B, N_L, D), regions (B, N_V, D): the encoder's last states
+    returns A (B, N_L, N_V), undefined in padding
     Here: FF is linear, GELU, linear of the model's width; the paper says "a feed-forward layer
-        with layer normalization and residual".
+    with layer normalization and residual".
     """
 
     def __init__(self, width):
@@ -390,12 +363,9 @@ def choice_head(width, **_):
     """VCR: (B, 2) logits, wrong and right, of one choice. ReLU where the others have GELU
     [authors' code].
     """
-    return PooledHead(
-        nn.Linear(width, 2 * width),
-        nn.ReLU(),
-        nn.LayerNorm(2 * width, EPS),
-        nn.Linear(2 * width, 2),
-    )
+    hidden = 2 * width
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, 2)
+    return PooledHead(first, nn.ReLU(), nn.LayerNorm(hidden, EPS), last)
 
 
 def region_head(width, **_):
@@ -439,8 +409,7 @@ def pair_mlp_head(width, **_):
 
 class PairAttentionHead(nn.Module):
     """NLVR2, "pair-biattn": as PairHead, but either row first attends to the other, and attention
-    pools it.
-                                                                                   UNITER sec. 4.3
+    pools it.                                                                      UNITER sec. 4.3
 
     a = relu(W [other seen from here ; own]),   pooled = sum_n softmax_n(relu(w a_n)) a_n
     """
@@ -554,15 +523,14 @@ class Encoder(nn.Module):
 
 class Uniter(Encoder):
     """Single-stream encoder: words and regions in one sequence, every token attends to every
-    other.
-                                                                              UNITER sec. 3.1, 3.2
+    other.                                                                    UNITER sec. 3.1, 3.2
 
-    vocab, features (D_V), classes (C, background included): sizes of the data; width ... mlp_dim:
-        SIZES["base"]
-    types       rows of the type table: 2; NLVR2 3, VCR 4
-    head        the downstream task's, a name of HEADS, or ""; answers: how many it predicts
-    align       with an AlignmentDecoder;   patch: regions are patches of so many pixels a side, 0
-                they are not
+    vocab, features (D_V), classes (C, background included): sizes of the data
+    width ... mlp_dim  SIZES["base"]
+    types              rows of the type table: 2; NLVR2 3, VCR 4
+    head               the downstream task's, a name of HEADS, or ""; answers: how many it predicts
+    align              with an AlignmentDecoder
+    patch              regions are patches of so many pixels a side; 0: they are not
     """
 
     def __init__(
@@ -597,10 +565,8 @@ class Uniter(Encoder):
 
     def encode(self, words, seen, maps, need_gradcam, length):
         """Words and regions in one sequence; see forward."""
-        (text, text_mask, text_type), (regions, boxes, region_mask, region_type, hidden) = (
-            words,
-            seen,
-        )
+        text, text_mask, text_type = words
+        regions, boxes, region_mask, region_type, hidden = seen
         N_L, N_V = text.shape[1], regions.shape[1]
         n_words = text_mask.sum(dim=1, keepdim=True)  # (B, 1)
         n_regions = region_mask.sum(dim=1, keepdim=True)
@@ -651,11 +617,10 @@ class Uniter(Encoder):
 
 class Lxmert(Encoder):
     """Two-stream encoder: words among themselves, regions among themselves, then each attends to
-    the other.
-                                                                         Kervadec sec. 3.2; LXMERT
+    the other.                                                           Kervadec sec. 3.2; LXMERT
 
-    vocab, features (D_V), classes (background not included), attributes: sizes of the data;
-        layers: language, vision and cross layers
+    vocab, features (D_V), classes (background not included), attributes: sizes of the data
+    layers                        language, vision and cross layers
     head, answers, align, patch   as Uniter; answers also makes the pre-training's answer head,
                                   which is the same one
     """
@@ -737,10 +702,8 @@ def gradcam_layer(layers, need_gradcam=True, wanted=()):
     """
     cam = (len(layers) - 1) // 2 if need_gradcam else len(layers)
     if cam in wanted:
-        raise ValueError(
-            f"of layer {cam} both the logits (maps) and the probabilities (need_gradcam) are "
-            f"wanted; {len(layers)} layers are too few for that"
-        )
+        both = f"of layer {cam} both the logits (maps) and the probabilities (need_gradcam)"
+        raise ValueError(f"{both} are wanted; {len(layers)} layers are too few for that")
     return cam
 
 
@@ -884,9 +847,8 @@ class AlbefTowers(nn.Module):
         self.vision = Vit(resolution=resolution, patch=patch, **vision)
         self.text_embedding = TextEmbedding(vocab, width, positions, 2, dropout)
         self.text_layers = nn.ModuleList([Layer(*sizes) for _ in range(layers - fusion)])
-        self.fusion_layers = nn.ModuleList(
-            [FusionLayer(*sizes, vision["width"]) for _ in range(fusion)]
-        )
+        fused = [FusionLayer(*sizes, vision["width"]) for _ in range(fusion)]
+        self.fusion_layers = nn.ModuleList(fused)
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
         self.vision_proj = nn.Linear(vision["width"], embed)
         self.text_proj = nn.Linear(width, embed)
@@ -903,7 +865,7 @@ class AlbefTowers(nn.Module):
         need_gradcam, P of the gradcam_layer() (B, H, N_L, 1 + P).
 
         From that layer on attention is written out, so that the map has a gradient, and that
-            gradient another one (Grad-CAM in training).
+        gradient another one (Grad-CAM in training).
         """
         image_mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         P = None
@@ -926,13 +888,12 @@ class AlbefTowers(nn.Module):
 
 class Albef(nn.Module):
     """Image encoder, text encoder, fusion encoder; a momentum copy (teacher) and queues of its
-    features.
-                                                                            ALBEF; AMC sec. 2, 2.1
+    features.                                                               ALBEF; AMC sec. 2, 2.1
 
-    vision   width, layers, heads, mlp_dim of the ViT;   layers, fusion: text layers in all, and
-             the last of them, which see the image
-    embed    E, width of the contrastive features;   queue: how many of the teacher's features are
-             kept as further negatives
+    vision          width, layers, heads, mlp_dim of the ViT
+    layers, fusion  text layers in all, and the last of them, which see the image
+    embed           E, width of the contrastive features
+    queue           how many of the teacher's features are kept as further negatives
     """
 
     def __init__(self, vocab, *, width, embed, queue=65536, temperature=0.07, **sizes):
@@ -977,25 +938,18 @@ class Albef(nn.Module):
 
 class Maf(nn.Module):
     """What MAF learns: word vectors (from GloVe) and the matrices of eq. (1), (3); losses.py has
-    the equations.
-                                                                                      MAF sec. 3.1
+    the equations.                                                                    MAF sec. 3.1
 
     words     rows of the table; width d; features D_V: 2048 (ResNet), 4096 (VGG)
     inputs    which of a region's label, attribute and feature make its vector (Table 3)
-    start     of W_f and of W_p: "zero", "xavier", "identity" (with small noise); Table 4 finds
-              ("zero", "identity") best
-    small     the authors' "identity and noise" is learned: W_p p + 1e-5 W_mini p; without it the
-              noise is in W_p's start
+    start     of W_f and of W_p: "zero", "xavier", "identity"; Table 4 finds ("zero", "identity")
+              best
+    mini      the authors' "identity and noise" is learned: W_p p + 1e-5 W_mini p
     """
 
-    def __init__(
-        self,
-        words,
-        width=300,
-        features=2048,
-        inputs=("label", "feature"),
-        start=("zero", "identity"),
-    ):
+    START = "zero", "identity"
+
+    def __init__(self, words, width=300, features=2048, inputs=("label", "feature"), start=START):
         super().__init__()
         self.word, self.inputs = nn.Embedding(words, width), tuple(inputs)
         self.phrase, self.mini, self.attribute = (nn.Linear(width, width) for _ in range(3))
@@ -1085,12 +1039,8 @@ class Bottleneck(nn.Module):
 
 def stage(blocks, a, middle, b, stride=1, dilation=1):
     """One stage of the ResNet: `blocks` Bottlenecks, the first with the stride"""
-    return nn.Sequential(
-        *(
-            Bottleneck(a if i == 0 else b, middle, b, stride if i == 0 else 1, dilation, i == 0)
-            for i in range(blocks)
-        )
-    )
+    rest = [Bottleneck(b, middle, b, 1, dilation) for _ in range(blocks - 1)]
+    return nn.Sequential(Bottleneck(a, middle, b, stride, dilation, first=True), *rest)
 
 
 class Detections(NamedTuple):
@@ -1111,13 +1061,13 @@ class Detections(NamedTuple):
 
 class Detector(nn.Module):
     """Faster R-CNN on a ResNet-101's fourth stage, with attributes: the published weights' names
-    and shapes.
-                                                                              Anderson et al. 2018
+    and shapes.                                                               Anderson et al. 2018
 
-    stem, res2, bottleneck: widths, the last two doubled from stage to stage; blocks of res2 ...
-    res5; hidden: of the proposal network It only looks: always in eval mode, batch norms as
-    trained. Feed BGR, resize_for_detector()'s; one image a batch gives the same numbers whatever
-    comes with it (padding is seen).
+    stem, res2, bottleneck  widths, the last two doubled from stage to stage
+    blocks                  of res2 ... res5
+    hidden                  of the proposal network
+    It only looks: always in eval mode, batch norms as trained. Feed BGR, resize_for_detector()'s;
+    one image a batch gives the same numbers whatever comes with it (padding is seen).
     """
 
     def __init__(
@@ -1270,7 +1220,7 @@ def select_boxes(boxes, probs, regions, thresholds):
 
 
 def cell_anchors(sizes, ratios):
-    """(A, 4) boxes around 0 of these sizes (outer) and ratios, height by width (mlp_dim)"""
+    """(A, 4) boxes around 0 of these sizes (outer loop) and ratios, height by width (inner)"""
     w = [math.sqrt(s * s / r) for s in sizes for r in ratios]
     w = torch.tensor(w, dtype=torch.float64)
     h = w * torch.tensor(ratios, dtype=torch.float64).repeat(len(sizes))
@@ -1305,29 +1255,23 @@ def clip_boxes(boxes, size):
 def nms(boxes, scores, overlap):
     """Non-maximum suppression: which boxes to keep, by falling score: (n,) int64.
 
-    One is dropped if it overlaps (IoU strictly above) an earlier one that is kept. That is a
-        fixed point of keep = not (earlier and kept and overlapping).any(), which is unique;
-        iterating from "all" gets there in as many rounds as the longest chain of boxes that drop
-        each other.
+    One is dropped if it overlaps (IoU strictly above) an earlier one that is kept. That is a fixed
+    point of keep = not (earlier and kept and overlapping).any(), which is unique; iterating from
+    "all" gets there in as many rounds as the longest chain of boxes that drop each other.
     Ties: the lower index first; a box of no area drops none.
     """
     order = scores.argsort(descending=True, stable=True)
     x1, y1, x2, y2 = boxes[order].unbind(dim=1)
     area = (x2 - x1) * (y2 - y1)
-    shared = (
-        (torch.minimum(x2[:, None], x2) - torch.maximum(x1[:, None], x1))
-        .clamp_(min=0)
-        .mul_((torch.minimum(y2[:, None], y2) - torch.maximum(y1[:, None], y1)).clamp_(min=0))
-    )
+    width = (torch.minimum(x2[:, None], x2) - torch.maximum(x1[:, None], x1)).clamp_(min=0)
+    height = (torch.minimum(y2[:, None], y2) - torch.maximum(y1[:, None], y1)).clamp_(min=0)
+    shared = width.mul_(height)
     iou = shared / (area[:, None] + area - shared)
-    limit = torch.tensor(overlap, dtype=torch.float32)
     # float32 against the threshold itself, not against its float32, as the CPU kernels of others do
+    limit = torch.tensor(overlap, dtype=torch.float32)
+    above = iou >= limit if limit.double().item() > overlap else iou > limit
     # row drops column
-    drops = (
-        (iou >= limit if limit.double().item() > overlap else iou > limit)
-        .triu_(diagonal=1)
-        .to(boxes.dtype)
-    )
+    drops = above.triu_(diagonal=1).to(boxes.dtype)
     keep = torch.ones(len(boxes), dtype=boxes.dtype, device=boxes.device)
     while True:
         again = (keep @ drops == 0).to(boxes.dtype)
@@ -1351,8 +1295,8 @@ def roi_pool(x, rois, size, scale):
     0.
 
     x (B, C, H, W); rois (R, 5): number of the image, x1 y1 x2 y2; corners times scale are rounded
-        half away from zero and both count; bins overlap. A bin's maximum is that of at most four
-        windows whose sides are powers of two, so windows are made once for all regions.
+    half away from zero and both count; bins overlap. A bin's maximum is that of at most four
+    windows whose sides are powers of two, so windows are made once for all regions.
     """
     B, C, H, W = x.shape
     if not len(rois):
@@ -1366,9 +1310,8 @@ def roi_pool(x, rois, size, scale):
         low = ((p * bin[:, None]).floor() + start[:, None]).clamp(0, most).long()  # (R, size)
         high = (((p + 1) * bin[:, None]).ceil() + start[:, None]).clamp(0, most).long()
         level = (high - low).clamp(min=1).float().log2().floor().long()
-        spans.append(
-            (low.clamp(max=most - 1), (high - 2**level).clamp(0, most - 1), level, high <= low)
-        )
+        first, last = low.clamp(max=most - 1), (high - 2**level).clamp(0, most - 1)
+        spans.append((first, last, level, high <= low))
     (top, bottom, tall, no_rows), (left, right, wide, no_columns) = spans
     # channels last: a gather moves whole rows
     windows, rows = [], x.permute(0, 2, 3, 1)
@@ -1417,26 +1360,28 @@ def load_detector(path):
     """
     found = {re.sub(r"^module\.", "", name): tensor for name, tensor in read_tensors(path).items()}
 
+    wanted = "  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin."
+
     def shape(name):
         if name not in found:
+            have = f"{len(found):,} tensors, the first: {', '.join(list(found)[:2])}"
             raise CheckpointError(
-                f"{path} is not of this detector: it lacks {name} ({len(found):,} tensors, the "
-                f"first: {', '.join(list(found)[:2])})\n"
-                "  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin."
+                f"{path} is not of this detector: it lacks {name} ({have})\n{wanted}"
             )
         return found[name].shape
 
-    blocks = [
-        len({m[1] for name in found if (m := re.match(rf"{place}\.(\d+)\.conv1\.weight", name))})
-        for place in (r"backbone\.res2", r"backbone\.res3", r"backbone\.res4", r"roi_heads\.res5")
-    ]
+    def count_blocks(place):
+        matches = (re.match(rf"{place}\.(\d+)\.conv1\.weight", name) for name in found)
+        return len({match[1] for match in matches if match})
+
+    stages = r"backbone\.res2", r"backbone\.res3", r"backbone\.res4", r"roi_heads\.res5"
     anchors = shape("proposal_generator.anchor_generator.cell_anchors.0")[0]
     head = "roi_heads.box_predictor"
     model = Detector(
         stem=shape("backbone.stem.conv1.weight")[0],
         res2=shape("backbone.res2.0.conv3.weight")[0],
         bottleneck=shape("backbone.res2.0.conv1.weight")[0],
-        blocks=blocks,
+        blocks=[count_blocks(place) for place in stages],
         hidden=shape("proposal_generator.rpn_head.conv.weight")[0],
         anchors=[1.0] * anchors,
         ratios=[1.0],
@@ -1447,10 +1392,9 @@ def load_detector(path):
     )
     report = load_pretrained(model, path)
     if lacks := [name for name in report.missing if not name.endswith("num_batches_tracked")]:
-        raise CheckpointError(
-            f"{path} is not all of this detector: {len(lacks)} tensors are missing\n"
-            f"  {', '.join(lacks[:4])}\n  Wanted: unc-nlp/frcnn-vg-finetuned, pytorch_model.bin."
-        )
+        first = f"  {', '.join(lacks[:4])}"
+        found = f"{path} is not all of this detector: {len(lacks)} tensors are missing"
+        raise CheckpointError(f"{found}\n{first}\n{wanted}")
     return model
 
 
@@ -1539,14 +1483,10 @@ LXMERT_RENAMES = [
     (r"visn_inter\.dense", "region.fc1"),
     (r"lang_output\.", "text.output."),
     (r"visn_output\.", "region.output."),
-    (
-        r"^((?:text|region)_layers\.\d+|cross_layers\.\d+\.(?:text|region))\.output\.dense",
-        r"\1.fc2",
-    ),
-    (
-        r"^((?:text|region)_layers\.\d+|cross_layers\.\d+\.(?:text|region))\.output\.LayerNorm",
-        r"\1.mlp_norm",
-    ),
+    (r"^((?:text|region)_layers\.\d+)\.output\.dense", r"\1.fc2"),
+    (r"^((?:text|region)_layers\.\d+)\.output\.LayerNorm", r"\1.mlp_norm"),
+    (r"^(cross_layers\.\d+\.(?:text|region))\.output\.dense", r"\1.fc2"),
+    (r"^(cross_layers\.\d+\.(?:text|region))\.output\.LayerNorm", r"\1.mlp_norm"),
     (r"^(module\.)?cls\.seq_relationship", "match"),
     (r"^(module\.)?obj_predict_head\.transform\.dense", "object_head.0"),
     (r"^(module\.)?obj_predict_head\.transform\.LayerNorm", "object_head.2"),
@@ -1625,12 +1565,10 @@ class LoadReport(NamedTuple):
             more = f" and {len(names) - 6} more" if len(names) > 6 else ""
             return ", ".join(names[:6]) + more or "none"
 
-        return (
-            f"loaded {len(self.loaded)} tensors ({len(self.renamed)} renamed, {len(self.tied)} "
-            "tied copies)\n"
-            f"  missing, left at their start: {some(self.missing)}\n"
-            f"  in the file but unused: {some(self.unused)}"
-        )
+        how = f"{len(self.renamed)} renamed, {len(self.tied)} tied copies"
+        missing = f"  missing, left at their start: {some(self.missing)}"
+        unused = f"  in the file but unused: {some(self.unused)}"
+        return f"loaded {len(self.loaded)} tensors ({how})\n{missing}\n{unused}"
 
 
 def translate_name(name, model=None):
@@ -1655,14 +1593,11 @@ def read_checkpoint_file(path):
     """What a .safetensors, .pt, .pth or .bin file holds. Code in a pickle is never run."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(
-            f"{path} is not there\n  Wanted: a checkpoint (BERT, UNITER, LXMERT or one of ours). "
-            "Check the path."
-        )
+        wanted = "  Wanted: a checkpoint (BERT, UNITER, LXMERT or one of ours). Check the path."
+        raise CheckpointError(f"{path} is not there\n{wanted}")
     if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a folder\n  Wanted: the checkpoint file inside it, e.g. {path}/last.pt"
-        )
+        wanted = f"  Wanted: the checkpoint file inside it, e.g. {path}/last.pt"
+        raise CheckpointError(f"{path} is a folder\n{wanted}")
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
@@ -1712,9 +1647,8 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(path):
     """One of our own training files; anything else is a CheckpointError."""
     found = read_checkpoint_file(path)
-    lacks = [
-        name for name in Checkpoint._fields if not isinstance(found, dict) or name not in found
-    ]
+    have = found if isinstance(found, dict) else ()
+    lacks = [name for name in Checkpoint._fields if name not in have]
     if lacks:
         raise CheckpointError(
             f"{path} is not a training file of ours: it lacks {', '.join(lacks)}\n"
@@ -1725,8 +1659,8 @@ def read_checkpoint(path):
 
 
 def first_error_line(error):
-    """The first line of an error\'s text, or its type"""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """The first line of an error's text, or its type"""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def read_safetensors(path):
@@ -1758,9 +1692,9 @@ def load_pretrained(model, path, new_words=0):
     (print it: it says what was left out).
 
     Names are translated (RENAMES), numbers cast to the model's type, and the ranking head started
-        from the matching head where the file has none. A tensor of another shape is an error, so
-        a wrong size or vocabulary cannot pass unnoticed; but the type table and, by `new_words`
-        rows, the word table may grow, and a downstream head of another task stays at its start.
+    from the matching head where the file has none. A tensor of another shape is an error, so a
+    wrong size or vocabulary cannot pass unnoticed; but the type table and, by `new_words` rows, the
+    word table may grow, and a downstream head of another task stays at its start.
     """
     own, report, wrong = model.state_dict(), LoadReport([], [], [], [], []), []
     for name, tensor in read_tensors(path).items():

@@ -34,42 +34,16 @@ from tqdm import tqdm
 
 import evaluate
 import losses
-from data import (
-    CORPORA,
-    Batches,
-    DataError,
-    MixedBatches,
-    PhraseInput,
-    WordSimilarity,
-    WordVectors,
-    ablate_modality,
-    add_mined,
-    all_answers,
-    collate_negatives,
-    detector_names,
-    entity_captions,
-    hardest_of,
-    karpathy_captions,
-    make_loader,
-    mining_candidates,
-    multitask_coco,
-    multitask_vg,
-    normalize_pixels,
-    strip_punctuation,
-    write_atomic,
-)
-from evaluate import TASKS, Run, load_wordpiece, open_task, to_device, vision_of
-from model import (
-    ALBEF_SIZES,
-    SIZES,
-    TWO_STREAM_LAYERS,
-    CheckpointError,
-    Maf,
-    build,
-    init_rank_from_match,
-    load_pretrained,
-    read_checkpoint,
-)
+
+# data.py: errors and files, readers, batches
+from data import DataError, WordVectors, detector_names, strip_punctuation, write_atomic
+from data import CORPORA, entity_captions, karpathy_captions, multitask_coco, multitask_vg
+from data import HARDEST, Batches, MixedBatches, PhraseInput, WordSimilarity, collate_negatives
+from data import make_loader, mismatched_images, normalize_pixels
+from evaluate import TASKS, Run, ablate_modality, all_answers, load_wordpiece, open_task
+from evaluate import to_device, vision_of
+from model import ALBEF_SIZES, SIZES, TWO_STREAM_LAYERS, CheckpointError, Maf, build
+from model import init_rank_from_match, load_pretrained, read_checkpoint
 
 # 1. Losses --------------------------------------------------------------------------------------
 # Whoever has a new loss adds a function to losses.py and a row here.
@@ -124,6 +98,21 @@ def opt(default, help, choices=None, group=""):
     return field(default=default, metadata={"help": help, "choices": choices, "group": group})
 
 
+NLVR2_HEADS = "triplet", "pair", "pair-mlp", "pair-biattn"
+ALIGN_SCHEDULES = "exp", "linear", "log", "constant"
+SCHEDULES = "linear", "cosine", "linear-from-0", "noam", "steps", "constant"
+# help that takes more than a line
+PRETRAIN_HELP = (
+    "tasks, joined by +: mlm, itm, mrfr, mrc, mrckl, wra (with itm) [UNITER table 2], or multitask "
+    "[LXMERT, Kervadec sec. 4]; mlm:3 triples a weight"
+)
+SCHEDULE_HELP = (
+    "linear to zero; cosine to a tenth [ALBEF's code]; linear-from-0 [LXMERT's code]; noam; steps; "
+    "constant"
+)
+OPTIMIZER_HELP = "bertadam: no bias correction, decays all [LXMERT's code]"
+
+
 @dataclass
 class Config:
     """Every setting of a run, its default, and where the default is from."""
@@ -131,9 +120,7 @@ class Config:
     recipe: str = opt("toy", "experiment: its settings replace these defaults", group="experiment")
     loss: str = opt("none", "alignment losses, joined by +: none, " + ", ".join(LOSSES))
     task: str = opt("retrieval", "what to learn; grounding: MAF", TASKS)
-    model: str = opt(
-        "uniter", "single stream, two streams, or ALBEF", ("uniter", "lxmert", "albef")
-    )
+    model: str = opt("uniter", "single stream, two streams, ALBEF", ("uniter", "lxmert", "albef"))
     size: str = opt("base", "model size", tuple(SIZES))
     init: str = opt("", "start from a checkpoint file, or a recipe to run first, or none")
     out: str = opt("", "folder of the run; out/ and what was typed unless given")
@@ -142,33 +129,23 @@ class Config:
     data: str = opt("data/toy", "the data tree; data/toy is made on first use", group="data")
     regions: str = opt("", "folder of the region stores; DATA/regions unless given")
     vision: str = opt("regions", "a detector's regions, or patches", ("regions", "patches"))
-    resolution: int = opt(
-        0, "patches: pixels of a side; 0: 64 for --size toy, else 256 [AMC sec. 4.1]"
-    )
+    resolution: int = opt(0, "patches: pixels a side; 0: 64 for --size toy, else 256 [AMC 4.1]")
     patch: int = opt(16, "patches: pixels of a patch's side [ALBEF]")
     dataset: str = opt("flickr30k", "retrieval: flickr30k, coco; re: refcoco, refcoco+, refcocog")
     split: str = opt("", "what to learn from, joined by +; vqa: vg adds Visual Genome's questions")
     corpora: str = opt(
-        "coco", f"pre-training data, joined by +: {', '.join(CORPORA)}; vg:3 triples a weight"
+        "coco", f"pre-training data, joined by +: {', '.join(CORPORA)}; vg:3 triples"
     )
     triplets: str = opt("", "texts with boxes instead: box, region, box+region [AMC sec. 4.1]")
     min_box_area: float = opt(0.08, "triplets: least share of the image [AMC sec. 4.1]")
     augment: str = opt("flip+jitter+grey", "albef: of pictures, or none [AMC sec. 4.1]")
     cased: bool = opt(True, "tokenize cased, as UNITER's checkpoints want")
-    max_words: int = opt(
-        60, "word pieces a text; longer ones are truncated [authors' code: left out]"
-    )
+    max_words: int = opt(60, "word pieces a text; the rest is cut [authors' code: left out]")
     skip_missing: bool = opt(False, "leave texts out whose image has no features; else an error")
 
     dropout: float = opt(0.1, "on hidden states and attention [BERT]", group="model")
-    nlvr2_head: str = opt(
-        "pair-biattn",
-        "how NLVR2's images meet [UNITER table 5]; pair-mlp: LXMERT's",
-        ("triplet", "pair", "pair-mlp", "pair-biattn"),
-    )
-    head: str = opt(
-        "", "re: region-mlp has a second layer, as the released RefCOCO+", ("", "region-mlp")
-    )
+    nlvr2_head: str = opt("pair-biattn", "how NLVR2's images meet [UNITER table 5]", NLVR2_HEADS)
+    head: str = opt("", "re: of two layers, as released for RefCOCO+", ("", "region-mlp"))
     region_inputs: str = opt("label+feature", "MAF: of label, attribute, feature [MAF table 3]")
     phrase_pooling: str = opt("attention", "MAF [MAF table 3]", ("attention", "average"))
     init_w_f: str = opt("zero", "MAF: how W_f starts [MAF table 4]", ("zero", "xavier"))
@@ -177,30 +154,15 @@ class Config:
     queue: int = opt(65536, "albef: pairs of the past that serve as negatives [ALBEF's code]")
     ablate: str = opt("", "a control that may not see one modality", ("", "text", "regions"))
 
-    pretrain: str = opt(
-        "mlm+itm",
-        "tasks, joined by +: mlm, itm, mrfr, mrc, mrckl, wra (with itm) "
-        "[UNITER table 2], or multitask [LXMERT, Kervadec sec. 4]; mlm:3 triples a weight",
-        group="losses",
-    )
+    pretrain: str = opt("mlm+itm", PRETRAIN_HELP, group="losses")
     align_weight: float = opt(1.0, "final weight of the alignment losses [ours]; IAIS's code: 8")
-    align_schedule: str = opt(
-        "exp",
-        "how that weight comes in [CACR sec. 4, IAIS code]",
-        ("exp", "linear", "log", "constant"),
-    )
+    align_schedule: str = opt("exp", "how it comes in [CACR sec. 4, IAIS code]", ALIGN_SCHEDULES)
     wra_weight: float = opt(0.1, "weight of WRA in pre-training [authors' code]")
     task_loss: str = opt("", "ve: bce [authors' code] or ce [UNITER sec. A.2]; re: ce or rank")
     mask_rate: float = opt(0.15, "share of words or regions masked [UNITER sec. 3.2]")
-    joint_masking: bool = opt(
-        False, "mask words and regions of a pair at once [UNITER table 2, line 12]"
-    )
-    answers_start: float = opt(
-        0.5, "multitask: answers count after this share of the run [Kervadec 6.3]"
-    )
-    distill_weight: float = opt(
-        0.4, "albef: of the momentum model's predictions, after the warm-up"
-    )
+    joint_masking: bool = opt(False, "mask words and regions of a pair at once [UNITER table 2]")
+    answers_start: float = opt(0.5, "multitask: answers count after this share [Kervadec 6.3]")
+    distill_weight: float = opt(0.4, "albef: of the momentum model's predictions, after warm-up")
     margin: float = opt(0.2, "of the ranking loss [authors' code]")
     negatives: int = opt(2, "mismatched pairs a matched one: 2 [UNITER sec. 4.1], 31 [CACR sec. 4]")
     candidates: int = opt(0, "train on the hardest of so many: 399 [IAIS code]; 0: random ones")
@@ -210,23 +172,14 @@ class Config:
     attend_padding: bool = opt(False, "MAF: padding takes part [authors' code]")
 
     steps: int = opt(5000, "updates", group="optimisation")
-    batch_tokens: int = opt(
-        10240, "words + regions a batch and process, padding counted [UNITER A.2]"
-    )
+    batch_tokens: int = opt(10240, "words + regions, padding too, a batch and process [UNITER A.2]")
     batch_size: int = opt(64, "maf, albef: examples a batch and process")
     accumulate: int = opt(1, "batches an update")
     lr: float = opt(5e-5, "peak learning rate [authors' code]")
     head_lr: float = opt(1.0, "times lr, of the downstream head [authors' code]")
     warmup: int = opt(500, "updates of linear warm-up; then as --schedule says")
-    schedule: str = opt(
-        "linear",
-        "linear to zero; cosine to a tenth [ALBEF's code]; linear-from-0 "
-        "[LXMERT's code]; noam; steps; constant",
-        ("linear", "cosine", "linear-from-0", "noam", "steps", "constant"),
-    )
-    optimizer: str = opt(
-        "adamw", "bertadam: no bias correction, decays all [LXMERT]", ("adamw", "bertadam")
-    )
+    schedule: str = opt("linear", SCHEDULE_HELP, SCHEDULES)
+    optimizer: str = opt("adamw", OPTIMIZER_HELP, ("adamw", "bertadam"))
     weight_decay: float = opt(0.01, "on matrices, not on biases and norms [UNITER sec. A.2]")
     beta2: float = opt(0.98, "AdamW's second beta [authors' code]; the first is 0.9")
     eps: float = opt(1e-6, "AdamW's epsilon [authors' code]")
@@ -277,8 +230,8 @@ OLD_SETTINGS = {
 }
 
 
-class UserError(ValueError):
-    """Something on the command line that cannot be; the message says what to type."""
+class UserError(DataError):
+    """Something on the command line that cannot be: what was typed, what is wanted, what to do."""
 
 
 def known(name, names, what):
@@ -286,7 +239,8 @@ def known(name, names, what):
     if name not in names:
         near = difflib.get_close_matches(name, names, 1, 0.4)
         guess = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{what} {name!r} is not known{guess}\n  There are: {', '.join(names)}")
+        there_are = f"There are: {', '.join(names)}"
+        raise UserError(f"{what} {name!r} is not known{guess}", hint=there_are)
     return name
 
 
@@ -323,7 +277,7 @@ def parse(argv):
         name = unknown[0].split("=")[0]
         if name.replace("--no-", "--") in OLD_SETTINGS:
             new = OLD_SETTINGS[name.replace("--no-", "--")]
-            raise UserError(f"{name} has another name now\n  Wanted: {new}")
+            raise UserError(f"{name} has another name now", new)
         options = [o for action in parser._actions for o in action.option_strings]
         near = difflib.get_close_matches(name, options, 1)
         guess = f"; did you mean {near[0]}?" if near else "; see --help"
@@ -364,35 +318,29 @@ def make_config(recipe, **changes):
     return cfg
 
 
+COUNTS = "steps batch_tokens batch_size accumulate queue negatives mine_pool save_every log_every"
+RANGES = {
+    "at least 1": (1, math.inf, COUNTS + " eval_every"),
+    "0 or more": (0, math.inf, "seed warmup clip mine_every candidates"),
+    "more than 0": (1e-300, math.inf, "lr head_lr"),
+    "0 to 1": (0, 1, "mask_rate answers_start"),
+    "0 to below 1": (0, 1 - 1e-9, "dropout"),
+}
+
+
 def check_numbers(cfg):
     """Numbers in their ranges"""
-    ranges = {
-        "at least 1": (
-            1,
-            math.inf,
-            "steps batch_tokens batch_size accumulate queue negatives "
-            "mine_pool save_every log_every eval_every",
-        ),
-        "0 or more": (0, math.inf, "seed warmup clip mine_every candidates"),
-        "more than 0": (1e-300, math.inf, "lr head_lr"),
-        "0 to 1": (0, 1, "mask_rate answers_start"),
-        "0 to below 1": (0, 1 - 1e-9, "dropout"),
-    }
-    for wanted, (low, high, names) in ranges.items():
+    for wanted, (low, high, names) in RANGES.items():
         for name in names.split():
             if not low <= getattr(cfg, name) <= high:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(cfg, name)}: wanted {wanted}")
     if cfg.candidates and cfg.mine_every:
-        raise UserError(
-            "--candidates and --mine-every are two ways to find hard negatives: choose one, set "
-            "the other to 0"
-        )
+        both = "--candidates and --mine-every are two ways to find hard negatives"
+        raise UserError(f"{both}: choose one, set the other to 0")
     if cfg.candidates and cfg.candidates < cfg.negatives:
-        raise UserError(
-            f"--candidates {cfg.candidates} cannot hold --negatives {cfg.negatives} hardest ones; "
-            "0 draws negatives at random"
-        )
+        few = f"--candidates {cfg.candidates} cannot hold --negatives {cfg.negatives} hardest ones"
+        raise UserError(f"{few}; 0 draws negatives at random")
 
 
 def check_losses(cfg):
@@ -404,47 +352,34 @@ def check_losses(cfg):
     for part in cfg.region_inputs.split("+"):
         known(part, ["label", "attribute", "feature"], "--region-inputs")
     row = TASKS[cfg.task]
+    where = f"--loss {cfg.loss} with --task {cfg.task}"
     if ("phrases" in given) != row.learns_phrases or "phrases" in given and len(given) > 1:
-        raise UserError(
-            f"--loss {cfg.loss} with --task {cfg.task}: maf learns phrases alone\n"
-            "  Wanted: --loss maf, which chooses --task grounding by itself"
-        )
+        wanted = "--loss maf, which chooses --task grounding by itself"
+        raise UserError(f"{where}: maf learns phrases alone", wanted)
     if "pointers" in given and not cfg.is_multitask:
-        raise UserError(
-            f"--loss {cfg.loss} needs texts whose words point at boxes\n"
-            "  Wanted: --recipe toy-align or kervadec, or --pretrain multitask"
-        )
-    pictures = cfg.is_pretraining and cfg.vision == "patches"
-    heat = "heat" in given
+        wanted = "--recipe toy-align or kervadec, or --pretrain multitask"
+        raise UserError(f"--loss {cfg.loss} needs texts whose words point at boxes", wanted)
+    pictures, heat = cfg.is_pretraining and cfg.vision == "patches", "heat" in given
     if cfg.triplets and not pictures or heat and not (cfg.triplets and "itm" in tasks):
         raise UserError(
-            f"--loss {cfg.loss} with --triplets {cfg.triplets or 'empty'}, --task {cfg.task}, "
-            f"--vision {cfg.vision}: heat maps are of pictures, and teaching them needs texts "
-            "with boxes\n"
-            "  Wanted: --recipe toy-amc or amc (ALBEF), toy-amc-patches (--model uniter or "
-            "lxmert), or --triplets with --task pretrain --vision patches, itm in --pretrain"
+            f"{where}, --triplets {cfg.triplets or 'empty'}, --vision {cfg.vision}: heat maps are "
+            "of pictures, and teaching them needs texts with boxes",
+            "--recipe toy-amc or amc (ALBEF), toy-amc-patches (--model uniter or lxmert), or "
+            "--triplets with --task pretrain --vision patches, itm in --pretrain",
         )
-    task = TASKS[cfg.task]
-    if cfg.task_loss not in ("", *task.losses):
-        raise UserError(
-            f"--task-loss {cfg.task_loss} is not for --task {cfg.task}\n"
-            f"  Wanted: {', '.join(task.losses) or 'none'}"
-        )
-    if cfg.ablate and not task.reader:
-        tasks = (name for name, row in TASKS.items() if row.reader)
-        raise UserError(
-            f"--ablate {cfg.ablate} is not for --task {cfg.task}\n  Wanted: {', '.join(tasks)}"
-        )
+    if cfg.task_loss not in ("", *row.losses):
+        wanted = ", ".join(row.losses) or "none"
+        raise UserError(f"--task-loss {cfg.task_loss} is not for --task {cfg.task}", wanted)
+    if cfg.ablate and not row.reader:
+        wanted = ", ".join(name for name, task in TASKS.items() if task.reader)
+        raise UserError(f"--ablate {cfg.ablate} is not for --task {cfg.task}", wanted)
 
 
 # of each encoder: sizes, pre-training tasks, what an alignment loss can be given
+ON_STATES = *ATTENTION, "hidden", "heat"
 ENCODERS = {
-    "uniter": (SIZES, "mlm itm mrfr mrc mrckl wra", (*ATTENTION, "hidden", "heat", "phrases")),
-    "lxmert": (
-        TWO_STREAM_LAYERS,
-        "mlm itm mrfr wra multitask",
-        (*ATTENTION, "hidden", "heat", "pointers"),
-    ),
+    "uniter": (SIZES, "mlm itm mrfr mrc mrckl wra", (*ON_STATES, "phrases")),
+    "lxmert": (TWO_STREAM_LAYERS, "mlm itm mrfr wra multitask", (*ON_STATES, "pointers")),
     "albef": (ALBEF_SIZES, "mlm itm", ("heat",)),
 }
 
@@ -455,29 +390,21 @@ def check_model(cfg):
     known(cfg.size, list(sizes), f"--model {cfg.model} --size")
     for task in pretrain_weights(cfg):
         if task not in tasks.split():
-            raise UserError(
-                f"--pretrain {cfg.pretrain} is not for --model {cfg.model}\n  Wanted: {tasks}"
-            )
+            raise UserError(f"--pretrain {cfg.pretrain} is not for --model {cfg.model}", tasks)
     fits = not cfg.is_albef or cfg.vision == "patches" and cfg.is_pretraining
     if not fits or set(given_to(cfg)) - set(inputs):
-        able = [name for name, row in LOSSES.items() if row.given in inputs]
-        raise UserError(
-            f"--model {cfg.model} with --vision {cfg.vision}, --task {cfg.task}, --loss "
-            f"{cfg.loss}\n"
-            f"  Wanted: --loss none, {', '.join(able)}; albef: a recipe toy-albef, toy-amc, "
-            "albef, amc"
-        )
+        able = ", ".join(name for name, row in LOSSES.items() if row.given in inputs)
+        typed = f"--vision {cfg.vision}, --task {cfg.task}, --loss {cfg.loss}"
+        wanted = f"--loss none, {able}; albef: a recipe toy-albef, toy-amc, albef, amc"
+        raise UserError(f"--model {cfg.model} with {typed}", wanted)
     for part in cfg.augment.split("+"):
         known(part, ["", "none", "flip", "jitter", "grey"], "--augment")
     if cfg.is_albef and cfg.batch_size < 2:
-        raise UserError(
-            "--batch-size 1: with a single pair there is no negative\n  Wanted: at least 2"
-        )
+        raise UserError("--batch-size 1: with a single pair there is no negative", "at least 2")
     row = TASKS[cfg.task]
     if cfg.vision == "patches" and row.needs_boxes:
-        raise UserError(
-            f"--vision patches is not for --task {cfg.task}: it is about a detector's boxes"
-        )
+        why = "it is about a detector's boxes"
+        raise UserError(f"--vision patches is not for --task {cfg.task}: {why}")
     known(cfg.dataset, row.datasets, "--dataset")
 
 
@@ -501,9 +428,8 @@ def read_weights(text, usual, option):
         try:
             weights[name] = float(weight or usual[name])
         except ValueError:
-            raise UserError(
-                f"{option} {part}: wanted a name, or name:weight as in {name}:3"
-            ) from None
+            wanted = f"wanted a name, or name:weight as in {name}:3"
+            raise UserError(f"{option} {part}: {wanted}") from None
     return weights
 
 
@@ -520,10 +446,8 @@ def corpus_weights(cfg):
     weights = read_weights(cfg.corpora, dict.fromkeys(CORPORA, 1), "--corpora")
     for name in weights:
         if CORPORA[name].task and len(weights) > 1:
-            raise UserError(
-                f"--corpora {name} is a second stage with a vocabulary of its own\n"
-                f"  Wanted: {name} alone, with --init from the first stage"
-            )
+            found = f"--corpora {name} is a second stage with a vocabulary of its own"
+            raise UserError(found, f"{name} alone, with --init from the first stage")
     return weights
 
 
@@ -753,10 +677,8 @@ def print_pointers(runtime, index, similarity):
     texts = len(np.unique(np.searchsorted(index.starts, pointed[:, 0], side="right")))
     runtime.print_rank0(f"    {texts:,} of them point at boxes, by {len(pointed):,} word pieces")
     if similarity.num_unknown:
-        runtime.print_rank0(
-            f"    {similarity.num_unknown:,} of {len(similarity.words):,} pointed words have no "
-            "GloVe vector: only their place counts"
-        )
+        unknown = f"{similarity.num_unknown:,} of {len(similarity.words):,} pointed words"
+        runtime.print_rank0(f"    {unknown} have no GloVe vector: only their place counts")
 
 
 def phrase_streams(cfg, runtime, run, share):
@@ -904,11 +826,8 @@ def maps_needed(cfg):
 
 def objective_mlm(cfg, model, batch):
     """Masked words, in sight of the regions"""
-    out = model(
-        **batch["input"],
-        masked_words=batch["masked_words"],
-        hidden_regions=batch.get("hidden_regions"),
-    )
+    hidden = batch.get("hidden_regions")
+    out = model(**batch["input"], masked_words=batch["masked_words"], hidden_regions=hidden)
     return {"mlm": losses.mlm(out.word_logits, batch["word_targets"])}
 
 
@@ -1181,6 +1100,45 @@ def count_of(batch, name):
     return counts.get(key, counts[""])
 
 
+class HardNegatives(NamedTuple):
+    """What mining found: the hardest images of each caption, captions of each image (-1: none)."""
+
+    images: np.ndarray  # (texts, HARDEST)
+    captions: np.ndarray  # (images of the store, HARDEST)
+
+
+def mining_candidates(index, rng, n):
+    """Captions and images to score: n random other images for each caption, (T, n) twice.
+
+    UNITER sec. A.2
+    """
+    captions = np.repeat(np.arange(len(index))[:, None], n, 1)
+    images = mismatched_images(rng, index.images, index.image[captions.ravel()])
+    return captions, images.reshape(captions.shape)
+
+
+def hardest_of(index, captions, images, scores):
+    """The HARDEST highest-scored images of each caption, and captions of each image."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, np.arange(HARDEST) % scores.shape[1]]
+    order = np.lexsort([-scores.ravel(), images.ravel()])
+    owner, first, n = np.unique(images.ravel()[order], return_index=True, return_counts=True)
+    by_image = np.full((len(index.store), HARDEST), -1)
+    ranked = order[first[:, None] + np.arange(HARDEST) % n[:, None]]
+    by_image[owner] = captions.ravel()[ranked]
+    return HardNegatives(np.take_along_axis(images, best, 1), by_image)
+
+
+def add_mined(index, hard, batch):
+    """A batch's random negatives, and one of the hardest each way."""
+    rows, images, wrong_rows, wrong_images, pick = batch.pop("random")
+    caption = hard.captions[images, pick[0]]
+    # no caption was scored with this image: a random one stays
+    caption = np.where(caption < 0, wrong_rows[:, -1], caption)
+    all_rows = np.column_stack([wrong_rows, rows, caption])
+    all_images = np.column_stack([wrong_images, hard.images[rows, pick[1]], images])
+    return batch | collate_negatives(index, all_rows, all_images)
+
+
 @torch.no_grad()
 def hardest_candidates(cfg, runtime, model, index, batch):
     """Score the candidates and keep the hardest: the highest-scored mismatched pairs of each group.
@@ -1235,11 +1193,8 @@ def build_optimizer(cfg, model):
     """
     groups, decay_all = [], cfg.optimizer == "bertadam"
     for is_head in (False, True):
-        params = [
-            p
-            for name, p in model.named_parameters()
-            if p.requires_grad and name.startswith("task_head.") == is_head
-        ]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        params = [p for name, p in named if name.startswith("task_head.") == is_head]
         for is_matrix in (True, False):
             group = {"params": [p for p in params if (p.dim() >= 2) == is_matrix]}
             group["weight_decay"] = cfg.weight_decay * (is_matrix or decay_all)
@@ -1344,14 +1299,11 @@ def save_checkpoint(path, cfg, model, optimizer, step, sizes):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)
-        kept = (
-            f"the checkpoint of an earlier step is still whole: {path}"
-            if path.exists()
-            else "there is no earlier one"
-        )
+        whole = f"the checkpoint of an earlier step is still whole: {path}"
         raise UserError(
-            f"{path} could not be saved at step {step}: {error}\n  {kept}\n"
-            "  Free some space, then go on with --resume"
+            f"{path} could not be saved at step {step}: {error}",
+            hint=(whole if path.exists() else "there is no earlier one")
+            + "\n  Free some space, then go on with --resume",
         ) from None
 
 
@@ -1401,10 +1353,8 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or float("inf"))
     if not torch.isfinite(norm):
         names = few_names([name for b in own for name in b["names"]])
-        raise NonFinite(
-            f"step {step}: the gradient's norm is {norm.item()}, of {', '.join(logged)}\n"
-            f"  Samples: {names}"
-        )
+        found = f"the gradient's norm is {norm.item()}, of {', '.join(logged)}"
+        raise NonFinite(f"step {step}: {found}\n  Samples: {names}")
     lr = lr_at(step, cfg.lr, cfg.warmup, cfg.steps, cfg.schedule)
     for group in optimizer.param_groups:
         group["lr"] = group.get("scale", 1.0) * lr
@@ -1573,17 +1523,12 @@ def prepare_out(cfg, runtime):
             there = was.get(name, "nothing")
             different.append(f"--{name.replace('_', '-')} {there} there, {now[name]} here")
     if different:
-        raise UserError(
-            f"{out} holds a run of another configuration: {'; '.join(sorted(different))}\n"
-            "  Choose another --out, or delete that folder."
-        )
+        found = f"{out} holds a run of another configuration: {'; '.join(sorted(different))}"
+        raise UserError(found, hint="Choose another --out, or delete that folder.")
     if not cfg.resume:
         state = "finished" if saved.step == cfg.steps else f"at step {saved.step} of {cfg.steps}"
-        raise UserError(
-            f"{out} holds this run already, {state}\n"
-            "  Go on with --resume (a finished run prints its numbers again), or choose another "
-            "--out."
-        )
+        hint = "Go on with --resume (a finished run prints its numbers again), or choose another"
+        raise UserError(f"{out} holds this run already, {state}", hint=f"{hint} --out.")
     return saved
 
 
@@ -1725,9 +1670,8 @@ def make_toy_tree(folder):
     script = Path(__file__).resolve().parent / "tests" / "toy.py"
     command = [sys.executable, str(script), "--if-needed", "--out", str(folder)]
     if subprocess.run(command).returncode:
-        raise UserError(
-            f"{folder} could not be made\n  Try it alone: python tests/toy.py --out {folder}"
-        )
+        hint = f"Try it alone: python tests/toy.py --out {folder}"
+        raise UserError(f"{folder} could not be made", hint=hint)
 
 
 def main(argv=None):
@@ -1744,7 +1688,7 @@ def main(argv=None):
     except NonFinite as error:
         # only the process that met it knows its samples
         sys.exit(f"train.py: error: {error}")
-    except (UserError, DataError, CheckpointError, OSError) as error:
+    except (DataError, CheckpointError, OSError) as error:
         # a loader process wraps its error into a stack trace
         message = str(error).split("DataError: ")[-1].strip()
         sys.exit(f"train.py: error: {message}" if rank == 0 else 1)

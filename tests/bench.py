@@ -45,18 +45,9 @@ import losses
 import model as model_parts
 import train
 from conftest import prepared_run
-from data import (
-    Batches,
-    PatchStore,
-    Record,
-    RegionStore,
-    StoreWriter,
-    WordPiece,
-    glove,
-    make_index,
-    normalize_pixels,
-    token_batches,
-)
+from data import Batches, PatchStore, Record, RegionStore, WordPiece, glove, make_index
+from data import normalize_pixels, token_batches
+from evaluate import StoreWriter
 from model import SIZES, Uniter, build
 from seeds import RESULTS, fill
 from toy import make_toy

@@ -291,12 +291,9 @@ def test_a_share_of_a_batch_is_that_share(together):
     """
     _, _, _, streams = together
     whole = streams.train[1]
-    parts = [
-        Batches(
-            "multitask", whole.index, whole.size, whole.seed, p, 2, whole.corpus, **whole.options
-        )
-        for p in (0, 1)
-    ]
+    options = {name: getattr(whole, name) for name in data.BatchOptions._fields}
+    how = "multitask", whole.index, whole.size, whole.seed
+    parts = [Batches(*how, p, 2, whole.corpus, **options) for p in (0, 1)]
     for k in range(3):
         one, two = whole[k], [p[k] for p in parts]
         assert sorted(one["names"]) == sorted(two[0]["names"] + two[1]["names"])

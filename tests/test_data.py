@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import toy as world
 from conftest import ROOT, ids_of, read, shared
 from data import Batches, DataError, RegionStore, WordPiece, make_index
@@ -186,7 +187,7 @@ def test_pack_tsv(tmp_path, kind):
         row(f"img{i}", n=36 if kind == "lxmert" else 10 + i, kind=kind, seed=i) for i in range(5)
     ]
     (tmp_path / "f.tsv").write_text("\n".join(r[0] for r in rows) + "\n")
-    data.pack([tmp_path / "f.tsv"], tmp_path / "store")
+    evaluate.pack([tmp_path / "f.tsv"], tmp_path / "store")
     store = RegionStore(tmp_path / "store")
     assert ids_of(store) == [f"img{i}" for i in range(5)] and store.wh.tolist() == [[640, 480]] * 5
     got = store.read(np.array([3, 1]))
@@ -215,7 +216,7 @@ def test_pack_uniter_npz(tmp_path):
             conf=conf,
             soft_labels=probs,
         )
-    data.pack([tmp_path / "npz"], tmp_path / "store", tmp_path / "jpg")
+    evaluate.pack([tmp_path / "npz"], tmp_path / "store", tmp_path / "jpg")
     store = RegionStore(tmp_path / "store")
     assert ids_of(store) == ["COCO_train2014_000000000007", "1234"] and store.wh.tolist() == [
         [200, 100],
@@ -228,9 +229,9 @@ def test_pack_uniter_npz(tmp_path):
 
 def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
     (tmp_path / "f.tsv").write_text("\n".join(row(f"img{i}", seed=i)[0] for i in range(40)) + "\n")
-    data.pack([tmp_path / "f.tsv"], tmp_path / "whole")
-    writer = data.StoreWriter
-    monkeypatch.setattr(data, "StoreWriter", lambda *a: writer(*a, every=7))
+    evaluate.pack([tmp_path / "f.tsv"], tmp_path / "whole")
+    writer = evaluate.StoreWriter
+    monkeypatch.setattr(evaluate, "StoreWriter", lambda *a: writer(*a, every=7))
     add, count = writer.add, [0]
 
     def dying(self, *a, **k):
@@ -242,8 +243,8 @@ def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "add", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            data.pack([tmp_path / "f.tsv"], tmp_path / "pieces")
-    data.pack([tmp_path / "f.tsv"], tmp_path / "pieces")
+            evaluate.pack([tmp_path / "f.tsv"], tmp_path / "pieces")
+    evaluate.pack([tmp_path / "f.tsv"], tmp_path / "pieces")
     assert count[0] > 40 and digest(tmp_path / "whole") == digest(tmp_path / "pieces")
 
 
@@ -384,36 +385,30 @@ def test_real_nlvr(tmp_path_factory, toy):
     )
     records, _ = read(data.nlvr_presentations, folder, "dev")
     tokenizer = WordPiece(toy / "bert-base-cased/vocab.txt", lower=False)
-    pairs = make_index(records, data.NlvrStore(folder, "dev"), tokenizer)
+    world.make_nlvr_store(folder)
+    pairs = make_index(records, RegionStore(folder / "regions/nlvr"), tokenizer)
     assert len(pairs) == 5934 and pairs.store.image_id(3) == f"{dev[0].id[:-2]}-3"
-    first, k3 = (
-        pairs.store.relative_boxes(np.array([0]))[0] * [400, 100, 400, 100],
-        pairs.store.relative_boxes(np.array([3]))[0] * [400, 100, 400, 100],
-    )
+    boxes = pairs.store.relative_boxes(np.array([0, 3])) * [400, 100, 400, 100]
+    first, k3 = boxes
     # box 0 shows the first item at 80, 80
     assert first[1].round().tolist() == [80, 80, 100, 100]
     n = [len(b) for b in dev[0].note]
     # order 3 shows boxes 1, 2, 0
-    assert k3[1].round()[0] == dev[0].note[1][0][3] and sum(n) + 3 == len(first)
-    pictures, colours = (
-        dict(data.walk_pictures(folder, "nlvr")),
-        {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)},
-    )
+    assert k3[1].round()[0] == dev[0].note[1][0]["x_loc"] and sum(n) + 3 == len(first)
+    pictures = dict(data.walk_pictures(folder, "nlvr"))
+    colours = {"yellow": (255, 255, 0), "black": (0, 0, 0), "#0099ff": (0, 153, 255)}
     shown = [e for e in dev if e.id in pictures][:10]
     # the pictures themselves, in each order, have every item's colour where its middle is said to
     # be
     for e in shown:
-        for k, order in enumerate(itertools.permutations(range(3))):
+        for k, order in enumerate(itertools.permutations(e.note)):
             pixels = np.array(Image.open(pictures[f"{e.id[:-2]}-{k}"]).convert("RGB")).astype(int)
-            for at, b in enumerate(order):
-                for _, colour, size, x, y in e.note[b]:
-                    assert (
-                        abs(
-                            pixels[min(y + size // 2 + 2, 99), 150 * at + min(x + size // 2, 99)]
-                            - colours[colour]
-                        ).sum()
-                        < 60
-                    ), (e.id, k)
+            for at, items in enumerate(order):
+                for item in items:
+                    x, y = (item[a] + item["size"] // 2 for a in ("x_loc", "y_loc"))
+                    seen = pixels[min(y + 2, 99), 150 * at + min(x, 99)]
+                    off = np.abs(seen - colours[item["color"].lower()]).sum()
+                    assert off < 60, (e.id, k)
     assert len(shown) == 10
 
 
@@ -471,19 +466,19 @@ def test_bad_tsv(tmp_path):
         ("", "holds no"),
     ):
         (tmp_path / "f.tsv").write_text(bad)
-        fails(match, data.pack, [tmp_path / "f.tsv"], tmp_path / "store")
+        fails(match, evaluate.pack, [tmp_path / "f.tsv"], tmp_path / "store")
         assert not (tmp_path / "store").exists()
 
 
 def test_tsv_rows_of_another_width(tmp_path):
     (tmp_path / "f.tsv").write_text(row("a", width=8)[0] + "\n" + row("b", width=6)[0] + "\n")
-    assert "b" in fails("features is", data.pack, [tmp_path / "f.tsv"], tmp_path / "store")
+    assert "b" in fails("features is", evaluate.pack, [tmp_path / "f.tsv"], tmp_path / "store")
 
 
 def test_bad_npz(tmp_path):
     (tmp_path / "npz").mkdir()
     (tmp_path / "npz/a.npz").write_bytes(b"PK half a file")
-    fails("cannot be read", data.pack, [tmp_path / "npz"], tmp_path / "store")
+    fails("cannot be read", evaluate.pack, [tmp_path / "npz"], tmp_path / "store")
 
 
 def test_bad_captions(toy, tmp_path, pairs):
@@ -525,7 +520,7 @@ def test_vocabulary_without_mask(tmp_path):
 @pytest.mark.parametrize(
     "script, argv, match",
     [
-        ("data.py", ["pack", "nothing.tsv", "--out", "x"], "is missing"),
+        ("evaluate.py", ["pack", "nothing.tsv", "--out", "x"], "is missing"),
         ("tests/toy.py", ["--out", "README.md"], "exists already"),
         ("tests/toy.py", ["--out", "x", "--scenes", "3"], "at least 60"),
         ("tests/toy.py", ["--out", "x", "--seed", "-2"], "--seed -2"),
@@ -559,7 +554,7 @@ def test_command_line_errors_are_one_message(script, argv, match):
 )
 def test_names_of_uniters_feature_files(npz, image):
     """They become the ids that the readers of the same data set use."""
-    assert data.uniter_image_id(npz) == image
+    assert evaluate.uniter_image_id(npz) == image
 
 
 def private_memory():

@@ -1,7 +1,7 @@
 """The same seed gives the same weights as before the house was rebuilt: 30 updates of six recipes.
 
-tests/digests.json was written with commit d1d1ea6, the last before the first change. The digest of a
-checkpoint is that of its tensors' bytes, whatever they are called; rounding differs between
+tests/digests.json was written with commit d1d1ea6, the last before the first change. The digest of
+a checkpoint is that of its tensors' bytes, whatever they are called; rounding differs between
 processors, so there is one for each that was at hand, and on others the norms of the gradients are
 compared alone.
 """

@@ -1342,7 +1342,7 @@ def test_box_overlap():
     """The authors' IoU of x y w h boxes: right edge x + w - 1, one shared pixel is none."""
     x = tensors(golden("uniter_heads"), "re/iou/")
     torch.testing.assert_close(
-        torch.from_numpy(data.box_overlap(x["box1"].numpy(), x["box2"].numpy())),
+        torch.from_numpy(evaluate.box_overlap(x["box1"].numpy(), x["box2"].numpy())),
         x["iou"],
         atol=1e-12,
         rtol=0,

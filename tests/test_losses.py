@@ -80,8 +80,7 @@ def softmax(row):
 
 
 def slow_side(own, cross, other, own_mask, other_mask, rule, eps=1e-6):
-    """Algorithm 1 and IAIS with Python numbers only; rule(relation, own row) -> loss of one pair.
-    """
+    """Algorithm 1, IAIS with Python numbers only; rule(relation, own row) -> loss of a pair."""
     total = 0.0
     for b in range(len(own)):
         rows = [i for i, real in enumerate(own_mask[b]) if real]

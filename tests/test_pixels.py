@@ -148,7 +148,7 @@ def test_a_store_too_large_to_keep_reads_the_same(toy_tree, store, monkeypatch):
 def test_regions_cut_out(toy_tree):
     """A crop's window holds its region; the whole picture and the region alone are the two ends."""
     crops = data.CropStore(toy_tree, "vg_crops", 64, 16)
-    boxes = {f"{name}/{k}": box for name, k, box in data.vg_regions(toy_tree)}
+    boxes = {f"{i}/{k}": data.vg_box(*at) for i, k, *at in data.vg_regions(toy_tree)}
     wide = []
     for name, (left, top, right, bottom) in zip(ids_of(crops), crops.arrays["windows"]):
         x, y, w, h = boxes[name]
@@ -1045,8 +1045,7 @@ def test_downstream_tasks_on_patches(toy_tree, patched, tmp_path, task):
 
 @pytest.mark.parametrize("kind", ["uniter", "lxmert"])
 def test_gradcam_of_one_and_two_streams(kind, monkeypatch):
-    """Against its definition, with loops; the derivative by one probability against a difference.
-    """
+    """Its definition, with loops; the derivative by one probability against a difference."""
     torch.manual_seed(0)
     model = (
         build(kind, "toy", vocab=40, features=48, classes=9, dropout=0.0, patch=4).double().eval()

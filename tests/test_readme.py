@@ -58,16 +58,16 @@ def test_commands_parse():
             assert same == run, f"two different runs would go to {cfg.out}"
         elif script == "evaluate.py" and args[0] == "extract":
             evaluate.make_extract_parser().parse_args(args[1:])
+        elif script == "evaluate.py" and args[0] == "pack":
+            evaluate.make_pack_parser().parse_args(args[1:])
         elif script == "evaluate.py":
             evaluate.make_parser().parse_args(args)
-        elif script == "data.py":
-            data.make_parser().parse_args(args)
         else:
             assert (ROOT / script).exists()
     outs |= {train.parse(shlex.split(row.command)).out: row for row in tasks.ROWS.values()}
     for checkpoint in re.findall(r"(out/\S+)/last\.pt", README):
         assert checkpoint in outs, f"no command of the README makes {checkpoint}"
-    scripts = {"train.py", "evaluate.py", "data.py", "tests/bench.py", "tests/seeds.py"}
+    scripts = {"train.py", "evaluate.py", "tests/bench.py", "tests/seeds.py"}
     assert scripts <= seen
 
 
@@ -214,7 +214,7 @@ def test_every_part_of_the_bench_runs(part):
     assert json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "data", "tests/toy", "tests/bench"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "tests/toy", "tests/bench"])
 def test_help(script):
     command = [sys.executable, f"{script}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -17,6 +17,7 @@ import torch
 
 import data
 import evaluate
+import toy as toy_world
 import train
 from conftest import (
     QUICK,
@@ -138,10 +139,11 @@ def test_toy_labels_are_true(toy_tree):
         boxes, row = store.read(image, "boxes")[0], store.read(image, "cls_id")[0]
         x, y, w, h = t.boxes[0]
         i = int(np.abs(boxes - [x, y, x + w, y + h]).sum(1).argmin())
-        named = [s for s in data.SHAPES if s in t.text]
-        colour = [c for c in data.COLOURS if c in t.text]
-        assert not named or data.SHAPES[row[i]] == named[0]
-        assert not colour or list(data.COLOURS)[store.read(image, "attr_id")[0][i]] == colour[0]
+        named = [s for s in toy_world.SHAPES if s in t.text]
+        colour = [c for c in toy_world.COLOURS if c in t.text]
+        assert not named or toy_world.SHAPES[row[i]] == named[0]
+        seen = toy_world.COLOURS[store.read(image, "attr_id")[0][i]]
+        assert not colour or seen == colour[0]
 
 
 # --------------------------------------------------------------------------------- official files
@@ -175,7 +177,7 @@ def test_real_refcoco_plus_boxes_and_answer_list(tmp_path):
         )
         assert all(t.image.startswith("COCO_train2014_") for t in texts)
     shutil.copy(shared("real/lxmert_vqa/trainval_label2ans.json"), tmp_path / "vqa2")
-    answers = data.answer_list(tmp_path)
+    answers = evaluate.answer_list(tmp_path)
     assert len(answers) == len(set(answers)) == 3129
 
 
@@ -183,7 +185,7 @@ def test_answer_list_by_the_published_rule(toy_tree, tmp_path):
     """Normalised, at least nine questions of train and val together; the same list a file would
     give.
     """
-    made = data.answer_list(toy_tree)
+    made = evaluate.answer_list(toy_tree)
     assert (
         made == sorted(made) and {"yes", "no", "red", "circle"} <= set(made) and "maybe" not in made
     )
@@ -196,7 +198,7 @@ def test_answer_list_by_the_published_rule(toy_tree, tmp_path):
     }
     for split, n in (("train2014", 5), ("val2014", 4)):
         (tmp_path / f"vqa2/v2_mscoco_{split}_annotations.json").write_text(json.dumps(notes(n)))
-    assert data.answer_list(tmp_path) == ["cat"]
+    assert evaluate.answer_list(tmp_path) == ["cat"]
     assert data.soft_target(["yes"] * 7 + ["no"] * 2 + ["Maybe"], {"yes": 0, "no": 1}) == {
         0: 1.0,
         1: 0.6,
@@ -379,7 +381,7 @@ def test_hidden_is_hidden(toy_tree, name):
         with torch.no_grad():
             a, b = (
                 model(
-                    **data.ablate_modality(x | {"keep_regions": name == "re"}, hide)["input"],
+                    **evaluate.ablate_modality(x | {"keep_regions": name == "re"}, hide)["input"],
                     heads=("task",),
                 ).scores
                 for x in (batch, other)
@@ -637,13 +639,13 @@ def test_mining_keeps_the_hardest(toy_tree):
         negatives=2,
         mined=True,
     )
-    captions, images = data.mining_candidates(stream.index, np.random.default_rng(0), 128)
+    captions, images = train.mining_candidates(stream.index, np.random.default_rng(0), 128)
     assert (images != stream.index.image[:, None]).all() and images.shape == (
         len(stream.index),
         128,
     )
     scores = np.random.default_rng(1).random(images.shape, np.float32)
-    hard = data.hardest_of(stream.index, captions, images, scores)
+    hard = train.hardest_of(stream.index, captions, images, scores)
     best = scores.argmax(1)
     assert np.array_equal(hard.images[:, 0], images[np.arange(len(images)), best])
     one = int(images[0, 0])
@@ -652,7 +654,7 @@ def test_mining_keeps_the_hardest(toy_tree):
     assert hard.captions[one].tolist() == [int(top[i % len(top)]) for i in range(data.HARDEST)]
     batch = stream[0]
     G = len(batch["names"])
-    whole = data.add_mined(stream.index, hard, batch)
+    whole = train.add_mined(stream.index, hard, batch)
     assert whole["order"].shape == (G, 4)
     assert sum(len(b["text"]) for b in whole["negatives"]) == 4 * G
     owners = stream.index.image[hard.captions[hard.captions >= 0]]

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,22 +22,15 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (
-    COLOURS,
-    COLUMNS,
-    REFER,
-    SHAPES,
-    SIZES,
-    DataError,
-    StoreWriter,
-    WordPiece,
-    appearance,
-    read_json,
-    write_atomic,
-)
+from data import COLUMNS, REFER, DataError, WordPiece, nlvr_presentations, read_json, write_atomic
+from evaluate import StoreWriter, need_new
 
+# NLVR's structured representations name shapes, colours and sizes by these words
+SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
+COLOURS = "red", "green", "blue", "yellow", "black", "purple"
+SIZES = "small", "medium", "large"
 # raised whenever the bytes change; an older tree is made again
-TOY_VERSION = 4
+TOY_VERSION = 5
 RGB = {
     "red": (214, 48, 40),
     "green": (46, 160, 67),
@@ -298,6 +292,17 @@ def save_picture(job):
     )
 
 
+def appearance(width=2048):
+    """Features of all things: (shapes + box, colours + grey, sizes, width), sums of one random
+    vector for each, cut at zero as mean-pooled ReLU features are; no position. The same in every
+    tree, as one detector serves every data set.
+    """
+    rng = np.random.default_rng(2048)
+    numbers = len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES)
+    s, c, z = (rng.standard_normal((n, width)).astype(np.float32) for n in numbers)
+    return (0.6 * s[:, None, None] + 0.6 * c[None, :, None] + 0.3 * z[None, None, :]).clip(0)
+
+
 def detect(rng, things, looks, given=False):
     """A noisy detector: boxes jittered, some things missed, some regions false. Returns a store
     row, by falling confidence.
@@ -357,11 +362,7 @@ def make_toy(out, seed=0, scenes=6000):
     RefCOCO and half of Visual Genome are about COCO's, SNLI-VE about Flickr30k's.
     """
     out = Path(out)
-    if out.exists():
-        raise DataError(
-            f"{out} exists already\n"
-            "  Wanted: a new folder. Delete it first, or choose another --out."
-        )
+    need_new(out)
     if seed < 0:
         raise DataError(f"--seed {seed}\n  Wanted: 0 or more.")
     if scenes < 60:
@@ -435,6 +436,49 @@ def toy_store(tmp, name, scenes, ids, seed, given=False):
         tqdm(scenes, desc=f"toy regions, {name}", disable=None, leave=False), ids
     ):
         writer.add(image_id, (WIDTH, HEIGHT), **detect(rng, things, looks, given))
+    writer.commit()
+
+
+NLVR_COLOURS = {"yellow": "yellow", "black": "black", "#0099ff": "blue"}
+
+
+def nlvr_things(record):
+    """[(place in appearance(), box x1 y1 x2 y2)] of an NLVR Record: its three grey boxes side by
+    side, each followed by its items.
+    """
+    things = []
+    for at, items in enumerate(record):
+        things.append(((len(SHAPES), len(COLOURS), 2), (150 * at, 0, 150 * at + 100, 100)))
+        for item in items:
+            x, y, size = item["x_loc"], item["y_loc"], item["size"]
+            colour = COLOURS.index(NLVR_COLOURS[item["color"].lower()])
+            place = SHAPES.index(item["type"]), colour, size // 10 - 1
+            right, low = min(x + size, 100), min(y + size, 100)
+            things.append((place, (150 * at + x, y, 150 * at + right, low)))
+    return things
+
+
+def make_nlvr_store(data):
+    """NLVR's structured representations as regions that the toy world's detector might see:
+    DATA/nlvr -> DATA/regions/nlvr, each sentence's boxes in all six orders.
+    """
+    looks, data = appearance(), Path(data)
+    meta = {"source": "NLVR's structured_rep", "features": looks.shape[-1]}
+    meta["classes"] = len(CLASSES)
+    writer = StoreWriter(data / "regions" / "nlvr", ["features", "boxes"], meta, every=10**9)
+    splits = [split for split in ("dev", "test") if (data / "nlvr" / split).exists()]
+    for split in splits:
+        records = list(nlvr_presentations(data, split, Counter(), orders=1))
+        for r in tqdm(records, desc=f"regions of NLVR {split}", disable=None, leave=False):
+            for k, order in enumerate(permutations(r.note)):
+                try:
+                    places, boxes = zip(*nlvr_things(order))
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise DataError(
+                        f"NLVR {r.id}: an item of structured_rep lacks or has an unknown {error}"
+                    ) from None
+                features, boxes = looks[tuple(zip(*places))], np.array(boxes, np.float32)
+                writer.add(f"{r.id[:-2]}-{k}", (400, 100), features=features, boxes=boxes)
     writer.commit()
 
 
@@ -1439,6 +1483,8 @@ def ensure_toy(folder, seed=0, scenes=6000):
         os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old)
+    if (Path(folder) / "nlvr").exists() and not (Path(folder) / "regions" / "nlvr").exists():
+        make_nlvr_store(folder)
 
 
 def main(argv=None):
@@ -1463,9 +1509,12 @@ def main(argv=None):
         action="store_true",
         help="do nothing where the folder holds this version of the toy tree already",
     )
+    parser.add_argument("--nlvr", help="only make regions of NLVR v1, of the data tree NLVR/nlvr")
     args = parser.parse_args(argv)
     try:
-        if args.if_needed:
+        if args.nlvr:
+            make_nlvr_store(args.nlvr)
+        elif args.if_needed:
             ensure_toy(args.out, args.seed, args.scenes)
         else:
             make_toy(args.out, args.seed, args.scenes)
