@@ -71,6 +71,7 @@ sources = {}
 
 def exists(path):
     """Is this file there? FILE.gz does as well as FILE. Either is noted as a source."""
+    # noted even where it is missing: an index is made again when it comes
     for name in (str(path), f"{path}.gz"):
         sources.setdefault(name, file_stamp(name))
     return Path(path).exists() or Path(f"{path}.gz").exists()
@@ -200,6 +201,7 @@ def memory_mapped(folder, key, build):
     meta = read_fresh_meta(folder, key)
     if meta is None:
         try:
+            # a lock of the folder's name, beside it: the folder itself is renamed away
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = open(f"{folder}.lock", "w")
         except OSError as error:
@@ -253,6 +255,7 @@ def write_arrays(folder, key, build):
     meta = meta | {"key": key, "sources": names}
     (beside / "meta.json").write_text(json.dumps(meta))
     shutil.rmtree(folder, ignore_errors=True)
+    # what others have mapped stays readable until they let go of it
     os.replace(beside, folder)
     return meta
 
@@ -276,7 +279,6 @@ class WordPiece:
 
     vocab_file: one piece a line, "##" starts a piece inside a word; lower: lower-case and strip
     accents first. Which of the two a model wants is decided by its recipe, never by the file.
-    Words are remembered, so a corpus costs about a look-up a word.
     new_words: words that get ids of their own behind the file's, e.g. VCR's person_0 ... person_80
     """
 
@@ -296,6 +298,7 @@ class WordPiece:
         self.pad, self.unk, self.cls, self.sep, self.mask = (self.ids[t] for t in self.SPECIAL)
         # never cut into pieces
         self.whole = {word: [self.ids[word]] for word in new_words}
+        # words are remembered, so that a corpus costs a look-up a word
         self.cache = dict(self.whole)
         # what may stand for a masked word: all but [PAD], [unused1] and their like
         special = re.compile(r"\[.+\]")
@@ -312,6 +315,7 @@ class WordPiece:
 
     def __call__(self, text):
         """ids without [CLS] and [SEP]"""
+        # most captions: nothing to clean
         if not (text.isascii() and text.isprintable()):
             text = self.clean(text)
         # a corpus of the web has more words than memory
@@ -375,11 +379,9 @@ def glove_file(data):
 
 
 def glove(path, words):
-    """Vectors of these words: {word: (d,) float32}, in one pass that keeps no other line. Words
-    without a vector are absent.
-
-    A token may hold blanks (840B has ". . ."); of a word that comes twice the first counts.
-    """
+    """{word: (d,) float32} of those words that have a vector; of one that comes twice the first."""
+    # one pass that keeps no other line: the file has gigabytes
+    # bytes are compared, so that only lines that count are decoded
     wanted, found, d = {w.encode(): w for w in words}, {}, None
     path = need(path, "GloVe's vectors", "Fetch them from GloVe's page.")
     how = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
@@ -397,7 +399,7 @@ def glove(path, words):
             if number % 50_000 == 0:
                 bar.update(file.tell() - bar.n)
             word = wanted.get(line[: line.index(b" ")])
-            # more blanks: a token of several words, which nothing looks up
+            # more blanks: a token of several words (840B has ". . ."), which nothing looks up
             if word is None or word in found or blanks > d:
                 continue
             try:
@@ -411,9 +413,8 @@ def glove(path, words):
 class WordVectors:
     """MAF's tokenizer: words -> rows of a table that begins as their GloVe vectors.
 
-    Row 0 is padding and row 1 unknown, both zero; then the words of `names` that GloVe has. A
-    detector's name of several words has the mean of their vectors (the authors look it up whole
-    and find nothing).  data: the data tree; without it the names are taken as they are.
+    Row 0 is padding and row 1 unknown, both zero; then the words of `names` that GloVe has.
+    data: the data tree; without it the names are taken as they are.
     """
 
     pad = 0
@@ -422,6 +423,7 @@ class WordVectors:
         self.names, self.vectors = list(names), None
         if data:
             vectors = glove(glove_file(data), {w for name in names for w in name.split()})
+            # a detector's name may be several words: the authors look it up whole and find nothing
             self.names = [n for n in names if all(w in vectors for w in n.split())]
             rows = [np.mean([vectors[w] for w in n.split()], axis=0) for n in self.names]
             padding = np.zeros(len(next(iter(vectors.values()))))
@@ -520,6 +522,7 @@ class RegionStore:
         """Every array has the kind and the shape that COLUMNS and PER_IMAGE say."""
         rows, N = len(self.features), len(self.ids)
         sizes = {"D_V": self.features.shape[-1], "C": self.classes}
+        # sizes of other arrays follow from the features' and the ids'
         wanted = {"offsets": (PER_IMAGE["offsets"], (N + 1,)), "wh": (PER_IMAGE["wh"], (N, 2))}
         for name, (dtype, shape) in COLUMNS.items():
             wanted[name] = dtype, (rows, *(sizes.get(s, s) for s in shape))
@@ -608,6 +611,7 @@ class RegionStore:
 
     def read(self, images, column="features"):
         """Rows of these images side by side: (B, N_V, ...) padded with 0."""
+        # rows of an image lie side by side: one slice each, straight from the mapped file
         values, n = self.column(column), self.n_regions(images)
         out = np.zeros((len(n), n.max(initial=0), *values.shape[1:]), values.dtype)
         for b, (start, k) in enumerate(zip(self.offsets[images], n)):
@@ -681,6 +685,7 @@ class JoinedStore:
         counts = [store.n_regions(own[images]) for store, own, _ in self.parts]
         width = sum(counts).max(initial=0)
         out = np.zeros((len(images), width, *pieces[0].shape[2:]), pieces[0].dtype)
+        # where in each row the next part begins
         start = np.zeros(len(images), np.int64)
         for piece, n in zip(pieces, counts):
             real = length_mask(n, piece.shape[1])
@@ -773,8 +778,6 @@ class PatchStore:
     cls_prob  (513,) which colours the patch has, a share of each: red, green and blue in eight
               steps [as ViT's self-supervision, Dosovitskiy et al. 2021 sec. 4.6]; class 0, the
               background, is never there. cls_id, cls_conf: the commonest; no attributes
-
-    Small pictures stay in memory once read.
     """
 
     # bytes of pictures that are kept
@@ -785,25 +788,6 @@ class PatchStore:
         self.folder = f"{data}, pictures of {name}"
         place = Path(data) / "index" / f"pictures-{name}"
         arrays, self.meta = memory_mapped(place, [type(self).__name__, 1], self.list_pictures)
-        self.set_pictures(arrays, resolution, patch)
-
-    def __reduce__(self):
-        return type(self), self.args
-
-    def list_pictures(self):
-        """Arrays of the pictures' names and paths, and what was counted."""
-        data, name = self.args[:2]
-        found = dict(walk_pictures(data, name))
-        if not found:
-            places = f"{', '.join(PICTURES.get(name, ())) or data} of {data}"
-            wanted = ".jpg or .png files. Fetch them from the data set's own address."
-            raise DataError(f"no pictures of {name} in {places}", wanted)
-        names = sorted(found)
-        paths = [os.path.relpath(found[i], data).encode() for i in names]
-        return {"ids": np.array([i.encode() for i in names]), "paths": np.array(paths)}, {}
-
-    def set_pictures(self, arrays, resolution, patch):
-        """Sizes and the grid of cells."""
         if patch < 1 or resolution % patch:
             found = f"pictures of {resolution} pixels do not divide into patches of {patch}"
             raise DataError(found, "--resolution a multiple of --patch")
@@ -812,9 +796,26 @@ class PatchStore:
         y, x = np.mgrid[0:resolution:patch, 0:resolution:patch].reshape(2, -1)
         corners = np.stack([x, y, x + patch, y + patch], axis=1)
         self.cells = corners.astype(np.float32) / resolution
+        # small pictures stay in memory once read: decoding costs more than a training step
         shape = len(self.ids), resolution, resolution, 3
         self.kept = np.zeros(shape, np.uint8) if math.prod(shape) <= self.KEPT else None
         self.known = np.zeros(len(self.ids), bool)
+
+    def __reduce__(self):
+        return type(self), self.args
+
+    def list_pictures(self):
+        """Arrays of the pictures' names and paths, and what was counted."""
+        data, name = self.args[:2]
+        # a name that comes twice stands for the last: data sets have none
+        found = dict(walk_pictures(data, name))
+        if not found:
+            places = f"{', '.join(PICTURES.get(name, ())) or data} of {data}"
+            wanted = ".jpg or .png files. Fetch them from the data set's own address."
+            raise DataError(f"no pictures of {name} in {places}", wanted)
+        names = sorted(found)
+        paths = [os.path.relpath(found[i], data).encode() for i in names]
+        return {"ids": np.array([i.encode() for i in names]), "paths": np.array(paths)}, {}
 
     def __len__(self):
         return len(self.ids)
@@ -889,6 +890,7 @@ class PatchStore:
         if column == "features":
             x = (x / np.float32(255) - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
             return x.astype(np.float16).reshape(*x.shape[:2], -1)
+        # classes without a detector, so that MRC has something to predict
         share = self.colour_shares(x)
         if column == "cls_prob":
             return share.astype(np.float16)
@@ -896,8 +898,10 @@ class PatchStore:
 
     def colour_shares(self, x):
         """(B, N, 513) of the pixels x (B, N, p p, 3) of patches"""
+        # three bits a colour: 512 codes
         code = 1 + (x >> 5) @ np.array([64, 8, 1])  # (B, N, p p)
         patch_number = np.arange(code.shape[0] * code.shape[1]).reshape(*code.shape[:2], 1)
+        # one histogram for all patches at once
         bins = (patch_number * self.classes + code).ravel()
         count = np.bincount(bins, minlength=patch_number.size * self.classes)
         return count.reshape(*code.shape[:2], -1) / code.shape[2]
@@ -939,6 +943,7 @@ def crop_window(rng, box, record):
     spans = []
     for at, length, whole in ((x, w, record["width"]), (y, h, record["height"])):
         length = min(max(length, 1), whole)
+        # uniform in the logarithm
         wide = length * (whole / length) ** rng.random()
         lowest, highest = max(0, at + length - wide), min(max(0, at), whole - wide)
         start = rng.uniform(lowest, highest) if wide < whole else 0
@@ -970,6 +975,7 @@ def read_picture(path, enough=None):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 if enough:
+                    # JPEGs decode at a fraction for a fraction of the cost
                     picture.draft("RGB", (enough, enough))
                 picture.load()
                 return upright(picture)
@@ -1168,6 +1174,7 @@ def coco_corpus(data, split, stats):
     for part in ("train2014", "val2014"):
         images = {}
         for number, record in caption_images(caption_file(data, part))[1].items():
+            # COCO's images are Flickr's: some are Flickr30k's too
             also = number not in out.coco and flickr_photo(record.get("flickr_url")) in out.photos
             stats["images held out, also in Flickr30k"] += also
             images[record["stem"]] = number not in out.coco and not also
@@ -1256,6 +1263,7 @@ def vg_crops(data, split, stats):
 def web_captions(path, columns, stats, out):
     """Records of a file of captions and addresses, columns in this order; image id = line from 0"""
     names = " and ".join(columns)
+    # a broken line would shift the numbers of all images after it, so it is an error
     text, caption = read_text(path, f"web captions, {names} a line"), columns.index("caption")
     for number, line in enumerate(line for line in text.split("\n") if line):
         row = line.split("\t")
@@ -1303,6 +1311,7 @@ def sbu_captions(data, split, stats):
     if len(urls) != len(captions):
         found = f"{folder}: {len(urls):,} addresses and {len(captions):,} captions"
         raise DataError(found, "as many of either. Fetch both files again.")
+    # the same for any process: the last ones in the file's order
     cut = len(urls) - max(10, len(urls) // 100)
     for i in range(cut) if split == "train" else range(cut, len(urls)):
         if flickr_photo(urls[i]) in out.photos:
@@ -1357,6 +1366,7 @@ def vqa_questions(data, split, stats, answers=()):
         given = [field(x, "answer", where, str) for x in field(a, "answers", where, list)]
         kinds = a.get("question_type", ""), a.get("answer_type", "")
         known[field(a, "question_id", where)] = Answers(given, *kinds)
+    # test-dev's questions are about test2015's images
     images = split.replace("test-dev", "test")
     for q in field(read_json(path, "VQA v2's questions"), "questions", path, list):
         note = known.get(field(q, "question_id", path))
@@ -1446,6 +1456,7 @@ def vcr_rows(record, part, where, stats):
         wanted = "train or val; the test set's rationales are scored for all four answers."
         raise DataError(f"{where}: no answer_label", wanted)
     reasons, rows = segments("rationale_choices", 3), []
+    # the server asks for rationales of all four answers
     for answer in answers if part == "all" else [answers[right]]:
         rows += [(question, answer, reason) for reason in reasons]
     return rows, record.get("rationale_label")
@@ -1463,6 +1474,7 @@ def tag_words(token, objects, stats):
         elif objects[tag] != "person":
             words.append(objects[tag])
         else:
+            # people are told apart by their number, things by their class
             words.append(VCR_WORDS[tag] if tag < len(VCR_WORDS) else "person")
     return words
 
@@ -1480,6 +1492,7 @@ def nlvr2_pairs(data, split, stats, rows="pair"):
             found = f"{where}: identifier {name!r}, wanted split-set-pair-sentence"
             raise DataError(found, hint=AGAIN)
         text, label = field(e, "sentence", where, str), read_label(e, f"{where}, {name}")
+        # an identifier ends in the sentence's number, which the images do not have
         left, right = (f"{name.rpartition('-')[0]}-img{side}" for side in (0, 1))
         for image in [(left, right)] if rows == "triplet" else (left, right):
             yield Record(image, text, name, label)
@@ -1521,11 +1534,11 @@ def referring_expressions(data, split, stats, dataset="refcoco"):
     """RefCOCO, RefCOCO+, RefCOCOg; a Record is one sentence; boxes = the one that it means, x y w h
     in pixels.
 
-    split: train, val, testA, testB (refcocog: test). Reads refs(...).p and instances.json; where
-    they are not, phraseloceval's annotation_<split>.json, which holds the same sentences and boxes.
+    split: train, val, testA, testB (refcocog: test).
     """
     folder = Path(data) / "refer" / dataset
     phrases = folder / f"annotation_{split}.json"
+    # phraseloceval's files hold the same sentences and boxes, and can still be fetched
     if exists(phrases) and not exists(folder / f"refs({REFER[dataset]}).p"):
         for e in read_json(phrases, "phraseloceval's annotations"):
             stem, text = Path(field(e, "imageName", phrases)).stem, field(e, "phrase", phrases)
@@ -1607,13 +1620,14 @@ def joined_descriptions(data, stats, out=()):
     """Yields Visual Genome's region descriptions in sentences of one, two or three, joined by
     "and", with their boxes.                                                  Kervadec sec. 6.1
 
-    Which are joined is a function of the image's id. out: ids of images left out
+    out: ids of images left out
     """
     images = vg_images(data)
     for image, regions, where in vg_items(data, "region_descriptions", "regions"):
         if image not in images or str(image) in out:
             stats["descriptions left out: image held out"] += len(regions)
             continue
+        # which are joined is a function of the image's id, the same in every run
         rng, described = np.random.default_rng(int(image)), []
         for r in regions:
             box = clip_box(*vg_box(r, where), images[image])
@@ -1653,6 +1667,7 @@ def multitask_vg(data, split, stats, answers=(), gqa_split="train_balanced"):
     (joined by +). GQA's val images are left out where it is not learned from.
     """
     numbers, out = {answer: i for i, answer in enumerate(answers)}, set()
+    # no image of the questions that are validated on
     if "val" not in gqa_split:
         out = {q["imageId"] for q in gqa_records(data, "val_balanced").values()}
     yield from joined_descriptions(data, stats, out)
@@ -1673,10 +1688,6 @@ class Phrase(NamedTuple):
 def entity_captions(data, split, stats):
     """Flickr30k Entities: captions as phrases: segments ((phrase's number, its words), ...); note =
     (caption, [Phrase, ...]). split: train, val, test (the data set's own lists).
-
-    Left out and counted: phrases that name nothing (EN#0), boxes of no area, captions without a
-    phrase, and in training the captions listed as unrelated. A phrase of a scene, or without a
-    box, stays.
     """
     root = Path(data) / "flickr30k_entities"
     lines = read_text(root / "UNRELATED_CAPTIONS", "Flickr30k Entities").splitlines()
@@ -1686,6 +1697,7 @@ def entity_captions(data, split, stats):
         boxes = entity_boxes(root / "Annotations" / f"{image}.xml", stats)
         path = root / "Sentences" / f"{image}.txt"
         for k, line in enumerate(read_text(path, "Flickr30k Entities' sentences").splitlines()):
+            # evaluation keeps them
             if split == "train" and (image, str(k + 1)) in unrelated:
                 stats["captions left out: they do not belong to their image"] += 1
                 continue
@@ -1693,6 +1705,7 @@ def entity_captions(data, split, stats):
             if not phrases:
                 stats["captions left out: they have no phrase"] += 1
                 continue
+            # a phrase of a scene, or without a box, stays
             segments = tuple((number, phrase.words) for number, phrase in enumerate(phrases))
             yield Record(image, segments, f"{image}#{k}", note=(" ".join(words), phrases))
 
@@ -1729,6 +1742,7 @@ def entity_boxes(path, stats):
                 stats["boxes of no area"] += 1
                 continue
             for name in thing.iter("name"):
+                # from inclusive corners, counted from 1
                 boxes.setdefault(name.text, []).append((x1 - 1, y1 - 1, x2, y2))
         return boxes
     except (xml.etree.ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
@@ -1759,6 +1773,7 @@ def vg_triplets(data, split, stats, kinds=("box", "region"), min_area=0.08):
         yield from vg_descriptions(data, split, stats)
         return
     images, out = vg_images(data), held_out(data).coco
+    # Flickr30k's photos are not left out
     images = {number: i for number, i in images.items() if i.get("coco_id") not in out}
     number = 0
     for kind, image, text, corners in vg_boxed_texts(data, images, kinds):
@@ -1788,6 +1803,7 @@ def vg_boxed_texts(data, images, kinds):
             name = str((field(o, "names", where, list) or [""])[0])
             corners = vg_box(o, where, "xywh")
             named.setdefault(name, []).append(corners)
+            # a text for each attribute, or the bare name
             for attribute in o.get("attributes") or [""]:
                 kind = "objects with attributes" if attribute else "objects"
                 yield kind, image, f"{attribute} {name}".strip(), corners
@@ -1807,6 +1823,7 @@ def places_of(name, boxes, image):
     sides = [image["width"], image["height"]]
     middle = np.array([(x + w / 2, y + h / 2) for x, y, w, h in boxes]) / sides
     (left, top), (right, bottom) = middle.argmin(axis=0), middle.argmax(axis=0)
+    # told apart by place, so only where there are several of a name
     prompts = [(f"{name} on the left", left), (f"{name} on the right", right)]
     prompts += [(f"top {name}", top), (f"bottom {name}", bottom)]
     for i, (x, y) in enumerate(middle):
@@ -1819,39 +1836,12 @@ def places_of(name, boxes, image):
 def referit_expressions(data, split, stats):
     """RefCLEF ("ReferIt") as AMC prepared it: refclef_<split>_unique.json of {image, text,
     bbox: x y w h}; val_1k, test_10k. boxes = its box, x y w h pixels.
-
-    Where the two corners are given instead is not known of the file: a box that leaves its image
-    is an error of evaluate.py.
     """
     path = Path(data) / "refclef" / f"refclef_{split}_unique.json"
     for i, r in enumerate(read_json(path, "RefCLEF as AMC prepared it")):
         text, box = field(r, "text", path, str), tuple(field(r, "bbox", path, list))
         yield Record(Path(field(r, "image", path)).stem, text, str(i), boxes=(box,))
 
-
-class Corpus(NamedTuple):
-    """A pre-training corpus."""
-
-    reader: Callable
-    store: str
-    val_store: str = ""  # store, unless it is another one
-    skip_missing: bool = False  # many of its pictures cannot be had any more
-    task: str = ""  # a second stage: for this task, with its words and types, and alone
-
-
-VCR_CORPUS = functools.partial(vcr_choices, parts=("qa", "qar"), choices=False)
-CORPORA = {
-    "coco": Corpus(coco_corpus, "coco"),
-    "vg": Corpus(vg_descriptions, "vg"),
-    "cc3m": Corpus(cc3m_captions, "cc3m_train", "cc3m_val", skip_missing=True),
-    "sbu": Corpus(sbu_captions, "sbu", skip_missing=True),
-    "cc12m": Corpus(cc12m_captions, "cc12m", skip_missing=True),
-    "crops": Corpus(vg_crops, "vg_crops"),
-    "own": Corpus(own_captions, "own"),
-    "vcr": Corpus(VCR_CORPUS, "vcr", task="vcr"),
-    # texts with boxes [AMC sec. 4.1]; comes alone, by --triplets
-    "triplets": Corpus(vg_triplets, "vg"),
-}
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = "none zero one two three four five six seven eight nine ten".split()
@@ -1940,6 +1930,7 @@ class IndexWriter:
         if self.layout != "phrases":
             end = [self.tokenizer.sep] * (self.layout == "bert")
             ids = [self.tokenizer.cls, *ids[: self.max_words], *end]
+        # one right answer is a dictionary of one
         scores = target if isinstance(target, dict) else {} if target is None else {target: 1.0}
         self.images_a_text, a = len(images), self.arrays
         for name, values in {
@@ -1977,6 +1968,7 @@ class IndexWriter:
             new = ([self.tokenizer.sep] if ids else []) + self.tokenizer(words)
             ids += new
             types += [kind] * len(new)
+        # the last [SEP] has the type of what it ends
         last = types[min(len(ids), self.max_words)]
         return ids, [*types[: self.max_words + 1], last]
 
@@ -1986,6 +1978,7 @@ class IndexWriter:
         """
         ids, first_place = [], len(self.arrays["tokens"]) + 1
         for i, word in enumerate(record.text.split()):
+            # word by word, since pointers count blank-separated words
             pieces = self.tokenizer(word)
             boxes = [box for first, end, box in record.pointers if first <= i < end]
             if boxes:
@@ -2021,20 +2014,15 @@ class IndexWriter:
         return out
 
 
-def chunks(items, size):
-    """Lists of `size` items, the last one shorter."""
-    items = iter(items)
-    return iter(lambda: list(islice(items, size)), [])
-
-
 def build_index(records, store, tokenizer, name, how):
     """Arrays and meta of an Index; how: IndexOptions."""
     writer, missing, total, first = IndexWriter(tokenizer, how.max_words, how.layout), 0, 0, ""
     store.check_rows()
+    # once for all texts: the names are sorted for it
     find = store.finder()
-    bar = tqdm(records, desc=f"index {name}", disable=None, leave=False)
+    bar = iter(tqdm(records, desc=f"index {name}", disable=None, leave=False))
     # images are looked up many at a time, whole examples together
-    for chunk in chunks(bar, 4096 * how.group):
+    for chunk in iter(lambda: list(islice(bar, 4096 * how.group)), []):
         names = [r.image if isinstance(r.image, tuple) else (r.image,) for r in chunk]
         images = find(list(chain.from_iterable(names))).reshape(len(chunk), -1)
         known = (images >= 0).all(axis=1).reshape(-1, how.group).all(axis=1).repeat(how.group)
@@ -2077,6 +2065,7 @@ def open_index(data, reader, split, store, tokenizer, name="", **options):
     how, function = IndexOptions(**options), getattr(reader, "func", reader)
     given = sorted(getattr(reader, "keywords", {}).items()), getattr(reader, "args", ())
     settings = how._replace(label=how.label and how.label.__name__)
+    # whatever changes the arrays is in the folder's name
     described = repr((given, str(Path(store.folder)), tokenizer.fingerprint(), settings))
     digest = hashlib.sha256(described.encode()).hexdigest()[:8]
     key = [INDEX_VERSION, function.__module__, function.__name__, split, digest]
@@ -2266,9 +2255,11 @@ def token_batches(lengths, batch_tokens):
     """Index arrays that cut rising lengths into batches of at most so many, padding counted."""
     batches, start = [], 0
     while start < len(lengths):
+        # no more than fit at the shortest length need to be looked at
         most = max(1, int(batch_tokens // lengths[start]))
         ahead = lengths[start : start + most]
         padded = ahead * np.arange(1, len(ahead) + 1)
+        # a text that is too long by itself is a batch of its own
         n = max(1, int((padded <= batch_tokens).sum()))
         batches.append(np.arange(start, start + n))
         start += n
@@ -2344,6 +2335,7 @@ class Batches:
 
     def whole(self, k):
         """The columns of batch k before it is shared out among the processes."""
+        # an earlier epoch is asked for: start again
         if k < self.first:
             self.epoch, self.first, self.batches = -1, 0, []
         while k >= self.first + len(self.batches):
@@ -2372,6 +2364,7 @@ def length_mask(lengths, width=None):
 
 def draw_mask(rng, maskable, rate):
     """Which maskable places are masked: (B, N) bool, at least one in each row that has any"""
+    # 2: never the smallest
     u = np.where(maskable, rng.random(maskable.shape), 2.0)
     return (u < rate) | ((u == u.min(axis=1, keepdims=True)) & maskable)
 
@@ -2385,6 +2378,7 @@ def mask_words(batches, rng, rows):
     """
     index, tokenizer = batches.index, batches.index.tokenizer
     text, maskable = index.text(rows)
+    # [CLS] is the first; [SEP] also stands between segments
     maskable &= text != tokenizer.sep
     maskable[:, 0] = False
     masked, how = draw_mask(rng, maskable, batches.mask_rate), rng.random(maskable.shape)
@@ -2427,6 +2421,7 @@ def mismatched_captions(rng, index, images):
     starts = index.arrays["image_starts"]
     here = np.searchsorted(index.images, images)
     first, own = starts[here], starts[here + 1] - starts[here]
+    # drawn among all captions but the image's own, then moved past those
     u = rng.integers(len(index) - own)
     return index.arrays["by_image"][u + own * (u >= first)]
 
@@ -2611,6 +2606,7 @@ def collate_ranking(batches, rng, k, rows, images, match):
             wrong_images[:, j] = mismatched_images(rng, index.images, images)
         else:
             wrong_rows[:, j] = mismatched_captions(rng, index, images)
+    # drawn whether it is needed or not, so that the numbers after it are the same
     pick = rng.integers(HARDEST, size=(2, len(rows)))[:, share]
     rows, images = rows[share], images[share]
     wrong_rows, wrong_images = wrong_rows[share], wrong_images[share]
@@ -2672,6 +2668,7 @@ class WordSimilarity:
         zero = np.zeros(len(next(iter(vectors.values()), np.zeros(1))), np.float32)
 
         def unit_means(phrases):
+            # a word without a vector is zero, similar to nothing
             rows = np.stack([np.mean([vectors.get(w, zero) for w in p], axis=0) for p in phrases])
             return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
@@ -2698,13 +2695,12 @@ def collate_multitask(batches, rng, k, rows, images, match):
     region_attribute; match; answered, answer (K,): rows asked about their own image, and the
     answer; aligned (K,) places in B*N_L of pointed words, alignment (K, N_V) soft targets,
     aligned_row (K,).
-    Of the masked regions 80 % show zeros, 10 % another region's feature, 10 % their own [LXMERT's
-    code].
     """
     index, share, store = batches.index, batches.share, batches.index.store
     masked_words, new = mask_words(batches, rng, rows)
     real = length_mask(store.n_regions(images))
     masked, how = draw_mask(rng, real, batches.mask_rate), rng.random(real.shape)
+    # whose region is shown instead
     donor = images[rng.integers(len(images), size=masked.shape)]
     u = rng.random(len(rows))[share]
     rows, images, match = rows[share], images[share], match[share]
@@ -2735,6 +2731,8 @@ def collate_multitask(batches, rng, k, rows, images, match):
     batch |= {"task": batches.task, "names": index.names(rows, images), "input": x}
     # what the regions were, before some of them are overwritten
     batch["region_features"] = regions[places]
+    # of the masked ones 80 % show zeros, 10 % another region's feature, 10 % their own [LXMERT's
+    # code]
     hidden = torch.from_numpy(how[places] < 0.8)[:, None]
     regions[places] = torch.where(hidden, 0, regions[places])
     swapped = np.nonzero(masked & (how >= 0.8) & (how < 0.9))
@@ -2760,6 +2758,7 @@ def aligned_words(batches, rows, images, match):
     """Pointed words of the matched pairs and their soft targets; see collate_multitask."""
     store, as_tensor = batches.index.store, torch.from_numpy
     place, word, box, row = batches.index.pointers(rows)
+    # an exchanged image does not show what the words point at
     keep = match[row]
     place, word, box, row = place[keep], word[keep], box[keep], row[keep]
     mask, similar = length_mask(store.n_regions(images))[row], []
@@ -2795,6 +2794,7 @@ class PhraseInput:
         index, store = self.index, self.index.store
         tokens, real = index.text(rows)
         number = index.text(rows, "types")[0]  # (b, N) of phrase
+        # a word's place in its phrase: its own less that of the phrase's first word
         place = np.arange(real.shape[1]) - np.argmax(number[:, :, None] == number[:, None], axis=2)
         row = np.repeat(np.arange(len(rows)), real.sum(axis=1))
         shape = len(rows), number.max(initial=0) + 1, place[real].max(initial=0) + 1
@@ -2831,9 +2831,7 @@ def collate_pictures(batches, rng, k, rows):
     text, masked_text (b, N_L), text_mask; masked_words (K,) places in b*N_L, word_targets (K,);
     pixels (b, R, R, 3) uint8; boxed, region_target as collate_pairs; own (b,): which of the whole
     batch; u (2, B) in [0, 1): chooses the negatives, the same for all processes; number k
-    augment: flip (mirrors boxes too, and swaps left and right in the text), jitter (half of them:
-    brightness, contrast and colour by up to 0.4), grey (a fifth of them) [AMC's code, which leaves
-    the text as it is]
+    augment: flip, jitter (brightness, contrast and colour by up to 0.4), grey [AMC's code]
     """
     index, B = batches.index, len(rows)
     own = np.arange(B)[batches.share]
@@ -2841,12 +2839,14 @@ def collate_pictures(batches, rng, k, rows):
     u, factors = rng.random((4, B)), rng.uniform(0.6, 1.4, (B, 3))
     negatives = rng.random((2, B))
     chances = {"flip": 0.5, "jitter": 0.5, "grey": 0.2}
+    # all random numbers are drawn for the whole batch, whatever is asked for
     flip, jitter, grey = (
         (name in batches.augment) & (u[i] < p) for i, (name, p) in enumerate(chances.items())
     )
     # as wide on all processes
     text, real = (x[own] for x in index.text(rows))
     left, right = (index.tokenizer(side) for side in ("left", "right"))
+    # in a mirrored picture left is right; AMC's code leaves the text as it is
     if len(left) == len(right) == 1:
         mirrored = np.where(text == left[0], right[0], np.where(text == right[0], left[0], text))
         text = np.where(flip[own, None], mirrored, text)
@@ -2965,6 +2965,7 @@ class MixedBatches(torch.utils.data.Dataset):
         p = np.array(sampling_weights, float)
         self.streams, self.steps, self.accumulate = streams, steps, accumulate
         rng = np.random.default_rng([seed, 0])
+        # drawn ahead for all steps, so that a resumed run goes on with the same
         self.choice = rng.choice(len(streams), size=steps, p=p / p.sum())
         # how often the step's stream was drawn before
         self.number = np.zeros(steps, np.int64)
@@ -2983,6 +2984,7 @@ def make_loader(mixed, start, workers, pin_memory):
     """Iterator over the steps from `start` on; workers keep ahead of the model if there are any."""
     loader = torch.utils.data.DataLoader(
         mixed,
+        # an item of the data set is all batches of a step
         batch_size=None,
         sampler=range(start, len(mixed)),
         num_workers=workers,

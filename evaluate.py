@@ -83,6 +83,7 @@ class Run(NamedTuple):
 
     def index(self, reader, split, store, **options):
         """The Index of a reader's records with this run's tokenizer"""
+        # a checkpoint is evaluated on texts cut as in its training
         if isinstance(store, str):
             store = self.vision.open(store)
         how = {"max_words": self.settings.get("max_words", 60)}
@@ -102,6 +103,7 @@ def to_device(batch, device):
 @contextlib.contextmanager
 def evaluating(model):
     """The model in eval mode, without gradients; as it was afterwards."""
+    # train.py evaluates in the middle of a run
     was_training = model.training
     model.eval()
     try:
@@ -137,6 +139,7 @@ def score_pairs(
     hidden = None if progress else True
     bar = tqdm(total=len(captions), desc=progress, unit=" pairs", disable=hidden, leave=False)
     with evaluating(model), bar:
+        # pairs of similar length together: little padding is computed
         for places, batch in index.in_chunks(captions, images, batch_tokens):
             with autocast():
                 out = model(**to_device(batch, device), heads=(head,))
@@ -154,6 +157,7 @@ def score_matrix(path, shape):
     if not path.exists():
         # a whole file before the first column
         fresh = np.lib.format.open_memmap(f"{path}.tmp", "w+", np.float32, shape)
+        # nan marks what nobody has scored yet
         fresh[:] = np.nan
         fresh.flush()
         os.replace(f"{path}.tmp", path)
@@ -185,8 +189,10 @@ def score_all(
     device, T, I = next(model.parameters()).device, len(index), len(index.images)
     scores, n_words = score_matrix(keep, (T, I)), index.n_words(np.arange(T))
     order = np.argsort(n_words, kind="stable")
+    # all captions stay on the device, in order of length
     text, text_mask = (torch.from_numpy(x[order]).to(device) for x in index.text(np.arange(T)))
     n_words = n_words[order]
+    # a column is written whole, so a column with a nan has to be made
     todo = [i for i in range(I) if np.isnan(scores[:, i]).any()]
     title = f"{progress}: {T:,} captions x {I:,} images"
     bar = tqdm(todo, title, I, initial=I - len(todo), unit=" images", disable=None, leave=False)
@@ -197,6 +203,7 @@ def score_all(
             n, column = batch["region_mask"].shape[1], []
             for rows in token_batches(n_words + n, batch_tokens):
                 longest, part = int(n_words[rows[-1]]), slice(rows[0], rows[-1] + 1)
+                # expand() copies nothing: the image is in memory once
                 copies = {k: v.expand(len(rows), *v.shape[1:]) for k, v in image.items()}
                 words = text[part, :longest], text_mask[part, :longest]
                 with autocast():
@@ -217,8 +224,10 @@ def ablate_modality(batch, modality):
     """
     x = dict(batch["input"])
     if modality == "text":
+        # the last real token is [SEP]
         end = x["text_mask"].sum(dim=1, keepdim=True) - 1
         x["text"] = torch.cat([x["text"][:, :1], x["text"].gather(1, end)], dim=1)
+        # None: the model counts again
         x["text_mask"], x["length"] = x["text_mask"][:, :2], None
         x.pop("text_type", None)
     else:
@@ -246,6 +255,7 @@ def predict(run, task, index, batch_tokens=8192, ablate=""):
             scores = task.scores(out, batch, index.group).float()
             found.update(zip(examples.tolist(), scores.cpu().numpy()))
             bar.update(len(examples))
+    # examples of fewer regions or choices than others end in -inf, which no argmax takes
     out = np.full((len(found), max(map(len, found.values()))), -np.inf, np.float32)
     for e, row in found.items():
         out[e, : len(row)] = row
@@ -282,6 +292,7 @@ def winoground(run, head=""):
     examples.
     """
     index, tags = winoground_index(run)
+    # (E, 2, 2): captions 2e, 2e + 1 along the second axis, their images along the third
     first = 2 * np.arange(len(tags))[:, None, None]
     c, i = first + np.array([[0, 0], [1, 1]]), first + np.array([[0, 1], [0, 1]])
     how = {"head": head or ranking_head(run), "autocast": run.autocast}
@@ -307,8 +318,10 @@ def recall(scores, image_of_text):
     """
     T, I = scores.shape
     own = scores[np.arange(T), image_of_text]  # (T,)
+    # its own score is among those counted: less one
     rank_image = (scores >= own[:, None]).sum(axis=1) - 1  # (T,) wrong images before it
     best = np.full(I, -np.inf)
+    # an unbuffered maximum: several captions write to one image
     np.maximum.at(best, image_of_text, own)  # (I,) an image's best own caption
     # (T, I) without own captions
     wrong = np.where(np.arange(I)[None] == image_of_text[:, None], -np.inf, scores)
@@ -324,6 +337,7 @@ def recall_in_folds(scores, column, size=1000, n=5):
     """recall, mean over n consecutive folds of `size` images, each with its own captions"""
     folds = []
     for i in range(0, n * size, size):
+        # a fold's captions compete with this fold's images alone
         rows = (column >= i) & (column < i + size)
         folds.append(recall(scores[rows][:, i : i + size], column[rows] - i))
     return {k: float(np.mean([fold[k] for fold in folds])) for k in folds[0]}
@@ -344,6 +358,7 @@ def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
     scores = score_all(run.model, index, progress=f"retrieval {dataset} {split}", **scoring)
     found = {f"retrieval/{k}": v for k, v in recall(scores, column).items()}
     found |= {"retrieval/images": I, "retrieval/captions": len(index)}
+    # papers report both protocols
     if dataset == "coco" and I >= 5000:
         folds = recall_in_folds(scores, column)
         found |= {f"retrieval/1k/{k}": v for k, v in folds.items()}
@@ -363,6 +378,7 @@ def is_right(scores, target):
 def official_notes(run, task, split):
     """[(id, what the official evaluation needs to know)] of a split's examples, read again."""
     reader, stats = task.reader(run.settings), Counter()
+    # what the official code needs of a question is not in the index: it is read again
     group = task.group(run.settings)
     for part in split.split("+"):
         for number, record in enumerate(reader(run.data, part, stats)):
@@ -376,6 +392,7 @@ def evaluate_classes(run, task, split, submit=False, **scoring):
     scores, target = predict(run, task, index, **scoring), index.target_numbers(examples_of(index))
     name, hit = run.settings["task"], is_right(scores, target)
     found = {"accuracy": 100 * hit.mean()}
+    # what a model would get that has learned the labels' frequencies alone
     found["majority"] = 100 * np.bincount(target[target >= 0]).max() / len(target)
     for i, label in enumerate(run.sizes["answer_list"]):
         if (target == i).any():
@@ -396,6 +413,7 @@ def evaluate_nlvr(run, task, split, submit=False, **scoring):
     labels = index.target_numbers(examples_of(index))
     right = predict(run, task, index, **scoring).argmax(axis=1) == labels
     majority = 100 * max(labels.mean(), 1 - labels.mean())
+    # the first of six orders is the presentation as given
     found = {"accuracy": 100 * right.mean(), "accuracy/as_given": 100 * right[::6].mean()}
     return {f"nlvr/{k}": float(v) for k, v in (found | {"majority": majority}).items()}, None
 
@@ -408,8 +426,10 @@ def vqa_accuracy(answer, said):
     """
     said = [x.replace("\n", " ").replace("\t", " ").strip() for x in (*said,)]
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    # the official code cleans up only where the ten do not agree
     if len(set(said)) > 1:
         said, answer = [normalise_answer(x) for x in said], normalise_answer(answer)
+    # each person is left out once: min(1, others who said so / 3)
     same = [x == answer for x in said]
     return float(np.mean([min(1.0, (sum(same) - own) / 3) for own in same]))
 
@@ -441,6 +461,7 @@ def evaluate_vqa(run, task, split, submit=False, **scoring):
         for fact in facts:
             given = frequent.setdefault(fact.question_type, Counter())
             given.update(normalise_answer(a) for a in fact.given)
+        # the best answer that needs no image
         majority = {kind: given.most_common(1)[0][0] for kind, given in frequent.items()}
         found = vqa_scores([answers[r.id] for r in notes], facts) | found
         by_type = vqa_scores([majority[f.question_type] for f in facts], facts)
@@ -452,6 +473,7 @@ def evaluate_vcr(run, task, split, submit=False, **scoring):
     """Q->A, QA->R (given the right answer), Q->AR (both right); chance 25, 25, 6.25. For the
     leaderboard: annot_id, four answers, and four reasons given each answer, as probabilities.
     """
+    # the server wants a rationale for each of the four answers, right or not
     parts, scores, hits = ("qa", "all" if submit else "qar"), {}, {}
     for part in parts:
         group = 16 if part == "all" else 4
@@ -469,6 +491,7 @@ def evaluate_vcr(run, task, split, submit=False, **scoring):
         for name, a, r in zip(names, answers, reasons):
             rows.append([name.split("/")[0], *map(float, a), *map(float, r.ravel())])
         return {}, rows
+    # Q->AR asks for both, the rationale given the right answer
     answer, reason = hits["qa"], hits["qar"]
     found = {"q_a": answer, "qa_r": reason, "q_ar": answer & reason}
     return {f"vcr/{k}": 100 * v.mean() for k, v in found.items()} | {"vcr/chance": 25.0}, None
@@ -478,8 +501,10 @@ def nlvr2_scores(answers, ids, labels):
     """Accuracy, and consistency: the share of sentences (set, sentence of the identifier) whose
     pairs are all right; in percent.
     """
+    # one sentence is asked about several pairs of images
     hit, groups = np.array([a == b for a, b in zip(answers, labels)]), {}
     for name, ok in zip(ids, hit):
+        # split-set-pair-sentence: a sentence about several pairs of a set
         _, number, _, sentence = name.split("-")
         groups.setdefault((number, sentence), []).append(ok)
     return {
@@ -498,6 +523,7 @@ def evaluate_nlvr2(run, task, split, submit=False, **scoring):
     target, found = index.target_numbers(examples_of(index)), {}
     if (target >= 0).all():
         found = nlvr2_scores(answers, ids, target)
+        # an example without features is answered wrong, not left out
         missing = index.meta["counts"]["missing"] // index.group
         found["nlvr2/accuracy"] *= len(answers) / (len(answers) + missing)
         found["nlvr2/majority"] = float(100 * max(target.mean(), 1 - target.mean()))
@@ -517,8 +543,10 @@ def evaluate_referring(run, task, split, submit=False, **scoring):
         best, store = predict(run, task, index, **scoring).argmax(axis=1), index.store
         boxes, n = store.read(index.image, "boxes"), store.n_regions(index.image)
         boxes[..., 2:] -= boxes[..., :2]
+        # any region that overlaps enough counts, not only the one trained on
         truth = np.asarray(index.arrays["boxes"])[:, None]
         overlap = box_overlap(boxes, truth) > 0.5  # (E, most regions)
+        # boxes of zeros in padding
         overlap &= np.arange(boxes.shape[1])[None] < n[:, None]
         target = index.target_numbers(examples_of(index))
         found[f"re/{kind}/accuracy"] = 100 * overlap[np.arange(len(best)), best].mean()
@@ -543,6 +571,7 @@ def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=Non
     structural, semantic, length, steps   accuracy of each kind, and its count
     Entailed questions need predictions too, balanced or not.
     """
+    # the unbalanced ones serve consistency alone
     asked = {k: q for k, q in questions.items() if q["isBalanced"]}
     entailed = {e for q in asked.values() for e in q["entailed"] if e in questions}
     lacking = sorted((entailed | set(asked)) - set(predictions))
@@ -555,10 +584,12 @@ def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=Non
         of = [k for k, q in asked.items() if (q["types"]["structural"] == "query") == is_open]
         scores[name] = percent(hit[k] for k in of)
     for name, key in (("validity", "valid"), ("plausibility", "plausible")) if choices else ():
+        # what makes sense of such a question, right or not
         fits = (predictions[k] in choices_of(q, choices[k][key]) for k, q in asked.items())
         scores[name] = percent(fits)
     shares = []
     for k, q in asked.items():
+        # only of questions that were answered right, and never of themselves
         follow = [hit[e] for e in q["entailed"] if e != k and e in hit]
         shares += [sum(follow) / len(follow)] if hit[k] and follow else []
     scores["consistency"] = percent(shares)
@@ -604,9 +635,11 @@ def gqa_distribution(asked, predictions):
     groups = {}
     for k, q in asked.items():
         if q["groups"]["global"]:
+            # a group: questions whose answers compete, such as all about a thing's colour
             gold, said = groups.setdefault(q["groups"]["global"], (Counter(), Counter()))
             gold[q["answer"]] += 1
             said[predictions[k]] += 1
+    # large groups count more
     weights = [sum(gold.values()) for gold, _ in groups.values()]
     chi = [sum((said[a] - n) ** 2 / n for a, n in gold.items()) for gold, said in groups.values()]
     return sum(w * c for w, c in zip(weights, chi)) / max(sum(weights), 1) / 100
@@ -640,9 +673,11 @@ def evaluate_gqa(run, task, split, submit=False, **scoring):
     shared out among the cells that each box covers.
     """
     index = open_task(run, run.settings["task"], split)
+    # exact strings count in GQA, so the number becomes its answer at once
     best, names = predict(run, task, index, **scoring).argmax(axis=1), run.sizes["answer_list"]
     predictions = {index.id(e): names[i] for e, i in enumerate(best)}
     rows = [{"questionId": k, "prediction": a} for k, a in predictions.items()]
+    # a test split: only the server knows
     unanswered = int((index.arrays["answered"] == 0).sum())
     if unanswered:
         return {"gqa/unanswerable": float(unanswered)}, rows
@@ -654,6 +689,7 @@ def evaluate_gqa(run, task, split, submit=False, **scoring):
     choices, scenes = (read_json(path, "GQA") if path.exists() else None for path in paths)
     attentions = None
     if scenes is not None:
+        # maps are explicit attention: made only for the questions that are scored
         balanced = [e for e in range(len(index)) if questions[index.id(e)]["isBalanced"]]
         attentions = {}
         for examples, batch, P in word_to_region(run, index, balanced):
@@ -673,6 +709,7 @@ def cell_map(weights, boxes, m=7):
     in [0, 1].
     """
     x, y = (cell_overlap(boxes[:, i], boxes[:, i + 2], m) for i in (0, 1))  # (N_V, m)
+    # a region that covers many cells gives each of them less
     area = np.maximum(x.sum(1) * y.sum(1), 1e-9)
     return np.einsum("n, nx, ny -> xy", weights / area, x, y)
 
@@ -795,6 +832,7 @@ def class_loss(out, batch, margin):
 
 def entailment_loss(out, batch, margin):
     """BCE against one-hot targets [authors' code]; the paper has the cross-entropy."""
+    # the target of the authors' code, where any label may be right by itself
     target = torch.nn.functional.one_hot(batch["target"], out.scores.shape[1]).float()
     return losses.soft_answers(out.scores, target)
 
@@ -802,6 +840,7 @@ def entailment_loss(out, batch, margin):
 def choice_loss(out, batch, margin):
     """VCR: four choices an example, each right or wrong by itself."""
     target = batch["target"]
+    # one row a choice: wrong or right
     right = torch.arange(4, device=target.device) == target[:, None]
     return losses.classify(out.scores, right.flatten().long())
 
@@ -844,6 +883,7 @@ def wrong_region(scores, region_mask, target, hard=0.3):
     # one region alone is its own rival
     others |= ~others.any(dim=1, keepdim=True) & region_mask
     is_hard = torch.rand(len(scores), 1, device=scores.device) < hard
+    # a random number for each region: its argmax is a uniform draw
     u = torch.where(is_hard, scores, torch.rand_like(scores))
     return u.masked_fill(~others, float("-inf")).argmax(dim=1)
 
@@ -988,12 +1028,14 @@ def word_to_region(run, index, captions, batch_tokens=8192):
     P (B, N_L, N_V): the softmax over regions summed over heads; two streams: of the last cross
     layer but one, the fourth of five (Kervadec sec. 7); single stream: of the last layer
     """
+    # Kervadec et al. look at the fourth of five cross layers
     two_stream = isinstance(run.model, Lxmert) and len(run.model.cross_layers) > 1
     captions = np.asarray(captions)
     for places, batch in index.in_chunks(captions, index.image[captions], batch_tokens):
         x = to_device(batch, run.device)
         with evaluating(run.model), run.autocast():
             maps = run.model(**x, maps=(-2 if two_stream else -1,)).maps[0]
+            # each block has a softmax of its own in two streams; in one stream it is taken here
             P = losses.masked_softmax(maps.S_LV, x["region_mask"]).sum(dim=1)
         arrays = {k: v.numpy() for k, v in batch.items() if isinstance(v, torch.Tensor)}
         yield captions[places], arrays, P.cpu().numpy()
@@ -1013,8 +1055,10 @@ def pointing_scores(run, index):
     pointed = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
     for captions, batch, P in word_to_region(run, index, np.unique(pointed)):
         place, _, box, row = index.pointers(captions)
+        # pointers are in pixels, regions in [0, 1]
         wh = np.tile(index.store.wh[index.image[captions]], 2)[row].astype(np.float32)
         box, regions = (box / wh)[:, None], batch["boxes"][row]  # (K, 1, 4), (K, N_V, 4)
+        # a patch is smaller than most boxes and would never reach an overlap of a half
         if index.store.has_names:
             iou = losses.box_iou(torch.from_numpy(box), torch.from_numpy(regions)).numpy()
             right = iou >= 0.5  # (K, N_V)
@@ -1023,6 +1067,7 @@ def pointing_scores(run, index):
             right = ((middle > box[..., :2]) & (middle < box[..., 2:])).all(-1)
         right &= batch["region_mask"][row]
         strongest = P.reshape(-1, P.shape[-1])[place].argmax(axis=1)
+        # words whose box no region covers tell nothing about attention
         possible = right.any(axis=1)
         hits.append(right[np.arange(len(row)), strongest][possible])
         chance.append((right.sum(1) / batch["region_mask"][row].sum(1))[possible])
@@ -1044,6 +1089,7 @@ def multitask_benchmarks(run):
     """
     settings = run.settings | {"task": "gqa", "answer_list": run.sizes["answer_list"]}
     found = downstream(run._replace(settings=settings))
+    # test-dev has no scene graphs, so what words point at is known of val alone
     if (Path(run.data) / "gqa" / "val_sceneGraphs.json").exists():
         found |= pointing(run)
     return found
@@ -1057,6 +1103,7 @@ def best_box(scores, boxes):
 
     scores (..., Q, K), boxes (..., K, 4) -> (..., Q)
     """
+    # equal scores come from regions of one name: the largest is most often meant
     area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)[..., None, :].expand(scores.shape)
     return torch.where(scores == scores.amax(dim=-1, keepdim=True), area, -1.0).argmax(dim=-1)
 
@@ -1080,8 +1127,10 @@ def table_5(phrase, labels, boxes, wh, vectors, rng):
     """
     boxes = np.asarray(boxes, np.float32)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    # distance of a box's middle from the image's
     off = np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - np.asarray(wh) / 2).sum(axis=1)
     zero = np.zeros(len(next(iter(vectors.values()))))
+    # a word without a vector is like nothing
     h = np.stack([vectors.get(w, zero) for w in phrase])
     l = np.stack([vectors.get(n, zero) for n in labels])
 
@@ -1113,11 +1162,13 @@ def grounding_scores(run, batch, frozen):
     p = losses.phrase_embedding(h, v, word_mask, region_mask)
     if run.settings["phrase_pooling"] == "average":
         p = (h * word_mask[..., None]).sum(-2) / word_mask.sum(-1, keepdim=True).clamp(min=1)
+    # the rule learns nothing: GloVe's vectors as they came
     h, l = frozen[batch["input"]["phrases"]], frozen[batch["input"]["labels"]]
     embedded = {
         "maf": (run.model.project(p), v),
         "glove-att": (losses.phrase_embedding(h, l, word_mask, region_mask), l),
     }
+    # -inf: padding is never the best region
     padding = ~region_mask[:, None]
     return {
         method: torch.einsum("bQd, bKd -> bQK", e, r).masked_fill(padding, float("-inf"))
@@ -1135,6 +1186,7 @@ def grounded_phrases(run, split, most=None, baselines=True, seed=0):
     reader, words = entity_captions, run.tokenizer
     index = run.index(reader, split, "flickr30k", layout="phrases", name=f"Entities {split}")
     # images without features are left out of the index
+    # boxes and kinds are not in the index, since training may not see them
     notes = {r.id: r.note for r in reader(run.data, split, Counter())}
     phrase_input = PhraseInput(run.data, index)
     store = index.store
@@ -1162,6 +1214,7 @@ def grounded_phrases(run, split, most=None, baselines=True, seed=0):
                 if not phrases[q].boxes:
                     continue
                 truth, own = torch.tensor(phrases[q].boxes, dtype=torch.float32), boxes[b, :n]
+                # several boxes of a phrase count as the box around all of them
                 truth = torch.cat([truth[:, :2].amin(0), truth[:, 2:].amax(0)])
                 found = {method: own[i[b, q]] for method, i in chosen.items()}
                 found["upper bound"] = own[losses.box_iou(own, truth).argmax()]
@@ -1201,6 +1254,7 @@ def heat_map(model, batch):
     image for ALBEF, else Index.batch().
     """
     how = {}
+    # Grad-CAM is a derivative, in evaluation too
     with torch.enable_grad():
         if isinstance(model, Albef):
             match, P = model(**batch, need_gradcam=True)
@@ -1222,6 +1276,7 @@ def at_size(A, size):
 
 def hottest(A):
     """(x, y) of a map's first maximum, row by row"""
+    # argmax counts row by row
     y, x = divmod(int(A.argmax()), A.shape[1])
     return x, y
 
@@ -1246,8 +1301,10 @@ def heat_maps_of(run, records, store, batch_size=64, name="pointing"):
     albef, model = isinstance(run.model, Albef), run.model
     how = {"layout": "albef" if albef else "bert", "name": name}
     index = make_index(records, store, run.tokenizer, run.settings.get("max_words", 60), **how)
+    # maps are compared with boxes in pixels of the picture itself
     sizes = {i: store.size(i) for i in index.images.tolist()}
     n_words = index.n_words(np.arange(len(index)))
+    # texts of one size of picture follow each other: their maps are resized at once
     order = sorted(range(len(records)), key=lambda c: (sizes[int(index.image[c])], n_words[c]))
     was_training = model.training
     model.eval()
@@ -1325,20 +1382,24 @@ def pointing_games(run, sets=POINTING_SETS):
         for record, image, A in maps:
             x, y = hottest(A)
             boxes = np.array(record.boxes, float)
+            # strictly inside, as AMC's code has it
             in_x = (boxes[:, 0] < x) & (x < boxes[:, 0] + boxes[:, 2])
             in_y = (boxes[:, 1] < y) & (y < boxes[:, 1] + boxes[:, 3])
             hit, covered = bool((in_x & in_y).any()), np.zeros(A.shape, bool)
+            # boxes may overlap: pixels are counted once
             for bx, by, bw, bh in boxes.astype(int):
                 covered[by : by + bh, bx : bx + bw] = True
             scored = {"": hit, "/chance": covered.mean()}
             scored |= {f"/{kind}": hit for kind in record.note or ()}
             if name.startswith("refcoco+"):
+                # photos that Visual Genome has too may have been trained on
                 if int(record.image.split("_")[-1]) not in shared:
                     scored["/clean"] = hit
                 at = find([record.image]) if detected else np.array([-1])
                 if at[0] >= 0:
                     proposals = detected.read(at, "boxes")[0].astype(float)
                     proposals[:, 2:] -= proposals[:, :2]
+                    # RefCOCO+'s own task: choose one of the detector's boxes
                     best = proposals[best_box_by_heat(A, proposals)]
                     scored["/boxes"] = box_overlap(best, boxes[0]) >= 0.5
             for key, value in scored.items():
@@ -1415,6 +1476,7 @@ def training_curve(log, out):
         panel = Image.new("RGB", (300, 170), "white")
         pen, (x, y) = ImageDraw.Draw(panel), np.array(points, float).T
         low, high = float(y.min()), float(y.max())
+        # a margin for the numbers at the left and below
         px = 40 + 250 * (x - x[0]) / max(x[-1] - x[0], 1)
         py = 150 - 115 * (y - low) / max(high - low, 1e-12)
         pen.line([(40, 30), (40, 150), (290, 150)], fill=INK)
@@ -1453,9 +1515,11 @@ def draw_attention(picture, boxes, weights, title):
     """One panel: the picture paled, each box framed with a strength of its weight, the strongest in
     green (CACR fig. 4, 5).
     """
+    # coloured boxes are lost on a picture of full contrast
     pale = Image.new("RGB", picture.size, "white")
     panel = panel_of(Image.blend(picture.convert("RGB"), pale, 0.35))
     pen, scale = ImageDraw.Draw(panel, "RGBA"), PANEL / picture.width
+    # the strongest last, above the others
     for i in np.argsort(weights):
         colour = STRONGEST if i == weights.argmax() else OTHERS
         box = [float(x) * scale for x in boxes[i]]
@@ -1478,6 +1542,7 @@ def attention_figure(runs, index, caption, picture, directions=("S_LV", "S_VL"))
     """
     image, rows, titles = int(index.image[caption]), [], []
     boxes = pixel_boxes(index.store, image, picture)
+    # words that name nothing
     skip = ("a", "the", "of", "to", "is", "and", ".")
     what = {"S_LV": "what the word attends to", "S_VL": "what attends to the word"}
     for name, run in runs.items():
@@ -1509,6 +1574,7 @@ def draw_heat(picture, A, boxes, title):
     ring.
     """
     A = A.clamp(min=0).cpu().numpy()
+    # linear between the colours of the table
     level = (A / max(A.max(), 1e-9)) * (len(HEAT) - 1)
     low = level.astype(int).clip(max=len(HEAT) - 2)
     colour = HEAT[low] + (level - low)[..., None] * (HEAT[low + 1] - HEAT[low])
@@ -1736,15 +1802,6 @@ def decode(text, dtype, shape, where):
         raise DataError(found, hint=AGAIN) from None
 
 
-# columns of an LXMERT row: name, number, type
-LXMERT_COLUMNS = (
-    ("cls_id", 3, "<i8"),
-    ("cls_conf", 4, "<f4"),
-    ("attr_id", 5, "<i8"),
-    ("attr_conf", 6, "<f4"),
-)
-
-
 def tsv_rows(path, skip=0):
     """Yields rows of an LXMERT (10 columns) or BUTD (6 columns) feature file: (image id, (w, h),
     columns); None for the first `skip`.
@@ -1766,14 +1823,16 @@ def tsv_row(cells, where):
     except ValueError:
         found = f"image size or box count is no whole number: {cells[1:4]}"
         raise DataError(f"{where}: {found}", hint=AGAIN) from None
+    # their width is whatever the file has: 2,048 of a ResNet, 4,096 of a VGG
     features = base64.b64decode(cells[-1]) if len(cells[-1]) % 4 == 0 else b""
     if n < 1 or not features or len(features) % (4 * n):
         found = f"{len(features):,} bytes of features for {n} boxes"
         raise DataError(f"{where} (image {cells[0]}): {found}", hint=AGAIN)
     columns = {"boxes": decode(cells[-2], "<f4", (n, 4), where).copy()}
     columns["features"] = np.frombuffer(features, "<f4").reshape(n, -1)
-    for name, i, dtype in LXMERT_COLUMNS if is_lxmert else ():
-        columns[name] = decode(cells[i], dtype, (n,), where)
+    names = ("cls_id", "cls_conf", "attr_id", "attr_conf") if is_lxmert else ()
+    for i, name in enumerate(names, 3):
+        columns[name] = decode(cells[i], "<i8" if name.endswith("id") else "<f4", (n,), where)
     return cells[0], (w, h), columns
 
 
@@ -1796,6 +1855,7 @@ def npz_rows(folder, sizes, skip=0):
         # UNITER's rule [authors' code]
         n = int(np.clip((conf > 0.2).sum(), 10, 100))
         name = uniter_image_id(path.stem)
+        # unknown sizes: the boxes stay in the unit square
         w, h = sizes.get(name, (1, 1))
         columns = {
             "features": features[:n],
@@ -1843,6 +1903,7 @@ def pack(sources, out, images=None):
         if packed is None:
             continue
         image_id, (w, h), row = packed
+        # float32 boxes of float arithmetic elsewhere may leave their image by a hair
         inside, where = row["boxes"].clip(0, [w, h, w, h]), f"{meta['source']}, image {image_id}"
         if not np.isfinite(row["boxes"]).all() or not np.isfinite(row["features"]).all():
             raise DataError(f"{where}: nan or inf in boxes or features", hint=AGAIN)
@@ -1897,11 +1958,13 @@ def score_photo(run, photo, text, out, detector="", regions=(36, 36), sides=(800
     picture, figure = read_picture(photo), Path(out) / f"{photo.stem}.png"
     with tempfile.TemporaryDirectory() as folder:
         # a data tree of one picture
+        # so that stores and readers are those of every other evaluation
         place = Path(folder) / "vg" / "VG_100K"
         place.mkdir(parents=True)
         shutil.copy(photo, place / photo.name)
         store = Path(folder) / "store"
         if run.vision.regions:
+            # the last line of standard output is the result alone
             with contextlib.redirect_stdout(sys.stderr):
                 extract(place, detector, store, regions, *sides)
             store = RegionStore(store)
@@ -1961,8 +2024,10 @@ def extract(images, detector, out, regions=(36, 36), shorter=800, longer=1333, b
     machine). A picture that cannot be read is left out, counted, and listed in OUT/skipped.txt.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # shards are dealt out by number, so any number of processes makes the same ones
     parts, paths = Path(f"{out}.parts"), list_pictures(images)
     need_new(out)
+    # a place that is taken is told before the weights are read
     model = load_detector(detector)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -1984,6 +2049,7 @@ def extract(images, detector, out, regions=(36, 36), shorter=800, longer=1333, b
     if rank == 0:  # one writer; the others' settings are of the same command line
         write_atomic(note, json.dumps(settings))
     shards = [paths[i : i + shard] for i in range(0, len(paths), shard)]
+    # every process has its own shards and waits for nobody until the end
     own = range(rank, len(shards), world_size)
     todo = [k for k in own if not (parts / f"{k:06d}.npz").exists()]
     total, left = (sum(len(shards[k]) for k in some) for some in (own, todo))
@@ -1994,10 +2060,12 @@ def extract(images, detector, out, regions=(36, 36), shorter=800, longer=1333, b
             how = device, regions, shorter, longer, batch, bar
             save_shard(parts / f"{k:06d}.npz", extract_shard(model, shards[k], *how))
     if world_size > 1:
+        # one waits for the slowest, for days where there are millions of pictures
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank == 0:
+        # which detector made a store is part of it for good
         source = f"detector {settings['detector']}, {regions[0]} to {regions[1]} regions, "
         source += f"sides {shorter}, {longer}"
         merge_shards(parts, len(shards), out, {"source": source})
@@ -2015,6 +2083,7 @@ def read_by_size(paths, shorter, longer, bar):
                     f"{pixels.shape[1]} x {pixels.shape[0]} pixels become {size[1]} x {size[0]}"
                 )
                 raise DataError(f"{path}: {became}, too narrow for the detector")
+            # only pictures of one size can be in one batch
             pictures.setdefault(size, []).append((path.stem, pixels))
         except DataError as error:
             skipped.append(str(error).splitlines()[0])
@@ -2039,9 +2108,11 @@ def extract_shard(model, paths, device, regions, shorter, longer, batch, bar):
                 if not len(seen.boxes):
                     skipped.append(f"{name}: the detector found nothing")
                     continue
+                # to the host at once: a shard's features would fill a GPU
                 columns = {c: getattr(seen, c).cpu().numpy() for c in COLUMNS}
                 found[name] = (pixels.shape[1], pixels.shape[0]), columns, seen.threshold
             bar.update(len(part))
+    # in the order of the files, whatever the order of sizes was
     ids, rows = [p.stem for p in paths if p.stem in found], {}
     for c in COLUMNS if ids else ():
         rows[c] = np.concatenate([found[i][1][c].astype(COLUMNS[c][0]) for i in ids])
@@ -2083,9 +2154,11 @@ def merge_shards(parts, count, out, meta):
                 sizes = {"features": shard["features"].shape[1]}
                 sizes["classes"] = shard["cls_prob"].shape[1]
                 writer = StoreWriter(out, list(COLUMNS), meta | sizes)
+            # an earlier run may have been killed in the middle of writing
             if number >= writer.done:
                 part, (w, h) = slice(ends[i] - shard["n"][i], ends[i]), shard["wh"][i]
                 columns = {c: shard[c][part] for c in COLUMNS}
+                # scaled back to the picture's own pixels a box may leave it by a rounding
                 columns["boxes"] = columns["boxes"].clip(0, [w, h, w, h])
                 writer.add(name, (w, h), **columns)
             number += 1
@@ -2109,6 +2182,7 @@ def load_run(path, data, regions="", size=None, official=None):
 
     official  the task it was fine-tuned for and what else train.py's settings say about it
     """
+    # --size says that the file is not one of ours
     saved = None if size else read_checkpoint(path)
     settings = dict(saved.config) if saved else {"cased": True, **official}
     settings |= {"data": str(data), "regions": str(regions or Path(data) / "regions")}
@@ -2119,6 +2193,7 @@ def load_run(path, data, regions="", size=None, official=None):
         model.load_state_dict(saved.model)
         return Run(model, words, settings, sizes, vision)
     task = TASKS[settings["task"]]
+    # words that this model was given beyond the vocabulary file
     new_words = VCR_WORDS[: saved.sizes["new_words"]] if saved else task.words
     tokenizer = load_wordpiece(data, settings["cased"], new_words)
     if saved is None:
@@ -2160,9 +2235,8 @@ def make_parser():
     """The command line"""
     tasks = [name for name, task in TASKS.items() if task.reader]
     splits = ", ".join(f"{name} {TASKS[name].validation}" for name in tasks)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--task", choices=(*BENCHMARKS, *tasks), help=TASK_HELP)
     add("--ckpt", required=True, nargs="+", help=CKPT_HELP)
@@ -2205,13 +2279,15 @@ DATASET_HELP = (
 )
 
 
+def command_parser(function):
+    """The command line of a function of this file"""
+    how = {"description": function.__doc__, "prog": f"evaluate.py {function.__name__}"}
+    return argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **how)
+
+
 def make_extract_parser():
     """The command line of evaluate.py extract"""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py extract",
-        description=extract.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command_parser(extract)
     add = parser.add_argument
     add("--images", required=True, help="folder of .jpg and .png files, those inside it included")
     add("--detector", required=True, help="weights: unc-nlp/frcnn-vg-finetuned's pytorch_model.bin")
@@ -2226,11 +2302,7 @@ def make_extract_parser():
 
 def make_pack_parser():
     """The command line of evaluate.py pack"""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py pack",
-        description=pack.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command_parser(pack)
     files = "LXMERT's or bottom-up attention's .tsv files, or folders of UNITER's .npz files"
     parser.add_argument("source", nargs="+", help=files)
     parser.add_argument("--out", required=True, help="a new folder, e.g. DATA/regions/coco")
@@ -2286,6 +2358,7 @@ def run_benchmark(args):
     for path in args.ckpt:
         run = load_run(path, args.data, args.regions, args.size, official)
         run.settings["skip_missing"] = args.skip_missing
+        # a run is called by its folder in figures
         runs[Path(path).parent.name or path] = run._replace(model=run.model.to(device))
     run = next(iter(runs.values()))
     if args.image:
@@ -2311,6 +2384,7 @@ def run_retrieval(runs, args):
     """Retrieval, with its matrix beside the checkpoint"""
     run = next(iter(runs.values()))
     dataset, split = args.dataset or "flickr30k", args.split or "test"
+    # another checkpoint, data tree or head has another matrix
     path, head = Path(args.ckpt[0]), args.head or ranking_head(run)
     mark = f"{path.resolve()} {path.stat().st_mtime_ns} {args.data} {head}"
     mark = hashlib.sha256(mark.encode()).hexdigest()[:8]
@@ -2321,6 +2395,7 @@ def run_retrieval(runs, args):
 def run_task(runs, args):
     """A downstream task of a checkpoint that was trained for it, or GQA right after pre-training"""
     run = next(iter(runs.values()))
+    # a two-stream model answers GQA without fine-tuning
     trained = run.settings["task"]
     if trained == "pretrain" and run.settings.get("pretrain") == "multitask":
         trained = "gqa"
@@ -2329,6 +2404,7 @@ def run_task(runs, args):
         hint = f"  Train that first: python train.py --task {args.task}"
         raise CheckpointError(f"{found}\n{hint}")
     settings = run.settings | {"task": args.task}
+    # RefCOCO+ of a model trained on RefCOCO, for example
     settings |= {"dataset": args.dataset} if args.dataset else {}
     return downstream(run._replace(settings=settings), args.split, args.submit, args.ablate)
 

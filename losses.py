@@ -238,6 +238,7 @@ def box_iou(a, b):
     area = lambda box: (box[..., 2:] - box[..., :2]).clamp(min=0).prod(dim=-1)
     near = torch.maximum(a[..., :2], b[..., :2])
     far = torch.minimum(a[..., 2:], b[..., 2:])
+    # boxes apart have far < near, an area of 0
     inter = area(torch.cat([near, far], dim=-1))
     return inter / (area(a) + area(b) - inter).clamp(min=1e-12)
 
@@ -261,6 +262,7 @@ def soft_alignment_target(pointer, boxes, class_similarity, attribute_similarity
     """
     PA = box_iou(wide(pointer)[:, None], wide(boxes))
     SA = (0.75 * wide(class_similarity) + 0.25 * wide(attribute_similarity)).clamp(min=0)
+    # where and what, each normalised by itself, so that neither outweighs the other
     both = torch.stack([PA, SA]).masked_fill(~region_mask, 0)  # (2, K, N_V)
     total = both.sum(dim=-1, keepdim=True)  # (2, K, 1)
     some = (total > 1e-6).to(both.dtype)
@@ -294,6 +296,7 @@ def word_object_alignment(A, target, region_mask, k=3):
     overlooks gets a gradient too.
     Helpers: wide, mean_over.
     """
+    # a padded region is never among the k highest of more than k
     A = wide(A).masked_fill(~region_mask, float("-inf"))
     target = wide(target).masked_fill(~region_mask, 0)
     keep = torch.zeros_like(region_mask)
@@ -323,6 +326,7 @@ def detected(logits, label, confidence=None):
     masked ones.
     Helpers: wide, mean_over.
     """
+    # -1 counts 0 in the sum and still in the mean
     each = F.cross_entropy(wide(logits), label, ignore_index=-1, reduction="none")
     return mean_over(each if confidence is None else each * confidence, len(label))
 
@@ -591,6 +595,7 @@ def strongest_partner(cross, other, other_mask):
     cross (B, N, M), other (B, M, M), other_mask (B, M)
     returns  G (B, N, N); gradient to other, none to cross
     """
+    # one token each: a hard choice, which no gradient passes
     partner = cross.masked_fill(~other_mask[:, None, :], float("-inf")).argmax(dim=-1)  # (B, N)
     pair = torch.arange(len(cross), device=cross.device)[:, None, None]
     return other[pair, partner[:, :, None], partner[:, None, :]]
@@ -607,6 +612,7 @@ def row_mean_kl(p, q, row_mask, eps=0.0):
     Helpers: wide.
     """
     p, q = wide(p), wide(q)
+    # 0 log 0 is 0: the clamp keeps it from being 0 times -inf
     log = lambda x: x.clamp(min=1e-30).log()
     rows = (p * (log(p) - log(q + eps)) + q * (log(q) - log(p + eps))).sum(dim=-1)  # (B, N)
     return (rows.masked_fill(~row_mask, 0).sum(dim=-1) / row_mask.sum(dim=-1)).mean()
@@ -744,6 +750,7 @@ def mlm_distilled(logits, target, teacher_logits, alpha):
     instead of words, a slip.
     Helpers: wide, mean_over, mlm.
     """
+    # the cross-entropy against what the teacher believes
     soft = -(wide(logits).log_softmax(dim=-1) * wide(teacher_logits).softmax(dim=-1)).sum(dim=-1)
     return (1 - alpha) * mlm(logits, target) + alpha * mean_over(soft, len(target))
 

@@ -39,16 +39,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-SIZES = {  # UNITER footnote 12; toy [ours]
+SIZES = {  # UNITER footnote 12; tiny (to see that something runs) and toy [ours]
+    "tiny": dict(width=32, layers=3, heads=2, mlp_dim=64),
     "toy": dict(width=128, layers=4, heads=4, mlp_dim=512),
     "base": dict(width=768, layers=12, heads=12, mlp_dim=3072),
     "large": dict(width=1024, layers=24, heads=16, mlp_dim=4096),
 }
 # of a two-stream model: language, vision and cross layers [Kervadec sec. 6.3]; toy [ours]
-TWO_STREAM_LAYERS = {"toy": (2, 1, 2), "base": (9, 5, 5)}
+TWO_STREAM_LAYERS = {"tiny": (1, 1, 2), "toy": (2, 1, 2), "base": (9, 5, 5)}
 # ALBEF: layers of text and fusion, fusion of them; its ViT; width of the contrastive features
 # [ALBEF's code]; toy [ours]
 ALBEF_SIZES = {
+    "tiny": SIZES["tiny"] | dict(fusion=2, embed=16, vision=SIZES["tiny"]),
     "toy": SIZES["toy"] | dict(fusion=2, embed=64, vision=SIZES["toy"]),
     "base": SIZES["base"] | dict(fusion=6, embed=256, vision=SIZES["base"]),
 }
@@ -125,6 +127,7 @@ class Attention(nn.Module):
         # written out: keeps the logits; and the fused bf16 kernel's backward is several times
         # slower on CPUs
         if need_maps or q.dtype == torch.bfloat16 and not q.is_cuda:
+            # the logits that the losses align
             S = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N, M)
             P = S.masked_fill(~key_mask, float("-inf")).softmax(dim=-1)
             # a loss sees S before dropout
@@ -149,6 +152,7 @@ class Layer(nn.Module):
         self.mlp_norm, self.dropout = nn.LayerNorm(width, EPS), nn.Dropout(dropout)
 
     def forward(self, x, mask, need_maps=False, need_probs=False):
+        # the maps are a return value: no hook, nothing kept in the module
         attended, S = self.attention(x, x, mask, need_maps, need_probs)
         x = self.attention_norm(x + self.dropout(attended))
         x = self.mlp_norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
@@ -177,6 +181,7 @@ class CrossLayer(nn.Module):
     def forward(self, words, regions, text_mask, region_mask, need_maps=False, need_probs=False):
         # all that follows the probabilities is written out, for its second derivative
         need_maps |= need_probs
+        # both directions before either stream changes
         to_words, S_LV = self.cross(words, regions, region_mask, need_maps, need_probs)
         to_regions, S_VL = self.cross(regions, words, text_mask, need_maps)
         words = self.cross_norm(words + self.dropout(to_words))
@@ -206,6 +211,7 @@ class TextEmbedding(nn.Module):
             raise ValueError(
                 f"a sentence of {text.shape[1]} tokens; this model has {most} positions"
             )
+        # type 0 without looking it up word by word
         kind = self.token_type.weight[0] if text_type is None else self.token_type(text_type)
         x = self.word(text) + self.position.weight[: text.shape[1]] + kind
         return self.dropout(self.norm(x))
@@ -238,6 +244,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x):
         pattern, side = "B (h w) (p q c) -> B c (h p) (w q)", math.isqrt(x.shape[1])
+        # back to a picture, so that convolutions see across patches
         x = rearrange(x, pattern, h=side, p=self.patch, q=self.patch)
         return rearrange(self.layers(x), "B D h w -> B (h w) D")
 
@@ -261,6 +268,7 @@ class RegionEmbedding(nn.Module):
         self.feature = PatchStem(patch, width) if patch else nn.Linear(features, width)
         self.feature_norm = nn.LayerNorm(width, EPS)
         self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width, EPS)
+        # the feature that stands for a masked region; BERT has [MASK] for that
         self.mask, self.norm = nn.Parameter(torch.zeros(features)), nn.LayerNorm(width, EPS)
         self.dropout = nn.Dropout(dropout)
 
@@ -268,8 +276,10 @@ class RegionEmbedding(nn.Module):
         regions = regions.to(self.feature_norm.weight.dtype)
         if hidden is not None:
             mask = self.mask.expand(len(hidden), -1)
+            # by place: a boolean index would make a GPU be waited for
             regions = regions.flatten(0, 1).index_copy(0, hidden, mask).view(regions.shape)
         wh = boxes[..., 2:] - boxes[..., :2]  # (B, N_V, 2)
+        # x1 y1 x2 y2 w h and the area
         where = torch.cat([boxes, wh, wh.prod(dim=-1, keepdim=True)], dim=-1)  # (B, N_V, 7)
         x = self.feature_norm(self.feature(regions)) + self.box_norm(self.box(where)) + type
         return self.dropout(self.norm(x))
@@ -318,6 +328,7 @@ class AlignmentDecoder(nn.Module):
     def forward(self, words, regions):
         s = self.text_norm(words + self.text(words))
         o = self.region_norm(regions + self.region(regions))
+        # every word with every region of its own image
         return s @ o.mT / math.sqrt(s.shape[-1])
 
 
@@ -426,9 +437,11 @@ class PairAttentionHead(nn.Module):
     def forward(self, x, mask, pooled, regions):
         sides = []
         for ask, own, other in ((self.left_asks, 0, 1), (self.right_asks, 1, 0)):
+            # rows alternate: even ones have the left image, odd ones the right
             seen, _ = ask(x[own::2], x[other::2], mask[other::2])  # (B/2, L, D)
             a = self.dropout(self.merge(torch.cat([seen, x[own::2]], dim=-1)).relu())
             weight = self.pool(a)[..., 0].relu().masked_fill(~mask[own::2], float("-inf"))
+            # attention pools each side into one vector
             weight = weight.softmax(dim=-1)
             sides.append(torch.einsum("PL, PLD -> PD", self.dropout(weight).to(a.dtype), a))
         return self.out(torch.cat(sides, dim=-1))
@@ -497,7 +510,9 @@ class Encoder(nn.Module):
                         there on nothing runs fused
         length          L of a single stream, if known: without it a GPU has to be waited for
         """
+        # multi-task batches overwrite features themselves and hide nothing here
         hidden = masked_regions if hidden_regions is None else hidden_regions
+        # two bundles, which encode() opens
         words = text, text_mask, text_type
         seen = regions, boxes, region_mask, region_type, hidden
         out, x, mask = self.encode(words, seen, maps, need_gradcam, length)
@@ -505,11 +520,13 @@ class Encoder(nn.Module):
         if masked_regions is not None:
             made = self.predict_regions(out.regions.flatten(0, 1)[masked_regions], heads)
         if masked_words is not None:
+            # the vocabulary's matrix meets masked words alone, a sixth of them
             h = self.word_head(out.words.flatten(0, 1)[masked_words])  # (K, D)
             # the matrix is the word embedding itself
             made["word_logits"] = F.linear(h, self.text_embedding.word.weight, self.word_bias)
         if "align" in heads:
             made["alignment"] = self.aligner(out.words, out.regions)  # (B, N_L, N_V)
+        # all whole-pair heads read the pooled [CLS] state
         if {"pooled", "match", "rank", "task"} & set(heads):
             made["pooled"] = pooled = self.pooler(x[:, 0]).tanh()  # (B, D)
             if "match" in heads:
@@ -559,6 +576,7 @@ class Uniter(Encoder):
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
         self.feature_head, self.feature_bias = Transform(width), nn.Parameter(torch.zeros(features))
         # of regions' features: tied to their embedding
+        # a stem of convolutions has no transpose to tie the output to
         self.feature_out = nn.Linear(width, features, bias=False) if patch else None
         self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
         self.add_heads(width, heads, dropout, head, answers, align)
@@ -586,6 +604,7 @@ class Uniter(Encoder):
         mask = slot < n_words + n_regions
         x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))  # (B, L, D)
 
+        # only these layers write their attention out; all others run fused
         wanted, logits = {i % len(self.layers) for i in maps}, {}
         cam = gradcam_layer(self.layers, need_gradcam, wanted)
         for i, layer in enumerate(self.layers):
@@ -593,6 +612,7 @@ class Uniter(Encoder):
             if i in wanted or i == cam:
                 logits[i] = S
 
+        # where each region went, to put states and maps back into (B, N_V)
         place = n_words + torch.arange(N_V, device=text.device)  # (B, N_V)
         place = place.clamp(max=length - 1)
         out = Output(
@@ -674,6 +694,7 @@ class Lxmert(Encoder):
         wanted, found = {i % len(self.cross_layers) for i in maps}, {}
         cam = gradcam_layer(self.cross_layers, need_gradcam, wanted)
         for i, layer in enumerate(self.cross_layers):
+            # beyond that layer all is written out: the fused kernel has no second derivative
             how = i in wanted or i > cam, i == cam
             words, regions, S = layer(words, regions, text_mask, region_mask, *how)
             if i in wanted or i == cam:
@@ -691,6 +712,7 @@ class Lxmert(Encoder):
         """Features, classes and attributes of regions h (K, D)"""
         if not {"features", "classes", "attributes"} & set(heads):
             return {}
+        # one transformation for all three predictions
         h = self.object_head(h)
         made = {"region_features": self.feature_out(h), "region_logits": self.classifier(h)}
         return made | {"attribute_logits": self.attribute_classifier(h)}
@@ -700,6 +722,7 @@ def gradcam_layer(layers, need_gradcam=True, wanted=()):
     """The layer whose map Grad-CAM explains, the last of the lower half: ALBEF's third of six
     [AMC's code]; beyond the last if none is asked for.
     """
+    # beyond the last: no layer's number is above it
     cam = (len(layers) - 1) // 2 if need_gradcam else len(layers)
     if cam in wanted:
         both = f"of layer {cam} both the logits (maps) and the probabilities (need_gradcam)"
@@ -711,6 +734,7 @@ def blocks(S, N_L, place):
     """Cut compacted logits S (B, H, L, L) into Maps; place (B, N_V) is each region's row."""
     B, H, L, _ = S.shape
     N_V = place.shape[1]
+    # a view for the words, a gather for the regions, whose place differs from row to row
     rows_V = S.gather(2, place[:, None, :, None].expand(B, H, N_V, L))
     return Maps(
         S_LL=S[:, :, :N_L, :N_L],
@@ -737,6 +761,7 @@ def init_model(model, width):
     """
     model.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
     box = model.region_embedding.box
+    # a box in the middle of the image, of a fifth of its sides
     middle = torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
     box.bias.copy_(-box.weight @ middle[: box.in_features])
     init_rank_from_match(model)
@@ -786,6 +811,7 @@ class Vit(nn.Module):
 
     def forward(self, image):
         x = rearrange(self.patch(image), "B D h w -> B (h w) D")
+        # the same weights read pictures of another resolution
         position = resize_position(self.position, x.shape[1])
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + position
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -815,6 +841,7 @@ class FusionLayer(Layer):
         self.cross_norm = nn.LayerNorm(width, EPS)
 
     def forward(self, x, mask, image, image_mask, written_out=False, need_probs=False):
+        # words among themselves, then words to image, then the MLP
         x = self.attention_norm(x + self.dropout(self.attention(x, x, mask, written_out)[0]))
         seen, P = self.cross(x, image, image_mask, written_out, need_probs)
         x = self.cross_norm(x + self.dropout(seen))
@@ -899,11 +926,14 @@ class Albef(nn.Module):
     def __init__(self, vocab, *, width, embed, queue=65536, temperature=0.07, **sizes):
         super().__init__()
         self.student = AlbefTowers(vocab, width=width, embed=embed, **sizes)
+        # narrow models start wider, as in init_model()
         self.student.apply(lambda module: init_weights(module, std=0.02 * math.sqrt(768 / width)))
         for parameter in (self.student.vision.cls, self.student.vision.position):
             nn.init.trunc_normal_(parameter, std=0.02)
         self.match, self.temperature = nn.Linear(width, 2), nn.Parameter(torch.tensor(temperature))
+        # a moving average of the student; it gets no gradient
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        # buffers: they are in the checkpoint, so that a resumed run has the same negatives
         for name in ("image_queue", "text_queue"):
             self.register_buffer(name, F.normalize(torch.randn(embed, queue), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
@@ -914,6 +944,7 @@ class Albef(nn.Module):
         step.
         """
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        # one kernel for hundreds of tensors
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     @torch.no_grad()
@@ -956,6 +987,7 @@ class Maf(nn.Module):
         self.feature = nn.Linear(features, width)
         fill = {"zero": nn.init.zeros_, "xavier": nn.init.xavier_uniform_}
         fill["identity"] = nn.init.eye_
+        # attributes start silent beside labels; alone they start as what they are
         names = *start, "zero" if "label" in inputs else "identity"
         for linear, name in zip((self.feature, self.phrase, self.attribute), names):
             fill[name](linear.weight)
@@ -974,6 +1006,7 @@ class Maf(nn.Module):
         """
 
         def seen():
+            # padding is not multiplied: only rows of real regions arrive here
             f = self.feature(features.to(self.feature.weight.dtype))
             if place is None:
                 return f
@@ -1121,6 +1154,7 @@ class Detector(nn.Module):
 
     def backbone_features(self, images):
         """(B, 3, H, W) -> (B, 1024, H/16, W/16)"""
+        # ceil_mode, as in the Caffe model whose weights these are
         x = F.max_pool2d(self.backbone["stem"]["conv1"](images).relu_(), 3, 2, ceil_mode=True)
         return self.backbone["res4"](self.backbone["res3"](self.backbone["res2"](x)))
 
@@ -1144,7 +1178,9 @@ class Detector(nn.Module):
         found = []
         for score, box, size in zip(logits, boxes, sizes.tolist()):
             score, order = score.topk(min(before, len(score)))
+            # sizes without padding: a proposal in the black border is no region
             box = clip_boxes(box[order], size)
+            # what lay outside the picture has no area left
             whole = ((box[:, 2:] - box[:, :2]) > 0).all(dim=1)
             box, score = box[whole], score[whole]
             found.append(box[nms(box, score, overlap)[:after]])
@@ -1158,6 +1194,7 @@ class Detector(nn.Module):
         image = torch.arange(len(proposals), device=x.device).repeat_interleave(counts)
         rois = torch.cat([image[:, None].to(proposals[0].dtype), torch.cat(proposals)], dim=1)
         pooled = roi_pool(x, rois, 14, 1 / 16)
+        # a hundred at a time: 300 regions of 14 x 14 x 1024 numbers are large
         parts = [self.roi_heads["res5"](part).mean(dim=(2, 3)) for part in pooled.split(100)]
         features, head = torch.cat(parts), self.roi_heads["box_predictor"]
         logits = head["cls_score"](features)
@@ -1189,6 +1226,7 @@ class Detector(nn.Module):
         columns = [column.split(counts) for column in self.describe_regions(x, proposals)]
         found = []
         for i, (boxes, features, logits, attributes, deltas) in enumerate(zip(proposals, *columns)):
+            # background is the last class here, and the first in every region store
             probs = logits.softmax(dim=1)
             deltas = deltas.view(len(boxes), -1, 4)
             boxes = decode_boxes(boxes[:, None], deltas, (10.0, 10.0, 5.0, 5.0))
@@ -1240,6 +1278,7 @@ def decode_boxes(boxes, deltas, weights):
     """
     wh = boxes[..., 2:] - boxes[..., :2]
     middle = boxes[..., :2] + 0.5 * wh
+    # the growth is clamped, else one bad number makes a box of infinite size
     d = deltas / torch.tensor(weights, device=deltas.device)
     middle, wh = d[..., :2] * wh + middle, d[..., 2:].clamp(max=CLAMP).exp() * wh
     return torch.cat([middle - 0.5 * wh, middle + 0.5 * wh], dim=-1)
@@ -1302,6 +1341,7 @@ def roi_pool(x, rois, size, scale):
     if not len(rois):
         return x.new_zeros(0, C, size, size)
     corner = rois[:, 1:] * scale
+    # torch.round() would round halves to even
     corner = corner.sign() * (corner.abs() + 0.5).floor()  # (R, 4)
     step = (corner[:, 2:] - corner[:, :2] + 1).clamp(min=1) / size  # (R, 2) width, height of a bin
     p = torch.arange(size, device=x.device, dtype=step.dtype)
@@ -1337,6 +1377,7 @@ def detector_size(h, w, shorter=800, longer=1333):
     """(height, width) with the shorter side as given, unless the longer one would pass its own
     bound; halves go up
     """
+    # the shorter side decides, unless the longer one then is too long
     scale = shorter / min(h, w)
     h, w = (shorter, scale * w) if h < w else (scale * h, shorter)
     if max(h, w) > longer:
@@ -1578,6 +1619,7 @@ def translate_name(name, model=None):
     # BERT's first files
     name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    # a model's own names first, then what all of them share with BERT
     own = {Lxmert: LXMERT_RENAMES, Maf: MAF_RENAMES, Albef: ALBEF_RENAMES}.get(type(model), [])
     for pattern, new in own + RENAMES:
         name = re.sub(pattern, new, name)
@@ -1671,6 +1713,7 @@ def read_safetensors(path):
     dtypes |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
     dtypes |= {"U8": torch.uint8, "BOOL": torch.bool}
     raw = np.memmap(path, dtype=np.uint8, mode="r")
+    # checked before use: a cut file would otherwise end deep inside numpy
     start = 8 + int(raw[:8].view("<u8")[0])
     if start > len(raw):
         raise ValueError(f"the header should end at byte {start:,}")
@@ -1696,6 +1739,7 @@ def load_pretrained(model, path, new_words=0):
     wrong size or vocabulary cannot pass unnoticed; but the type table and, by `new_words` rows, the
     word table may grow, and a downstream head of another task stays at its start.
     """
+    # state_dict() shares memory with the parameters: copying into it fills the model
     own, report, wrong = model.state_dict(), LoadReport([], [], [], [], []), []
     for name, tensor in read_tensors(path).items():
         if re.sub(r"^module\.", "", name) in TIED:
@@ -1713,6 +1757,7 @@ def load_pretrained(model, path, new_words=0):
             report.loaded.append(ours)
             report.renamed.extend([name] if ours != name else [])
     report.missing.extend(sorted(set(own) - set(report.loaded)))
+    # nothing fits: most often another kind of model
     if wrong or not report.loaded:
         raise CheckpointError(
             f"{path} does not fit this model: {len(wrong)} tensors of another size, "
@@ -1727,6 +1772,7 @@ def load_pretrained(model, path, new_words=0):
         # BERT, DeiT: the momentum copy starts from them too
         if not any(n.startswith("teacher.") for n in report.loaded):
             model.teacher.load_state_dict(model.student.state_dict())
+    # a pre-trained model ranks by how well it matches
     if "rank.weight" in report.missing and "match.weight" in report.loaded:
         init_rank_from_match(model)
     return report
@@ -1746,6 +1792,7 @@ def fit_tensor(name, tensor, own, new_words):
         start = tensor[1 if len(own) == 3 else 0]
         return torch.cat([tensor, start.expand(more, -1)])
     if name in ("text_embedding.word.weight", "word_bias") and more == new_words > 0:
+        # the new words' rows stay as they were drawn
         return torch.cat([tensor, own[-more:].to(tensor.dtype)])
     if name.endswith("vision.position"):
         return resize_position(tensor.float(), own.shape[1] - 1)

@@ -37,7 +37,9 @@ import losses
 
 # data.py: errors and files, readers, batches
 from data import DataError, WordVectors, detector_names, strip_punctuation, write_atomic
-from data import CORPORA, entity_captions, karpathy_captions, multitask_coco, multitask_vg
+from data import cc3m_captions, cc12m_captions, coco_corpus, own_captions, sbu_captions
+from data import vcr_choices, vg_crops, vg_descriptions, vg_triplets
+from data import entity_captions, karpathy_captions, multitask_coco, multitask_vg
 from data import HARDEST, Batches, MixedBatches, PhraseInput, WordSimilarity, collate_negatives
 from data import make_loader, mismatched_images, normalize_pixels
 from evaluate import TASKS, Run, ablate_modality, all_answers, load_wordpiece, open_task
@@ -90,6 +92,33 @@ LOSSES = {
 }
 ATTENTION = "logits", "layer_probs", "block_probs"
 
+# Pre-training corpora: whoever has another adds a reader to data.py and a row here.
+
+
+class Corpus(NamedTuple):
+    """A pre-training corpus."""
+
+    reader: Callable
+    store: str
+    val_store: str = ""  # store, unless it is another one
+    skip_missing: bool = False  # many of its pictures cannot be had any more
+    task: str = ""  # a second stage: for this task, with its words and types, and alone
+
+
+VCR_CORPUS = functools.partial(vcr_choices, parts=("qa", "qar"), choices=False)
+CORPORA = {
+    "coco": Corpus(coco_corpus, "coco"),
+    "vg": Corpus(vg_descriptions, "vg"),
+    "cc3m": Corpus(cc3m_captions, "cc3m_train", "cc3m_val", skip_missing=True),
+    "sbu": Corpus(sbu_captions, "sbu", skip_missing=True),
+    "cc12m": Corpus(cc12m_captions, "cc12m", skip_missing=True),
+    "crops": Corpus(vg_crops, "vg_crops"),
+    "own": Corpus(own_captions, "own"),
+    "vcr": Corpus(VCR_CORPUS, "vcr", task="vcr"),
+    # texts with boxes [AMC sec. 4.1]; comes alone, by --triplets
+    "triplets": Corpus(vg_triplets, "vg"),
+}
+
 # 2. Command line --------------------------------------------------------------------------------
 
 
@@ -129,13 +158,11 @@ class Config:
     data: str = opt("data/toy", "the data tree; data/toy is made on first use", group="data")
     regions: str = opt("", "folder of the region stores; DATA/regions unless given")
     vision: str = opt("regions", "a detector's regions, or patches", ("regions", "patches"))
-    resolution: int = opt(0, "patches: pixels a side; 0: 64 for --size toy, else 256 [AMC 4.1]")
+    resolution: int = opt(0, "patches: pixels a side; 0: 64 for tiny, toy, else 256 [AMC 4.1]")
     patch: int = opt(16, "patches: pixels of a patch's side [ALBEF]")
     dataset: str = opt("flickr30k", "retrieval: flickr30k, coco; re: refcoco, refcoco+, refcocog")
     split: str = opt("", "what to learn from, joined by +; vqa: vg adds Visual Genome's questions")
-    corpora: str = opt(
-        "coco", f"pre-training data, joined by +: {', '.join(CORPORA)}; vg:3 triples"
-    )
+    corpora: str = opt("coco", f"pre-training data, by +: {', '.join(CORPORA)}; vg:3 triples")
     triplets: str = opt("", "texts with boxes instead: box, region, box+region [AMC sec. 4.1]")
     min_box_area: float = opt(0.08, "triplets: least share of the image [AMC sec. 4.1]")
     augment: str = opt("flip+jitter+grey", "albef: of pictures, or none [AMC sec. 4.1]")
@@ -237,6 +264,7 @@ class UserError(DataError):
 def known(name, names, what):
     """The name, if it is one of these; else an error with the nearest."""
     if name not in names:
+        # most often a typing error
         near = difflib.get_close_matches(name, names, 1, 0.4)
         guess = f"; did you mean {near[0]}?" if near else ""
         there_are = f"There are: {', '.join(names)}"
@@ -282,6 +310,7 @@ def parse(argv):
         near = difflib.get_close_matches(name, options, 1)
         guess = f"; did you mean {near[0]}?" if near else "; see --help"
         raise UserError(f"{unknown[0]} is not an option{guess}")
+    # from here on only what was typed: a recipe's settings give way to it
     typed = vars(typed)
     if "task" in typed:
         typed.setdefault("recipe", f"toy-{typed['task']}")
@@ -298,9 +327,11 @@ def make_config(recipe, **changes):
     """The settings of a run: a recipe, changed, checked and completed."""
     own = RECIPES[known(recipe, RECIPES, "recipe")]
     cfg = Config(**{**own, **changes, "recipe": recipe})
+    # settings that depend on others are filled in here, so that a checkpoint has them all
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
     if cfg.vision == "patches":
-        cfg.resolution = cfg.resolution or (64 if cfg.size == "toy" else 256)
+        cfg.resolution = cfg.resolution or (64 if cfg.size in ("tiny", "toy") else 256)
+        # a model of patches cannot start from one of regions
         cfg.init = "toy-patches" if cfg.init == "toy-pretrain" else cfg.init
     cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
     if cfg.dataset == Config.dataset:
@@ -352,6 +383,7 @@ def check_losses(cfg):
     for part in cfg.region_inputs.split("+"):
         known(part, ["label", "attribute", "feature"], "--region-inputs")
     row = TASKS[cfg.task]
+    # phrases are lists of words about boxes, without [CLS]: no other loss can read them
     where = f"--loss {cfg.loss} with --task {cfg.task}"
     if ("phrases" in given) != row.learns_phrases or "phrases" in given and len(given) > 1:
         wanted = "--loss maf, which chooses --task grounding by itself"
@@ -509,12 +541,14 @@ def setup_runtime(cfg):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        # TF32 for what stays in float32
         torch.set_float32_matmul_precision("high")
         native = torch.cuda.is_bf16_supported()
     else:
         device, native = torch.device("cpu"), native_bf16()
         keep_memory()
     if world_size > 1 and not dist.is_initialized():
+        # a process may make an index for an hour while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and native
@@ -542,6 +576,7 @@ def load_tokenizer(cfg):
         return load_wordpiece(cfg.data, cfg.cased, TASKS[vocabulary_task(cfg)].words)
     words = {*detector_names(cfg.data, "objects")}
     words |= {*detector_names(cfg.data, "attributes")}
+    # words of all splits: their vectors are GloVe's, and no label is read here
     for split in ("train", "val", "test"):
         for record in entity_captions(cfg.data, split, Counter()):
             for phrase in record.note[1]:
@@ -578,6 +613,7 @@ def task_streams(cfg, runtime, run, share):
     task, batches = TASKS[cfg.task], []
     answers = run.settings["answer_list"]
     how = {"stream": task.stream, "answers": len(answers) if task.soft else 0}
+    # each process validates on the same batches, so that all agree without a message
     for split, own in ((cfg.split or task.train, share), (task.validation, {})):
         index = open_task(run, cfg.task, split)
         print_index(runtime, index)
@@ -615,6 +651,7 @@ def pretrain_streams(cfg, runtime, run, share):
     for number, (corpus, weight) in enumerate(corpora.items()):
         row, indexes = CORPORA[corpus], []
         for split, store in (("train", row.store), ("val", row.val_store or row.store)):
+            # many web pictures are gone: such a corpus goes on without them
             skip = cfg.skip_missing or row.skip_missing or layout == "albef"
             reader = row.reader
             if cfg.triplets:
@@ -629,6 +666,7 @@ def pretrain_streams(cfg, runtime, run, share):
             tokens = size * runtime.world_size
             streams.append(Batches(task, indexes[0], tokens, cfg.seed, **own))
             sampling_weights.append(weight * task_weight)
+            # what is validated of ALBEF is its contrast
             name = task if task != "albef" else "itc"
             held = min(size, len(indexes[1])) if task == "albef" else size
             val[name if number == 0 else f"{corpus}/{name}"] = Batches(
@@ -667,6 +705,7 @@ def multitask_streams(cfg, runtime, run, share):
     val = {task: Batches(task, captions, cfg.batch_tokens, cfg.seed) for task in ("mlm", "itm")}
     how = {"stream": gqa.stream, "answers": len(answers)}
     val[gqa_name] = Batches("examples", questions, cfg.batch_tokens, cfg.seed, **how)
+    # as if both stores were one data set
     weights = [len(stream.index) for stream in streams]
     return Streams(streams, weights, val, streams[0].index.store, answers)
 
@@ -705,6 +744,7 @@ def load_batches(cfg, runtime, streams, start):
     """Iterator over the steps from start on."""
     on_gpu = runtime.device.type == "cuda"
     mixed = MixedBatches(streams.train, streams.weights, cfg.steps, cfg.seed, cfg.accumulate)
+    # without a GPU loader processes would take the model's cores
     workers = cfg.workers if cfg.workers >= 0 else 2 * on_gpu
     return make_loader(mixed, start, workers, on_gpu)
 
@@ -742,6 +782,7 @@ def build_model(cfg, runtime, tokenizer, streams):
     """A model of the recipe's size for this vocabulary, these features and this task, filled from
     --init.
     """
+    # the same weights on all processes, whatever was drawn before
     torch.manual_seed(cfg.seed)
     sizes = model_sizes(cfg, tokenizer, streams)
     kind = sizes.pop("model")
@@ -765,6 +806,7 @@ def build_model(cfg, runtime, tokenizer, streams):
 
 def attention_blocks(given, two_stream, maps, text_mask, region_mask):
     """{"LL", "LV", "VL", "VV": (B, N, M)} as a loss wants them: mean over heads."""
+    # mean over heads; padding stays undefined, since each loss masks it
     if given == "logits":
         blocks = [S.float().mean(dim=1) for S in maps]
     elif given == "layer_probs" and not two_stream:
@@ -772,6 +814,7 @@ def attention_blocks(given, two_stream, maps, text_mask, region_mask):
         blocks = [P.mean(dim=1) for P in joint]
     else:
         # two streams: each block has a softmax of its own
+        # IAIS leaves [CLS] and [SEP] out before its softmax; the layer's own softmax has them
         words = text_mask if given == "layer_probs" else content_words(text_mask)
         masks = words, region_mask, words, region_mask
         blocks = [losses.block_softmax(S, mask) for S, mask in zip(maps, masks)]
@@ -804,6 +847,7 @@ def alignment(cfg, out, batch, anchor="both"):
         if row.given not in ATTENTION:
             continue
         two_stream = cfg.model == "lxmert"
+        # each loss gets its own view of the same logits
         maps = attention_blocks(row.given, two_stream, out.maps[0], text_mask, region_mask)
         names = row.blocks.split()
         if "own" not in names:
@@ -826,6 +870,7 @@ def maps_needed(cfg):
 
 def objective_mlm(cfg, model, batch):
     """Masked words, in sight of the regions"""
+    # regions that the model may not see while it reads the words (joint masking)
     hidden = batch.get("hidden_regions")
     out = model(**batch["input"], masked_words=batch["masked_words"], hidden_regions=hidden)
     return {"mlm": losses.mlm(out.word_logits, batch["word_targets"])}
@@ -861,6 +906,7 @@ def objective_itm(cfg, model, batch):
     if cfg.is_pretraining and "wra" in pretrain_weights(cfg):
         found["wra/pretrain"] = losses.wra(out.words, out.regions, *masks, match=batch["match"])
     if heat:
+        # the matched logit is explained, of the pairs whose text has a box
         P, block_of = out.gradcam
         A = losses.gradcam(P, out.match[batch["boxed"], 1], masks[0], block_of=block_of)
         found |= heat_losses(cfg, A[batch["boxed"]], batch["region_target"])
@@ -878,6 +924,7 @@ def matched_alignment(cfg, out, batch):
     maps = tuple(type(m)(*(S[rows] for S in m)) for m in out.maps)
     matched = out._replace(words=out.words[rows], regions=out.regions[rows], maps=maps)
     masks = {name: batch["input"][name][rows] for name in ("text_mask", "region_mask")}
+    # the mean over matched pairs, times their share: the sum over pairs by all pairs
     share = len(rows), len(batch["match"])
     found = alignment(cfg, matched, masks)
     return {name: value * share[0] / share[1] for name, value in found.items()}
@@ -953,9 +1000,11 @@ def objective_albef(cfg, model, batch):
     progress = batch["number"] / cfg.accumulate / max(1, cfg.warmup)
     alpha = cfg.distill_weight * min(1.0, progress)
     with torch.no_grad():
+        # it is learned, and without bounds it runs away [ALBEF's code]
         model.temperature.clamp_(0.001, 0.5)
         model.update_teacher(cfg.momentum)
         pixels = normalize_pixels(batch["pixels"])
+        # the teacher moves before the step, so that its features are of the newest copy
         image_m = teacher.vision(pixels)
         features_m = teacher.features(image_m, teacher.read(batch["text"], text_mask))
         # (B, E), B = pairs of all processes
@@ -975,14 +1024,17 @@ def objective_albef(cfg, model, batch):
         target = [losses.itc_targets(s, own, alpha) for s in similarity_m]
         other = []
         for s, u in zip(similarity, batch["u"]):
+            # the more similar, the likelier; u is the same on all processes
             weights = losses.negative_weights(s[:, : len(image_all)], own)
             other.append(sample_rows(weights, u[own]))
+        # only now: the similarities above are with the queue as it was
         model.enqueue(image_all, text_all)
     found = {"itc": sum(losses.itc(s, t) for s, t in zip(similarity, target)) / 2}
 
     # matching, with one hard negative each way
     heat = "heat" in given_to(cfg) and len(batch["boxed"]) > 0
     states, P = student.fuse(words, text_mask, image, need_gradcam=heat)
+    # first each text with another image, then each image with another text
     other_text, other_image = other
     wrong_words = torch.cat([words, all_gather_with_grad(words)[other_text]])
     wrong_mask = torch.cat([text_mask, all_gather_with_grad(text_mask)[other_text]])
@@ -1145,6 +1197,7 @@ def hardest_candidates(cfg, runtime, model, index, batch):
 
     IAIS code
     """
+    # without gradient, so that many more pairs fit at once than in training
     captions, images = batch.pop("candidates")
     how = {"batch_tokens": max(cfg.batch_tokens, 8192), "autocast": runtime.autocast}
     scores = evaluate.score_pairs(model, index, captions.ravel(), images.ravel(), **how)
@@ -1165,6 +1218,7 @@ def mine_negatives(cfg, runtime, model, index, step):
     captions, images = mining_candidates(index, rng, cfg.mine_pool)
     if not path.exists():
         runtime.print_rank0(f"  mining hard negatives at step {step}: {captions.size:,} pairs")
+        # each process scores its share of the captions
         own = np.arange(runtime.rank, len(captions), runtime.world_size)
         how = {"batch_tokens": max(cfg.batch_tokens, 8192), "autocast": runtime.autocast}
         pairs = captions[own].ravel(), images[own].ravel()
@@ -1193,6 +1247,7 @@ def build_optimizer(cfg, model):
     """
     groups, decay_all = [], cfg.optimizer == "bertadam"
     for is_head in (False, True):
+        # a fresh head may learn faster than what was pre-trained
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         params = [p for name, p in named if name.startswith("task_head.") == is_head]
         for is_matrix in (True, False):
@@ -1249,6 +1304,7 @@ def lr_at(step, peak, warmup, steps, schedule="linear", decay=None):
     if schedule == "steps":
         start, every, rate = decay or (0.6 * steps, 0.1 * steps, 0.2)
         falls = max(0, math.ceil((step - start) / every))
+        # whole steps of a quarter
         factor = min(1, (1 + 3 * step // max(1, warmup)) / 4) * rate**falls
     elif step < warmup:
         factor = step / warmup
@@ -1321,10 +1377,13 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
     # dropout, the same after a resume
     torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + runtime.rank)
     total = total_counts(runtime, batches)
+    # alignment comes in late: the maps of a fresh model say nothing yet
     late = alignment_weight(step, cfg.steps, cfg.align_schedule)
     weight = {name: cfg.align_weight * late * row.weight for name, row in LOSSES.items()}
     weight |= {"maf": 1.0, "wra/pretrain": cfg.wra_weight}
+    # what is in the image comes before questions about it [Kervadec sec. 6.3]
     weight["answers"] = float(step > cfg.answers_start * cfg.steps)
+    # of a batch with fewer samples than processes some have none
     logged, own = {}, [b for b in batches if b["names"]]
     for batch in own:
         if "candidates" in batch:
@@ -1339,6 +1398,7 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
             value * weight.get(name, 1.0) * (count_of(batch, name) / total(name))
             for name, value in found.items()
         )
+        # before the backward: afterwards every weight would be nan
         if not torch.isfinite(loss):
             values = {name: value.item() for name, value in found.items()}
             bad = [f"{name} = {v}" for name, v in values.items() if not math.isfinite(v)]
@@ -1350,6 +1410,7 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
             part = value.detach() * count_of(batch, name) / max(1, n)
             logged[name] = logged.get(name, 0) + part
     all_reduce_gradients(runtime, model)
+    # of the sum over all processes, so that all clip alike
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or float("inf"))
     if not torch.isfinite(norm):
         names = few_names([name for b in own for name in b["names"]])
@@ -1359,6 +1420,7 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
     for group in optimizer.param_groups:
         group["lr"] = group.get("scale", 1.0) * lr
     optimizer.step()
+    # None instead of 0: the optimiser skips a head that the next step does not train
     optimizer.zero_grad(set_to_none=True)
     return logged, norm
 
@@ -1369,6 +1431,7 @@ def total_counts(runtime, batches):
     total = torch.tensor(counts, dtype=torch.float32, device=runtime.device)
     if runtime.world_size > 1:
         dist.all_reduce(total)
+    # what nobody counted divides nothing
     total = dict(zip(COUNTED, total.clamp(min=1)))
 
     def of(name):
@@ -1403,6 +1466,7 @@ def all_reduce_gradients(runtime, model):
     dist.all_reduce(trained, dist.ReduceOp.MAX)
     params = [p for p, has_grad in zip(params, trained.tolist()) if has_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    # hundreds of small messages would wait for each other
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     for p, part in zip(params, flat.split([p.numel() for p in params])):
@@ -1517,6 +1581,7 @@ def prepare_out(cfg, runtime):
                 left.unlink()
         return None
     saved = read_checkpoint(out / "last.pt")
+    # where things are and how often they are saved may change, numbers may not
     was, now, different = saved.config, dataclasses.asdict(cfg), []
     for name in now.keys() - NO_NUMBERS:
         if was.get(name) != now[name]:
@@ -1535,6 +1600,7 @@ def prepare_out(cfg, runtime):
 def train(cfg, runtime):
     """One run from start (or checkpoint) to end; returns its final numbers."""
     if cfg.init in RECIPES:
+        # the experiment before this one is run first, or found finished
         cfg = dataclasses.replace(cfg, init=run_first(cfg, runtime))
     precision = "bf16" if runtime.bf16 else "fp32"
     runtime.print_rank0(
@@ -1551,6 +1617,7 @@ def train(cfg, runtime):
     streams = load_streams(cfg, runtime, run)
     model = build_model(cfg, runtime, tokenizer, streams)
     optimizer, start = build_optimizer(cfg, model), 0
+    # what evaluate.py needs to build the same model
     sizes = model_sizes(cfg, tokenizer, streams) | {"size": cfg.size}
     sizes |= {"new_words": getattr(tokenizer, "new_words", 0), "answer_list": streams.answer_list}
     if saved:
@@ -1574,6 +1641,7 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
     model.train()
     for step, batches in zip(bar, load_batches(cfg, runtime, streams, start)):
         if cfg.mine_every and ((step - 1) % cfg.mine_every == 0 or step == start + 1):
+            # a resumed run reads the table that it had mined
             since = (step - 1) // cfg.mine_every * cfg.mine_every
             hard = mine_negatives(cfg, runtime, model, streams.train[0].index, since)
         how = cfg, runtime, compiled, optimizer, streams.train, step, batches, hard
@@ -1606,6 +1674,7 @@ class Log:
         if not self.on:
             return
         old = self.path.read_text().splitlines() if start and self.path.exists() else []
+        # a kill may have cut the last line
         whole = [line for line in old if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= start]
         write_atomic(self.path, "".join(line + "\n" for line in kept))
@@ -1624,6 +1693,7 @@ def run_first(cfg, runtime):
     """Run the recipe named by --init for this data and seed, unless that is done; returns its
     checkpoint. Killed, it goes on by itself.
     """
+    # data, seed and machine are this run's, all else is that recipe's
     shared = "data regions seed precision compile workers vision resolution patch".split()
     changes = {name: getattr(cfg, name) for name in shared} | {"resume": True}
     if cfg.model != RECIPES[cfg.init].get("model", "uniter"):
@@ -1631,6 +1701,7 @@ def run_first(cfg, runtime):
     first = make_config(cfg.init, **changes)
     settings = dataclasses.asdict(first).items()
     numbers = {k: v for k, v in settings if k not in NO_NUMBERS - {"data"}}
+    # other settings, another folder: two different runs never meet
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:8]
     first.out = f"out/{cfg.init}-seed{cfg.seed}-{digest}"
     if not (Path(first.out) / "done.json").exists():
@@ -1667,6 +1738,7 @@ def finalize(cfg, runtime, run, log):
 
 def make_toy_tree(folder):
     """The default data tree, where it is missing or of an older version."""
+    # in a process of its own: the generator is test data, which nothing here imports
     script = Path(__file__).resolve().parent / "tests" / "toy.py"
     command = [sys.executable, str(script), "--if-needed", "--out", str(folder)]
     if subprocess.run(command).returncode:

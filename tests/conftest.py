@@ -57,6 +57,23 @@ def few_validation_samples():
     train.validate = whole
 
 
+@pytest.fixture(scope="session", autouse=True)
+def digests_at_work(request, tmp_path_factory):
+    """Where test_digests.train_all() is at work on the second core from the session's start on,
+    and its process; None where none of its tests will run.
+    """
+    if not any(item.path.name == "test_digests.py" for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("digests")
+    with open(folder / "errors", "w") as errors:
+        command = [sys.executable, str(ROOT / "tests/test_digests.py"), str(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+    yield folder, process
+    process.kill()
+    process.wait()
+
+
 @pytest.fixture(scope="session")
 def toy_tree(tmp_path_factory):
     """A small ShapesWorld for the whole session."""
@@ -67,7 +84,7 @@ def toy_tree(tmp_path_factory):
     return folder
 
 
-QUICK = ["--workers", "0", "--precision", "fp32"]
+QUICK = ["--size", "tiny", "--workers", "0", "--precision", "fp32"]
 
 
 def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):

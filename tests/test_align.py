@@ -958,7 +958,7 @@ def test_gqa_needs_the_entailed_predictions():
             ["--recipe", "toy-pretrain", "--model", "lxmert", "--pretrain", "mlm+mrckl"],
             "Wanted: mlm itm mrfr wra multitask",
         ),
-        (["--model", "lxmert", "--size", "large"], "There are: toy, base"),
+        (["--model", "lxmert", "--size", "large"], "There are: tiny, toy, base"),
         (["--loss", "maf", "--region-inputs", "label+colour"], "'colour' is not known"),
         (["--loss", "align", "--answers-start", "2"], "0 to 1"),
     ],

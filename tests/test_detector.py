@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 
 import evaluate
 import model as parts
+import toy
 from conftest import QUICK, ROOT, ids_of, last_line, run
 from data import DataError, RegionStore
 from model import CheckpointError, Detector, load_detector
@@ -482,26 +484,13 @@ def test_memory_does_not_grow(toy_tree, weights_file, tmp_path):
 # ------------------------------------------------------------- from photos to training, one photo
 
 
-def test_photos_to_training_to_evaluation(toy_tree, weights_file, tmp_path):
+def test_photos_to_training_to_evaluation(weights_file, tmp_path):
     """Nothing but pictures, captions and a detector."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in (
-        "coco",
-        "winoground",
-        "flickr30k",
-        "refer",
-        "bert-base-cased",
-        "bert-base-uncased",
-        "flickr30k_entities",
-    ):
-        (tree / name).symlink_to(toy_tree / name)
-    for name in ("coco", "winoground"):
-        extract(
-            toy_tree / {"coco": "coco", "winoground": "winoground/images"}[name],
-            weights_file,
-            tree / "regions" / name,
-        )
+    tree, pictures = tmp_path / "tree", {"coco": "coco", "winoground": "winoground/images"}
+    toy.make_toy(tree, scenes=100)
+    shutil.rmtree(tree / "regions")
+    for name, folder in pictures.items():
+        extract(tree / folder, weights_file, tree / "regions" / name)
     done = run(
         tmp_path,
         "--recipe",
@@ -521,7 +510,7 @@ def test_photos_to_training_to_evaluation(toy_tree, weights_file, tmp_path):
         *QUICK,
     )
     assert "winoground/group" in last_line(done)
-    photo = next((toy_tree / "coco/val2014").iterdir())
+    photo = next((tree / "coco/val2014").iterdir())
     look = lambda *more: evaluate.run_benchmark(
         evaluate.make_parser().parse_args(
             [

@@ -8,22 +8,16 @@ compared alone.
 
 import hashlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import evaluate
-import toy
 from conftest import ROOT, run
 
 BEFORE = json.loads((ROOT / "tests/digests.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digests") / "toy"
-    toy.make_toy(folder, seed=0, scenes=BEFORE["scenes"])
-    return folder
 
 
 def digest(model):
@@ -47,20 +41,42 @@ def processor():
     return " ".join([torch.__version__, *found])
 
 
-@pytest.mark.parametrize("name", BEFORE["runs"])
-def test_same_seed_same_weights_as_before(tree, tmp_path, monkeypatch, name):
+def train_all(folder):
+    """All six, one after the other, in a process of its own while other tests run."""
+    import evaluate
+    import toy
+
+    toy.make_toy(folder / "toy", seed=0, scenes=BEFORE["scenes"])
     # the weights are what counts here: no benchmark, no figure
-    monkeypatch.setattr(evaluate, "benchmarks_of", lambda settings: ([], []))
-    monkeypatch.setattr(evaluate, "downstream", lambda run, **how: {})
+    evaluate.benchmarks_of = lambda settings: ([], [])
+    evaluate.downstream = lambda run, **how: {}
+    for name, before in BEFORE["runs"].items():
+        argv = [*before["argv"].split(), "--steps", 30, "--precision", "fp32"]
+        argv += ["--data", folder / "toy", "--out", name, "--workers", 0, "--log-every", 1]
+        run(folder, *argv)
+        (folder / name / "finished").touch()
+
+
+@pytest.mark.parametrize("name", BEFORE["runs"])
+def test_same_seed_same_weights_as_before(digests_at_work, name):
+    folder, process = digests_at_work
+    while not (folder / name / "finished").exists() and process.poll() is None:
+        try:
+            process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    assert (folder / name / "finished").exists(), (folder / "errors").read_text()[-2000:]
     before = BEFORE["runs"][name]
-    argv = [*before["argv"].split(), "--steps", 30, "--precision", "fp32", "--data", tree]
-    run(tmp_path, *argv, "--out", "run", "--workers", 0, "--log-every", 1)
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
     norms = [line["norm"] for line in log if "norm" in line]
     known = [norm for norm in before["norms"] if norm is not None]
     # candidates whose scores differ by rounding alone may change places on another processor
     off = [a for a, b in zip(norms, known, strict=True) if a != pytest.approx(b, rel=0.02)]
     assert len(off) <= 3
     if processor() in before["sha256"]:
-        saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+        saved = torch.load(folder / name / "last.pt", weights_only=True)
         assert digest(saved["model"]) == before["sha256"][processor()]
+
+
+if __name__ == "__main__":
+    train_all(Path(sys.argv[1]))

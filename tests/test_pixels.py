@@ -547,6 +547,7 @@ def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = train.make_config(
         "toy-amc",
+        size="tiny",
         data=str(toy_tree),
         init=str(albef[0]),
         queue=20,

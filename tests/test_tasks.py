@@ -60,6 +60,8 @@ def configured(toy_tree, *argv):
             "fp32",
             "--init",
             "none",
+            "--size",
+            "tiny",
             "--workers",
             "0",
             *map(str, argv),
@@ -506,7 +508,8 @@ def test_second_stage_and_all_corpora_then_vcr(toy_tree, pretrained, tmp_path, m
     on the way and stay.
     """
     monkeypatch.chdir(tmp_path)
-    short = ("--size", "toy", "--steps", 4, "--warmup", 1, "--batch-tokens", 256, "--accumulate", 1)
+    short = ("--steps", 4, "--warmup", 1, "--batch-tokens", 256, "--accumulate", 1)
+    short = ("--size", "tiny", *short)
     cfg, runtime, _ = configured(
         toy_tree, "--recipe", "uniter-pretrain-all", *short, "--out", "first"
     )
@@ -1092,7 +1095,7 @@ def test_an_official_fine_tuned_checkpoint_is_judged_as_it_comes(
     torch.save(official, "vqa.pt")
     done = inside(
         tmp_path,
-        ["--task", "vqa", "--size", "toy", "--ckpt", "vqa.pt", "--data", str(toy_tree)],
+        ["--task", "vqa", "--size", "tiny", "--ckpt", "vqa.pt", "--data", str(toy_tree)],
         evaluate.main,
     )
     assert done.returncode == 0, done.stderr[-2000:]
