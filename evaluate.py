@@ -244,7 +244,7 @@ def predict(run, task, index, batch_tokens=8192, ablate=""):
 
     ablate  "text" or "regions": a control that may not see them
     """
-    found, total = {}, len(index) // index.group
+    predicted, total = {}, len(index) // index.group
     bar = tqdm(total=total, desc=index.name, unit=" examples", disable=None, leave=False)
     with evaluating(run.model), bar:
         for examples, batch in index.examples_in_chunks(batch_tokens):
@@ -253,11 +253,11 @@ def predict(run, task, index, batch_tokens=8192, ablate=""):
             with run.autocast():
                 out = run.model(**batch["input"], heads=(task.output,))
             scores = task.scores(out, batch, index.group).float()
-            found.update(zip(examples.tolist(), scores.cpu().numpy()))
+            predicted.update(zip(examples.tolist(), scores.cpu().numpy()))
             bar.update(len(examples))
     # examples of fewer regions or choices than others end in -inf, which no argmax takes
-    out = np.full((len(found), max(map(len, found.values()))), -np.inf, np.float32)
-    for e, row in found.items():
+    out = np.full((len(predicted), max(map(len, predicted.values()))), -np.inf, np.float32)
+    for e, row in predicted.items():
         out[e, : len(row)] = row
     return out
 
@@ -356,13 +356,13 @@ def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
     I, column = len(index.images), np.searchsorted(index.images, index.image)
     scoring |= {"head": head or ranking_head(run), "autocast": run.autocast, "keep": keep}
     scores = score_all(run.model, index, progress=f"retrieval {dataset} {split}", **scoring)
-    found = {f"retrieval/{k}": v for k, v in recall(scores, column).items()}
-    found |= {"retrieval/images": I, "retrieval/captions": len(index)}
+    metrics = {f"retrieval/{k}": v for k, v in recall(scores, column).items()}
+    metrics |= {"retrieval/images": I, "retrieval/captions": len(index)}
     # papers report both protocols
     if dataset == "coco" and I >= 5000:
         folds = recall_in_folds(scores, column)
-        found |= {f"retrieval/1k/{k}": v for k, v in folds.items()}
-    return found
+        metrics |= {f"retrieval/1k/{k}": v for k, v in folds.items()}
+    return metrics
 
 
 # 3. Downstream tasks ----------------------------------------------------------------------------
@@ -391,13 +391,13 @@ def evaluate_classes(run, task, split, submit=False, **scoring):
     index = open_task(run, run.settings["task"], split)
     scores, target = predict(run, task, index, **scoring), index.target_numbers(examples_of(index))
     name, hit = run.settings["task"], is_right(scores, target)
-    found = {"accuracy": 100 * hit.mean()}
+    metrics = {"accuracy": 100 * hit.mean()}
     # what a model would get that has learned the labels' frequencies alone
-    found["majority"] = 100 * np.bincount(target[target >= 0]).max() / len(target)
+    metrics["majority"] = 100 * np.bincount(target[target >= 0]).max() / len(target)
     for i, label in enumerate(run.sizes["answer_list"]):
         if (target == i).any():
-            found[label] = 100 * hit[target == i].mean()
-    return {f"{name}/{k}": float(v) for k, v in found.items()}, None
+            metrics[label] = 100 * hit[target == i].mean()
+    return {f"{name}/{k}": float(v) for k, v in metrics.items()}, None
 
 
 def examples_of(index):
@@ -414,8 +414,8 @@ def evaluate_nlvr(run, task, split, submit=False, **scoring):
     right = predict(run, task, index, **scoring).argmax(axis=1) == labels
     majority = 100 * max(labels.mean(), 1 - labels.mean())
     # the first of six orders is the presentation as given
-    found = {"accuracy": 100 * right.mean(), "accuracy/as_given": 100 * right[::6].mean()}
-    return {f"nlvr/{k}": float(v) for k, v in (found | {"majority": majority}).items()}, None
+    metrics = {"accuracy": 100 * right.mean(), "accuracy/as_given": 100 * right[::6].mean()}
+    return {f"nlvr/{k}": float(v) for k, v in (metrics | {"majority": majority}).items()}, None
 
 
 def vqa_accuracy(answer, said):
@@ -439,11 +439,11 @@ def vqa_scores(answers, facts):
     data.Answers.
     """
     each = np.array([vqa_accuracy(a, f.given) for a, f in zip(answers, facts)])
-    found = {"accuracy": each.mean()}
+    metrics = {"accuracy": each.mean()}
     for kind in ("answer_type", "question_type"):
         names = np.array([getattr(f, kind) for f in facts])
-        found |= {name: each[names == name].mean() for name in np.unique(names) if name}
-    return {f"vqa/{k}": float(100 * v) for k, v in found.items()}
+        metrics |= {name: each[names == name].mean() for name in np.unique(names) if name}
+    return {f"vqa/{k}": float(100 * v) for k, v in metrics.items()}
 
 
 def evaluate_vqa(run, task, split, submit=False, **scoring):
@@ -455,7 +455,7 @@ def evaluate_vqa(run, task, split, submit=False, **scoring):
     answers = {index.id(e): run.sizes["answer_list"][i] for e, i in enumerate(best)}
     rows = [{"question_id": int(q), "answer": a} for q, a in answers.items()]
     notes = [r for r in official_notes(run, task, split) if r.note and r.id in answers]
-    found = {"vqa/unanswerable": float(len(answers) - len(notes))}
+    metrics = {"vqa/unanswerable": float(len(answers) - len(notes))}
     if notes:
         facts, frequent = [r.note for r in notes], {}
         for fact in facts:
@@ -463,10 +463,10 @@ def evaluate_vqa(run, task, split, submit=False, **scoring):
             given.update(normalise_answer(a) for a in fact.given)
         # the best answer that needs no image
         majority = {kind: given.most_common(1)[0][0] for kind, given in frequent.items()}
-        found = vqa_scores([answers[r.id] for r in notes], facts) | found
+        metrics = vqa_scores([answers[r.id] for r in notes], facts) | metrics
         by_type = vqa_scores([majority[f.question_type] for f in facts], facts)
-        found["vqa/majority"] = by_type["vqa/accuracy"]
-    return found, rows
+        metrics["vqa/majority"] = by_type["vqa/accuracy"]
+    return metrics, rows
 
 
 def evaluate_vcr(run, task, split, submit=False, **scoring):
@@ -478,7 +478,7 @@ def evaluate_vcr(run, task, split, submit=False, **scoring):
     for part in parts:
         group = 16 if part == "all" else 4
         reader = functools.partial(vcr_choices, parts=(part,))
-        one = run.index(reader, split, "vcr", group=group, name=f"VCR {split} {part}")
+        one = run.index(reader, split, task.store, group=group, name=f"VCR {split} {part}")
         scores[part] = predict(run, task, one, **scoring)
         hits[part] = is_right(scores[part], one.target_numbers(examples_of(one)))
         names = [one.id(row) for row in range(0, len(one), group)]
@@ -493,8 +493,8 @@ def evaluate_vcr(run, task, split, submit=False, **scoring):
         return {}, rows
     # Q->AR asks for both, the rationale given the right answer
     answer, reason = hits["qa"], hits["qar"]
-    found = {"q_a": answer, "qa_r": reason, "q_ar": answer & reason}
-    return {f"vcr/{k}": 100 * v.mean() for k, v in found.items()} | {"vcr/chance": 25.0}, None
+    metrics = {"q_a": answer, "qa_r": reason, "q_ar": answer & reason}
+    return {f"vcr/{k}": 100 * v.mean() for k, v in metrics.items()} | {"vcr/chance": 25.0}, None
 
 
 def nlvr2_scores(answers, ids, labels):
@@ -520,21 +520,21 @@ def evaluate_nlvr2(run, task, split, submit=False, **scoring):
     index = open_task(run, run.settings["task"], split)
     answers = predict(run, task, index, **scoring).argmax(axis=1)
     ids = [index.id(row) for row in range(0, len(index), index.group)]
-    target, found = index.target_numbers(examples_of(index)), {}
+    target, metrics = index.target_numbers(examples_of(index)), {}
     if (target >= 0).all():
-        found = nlvr2_scores(answers, ids, target)
+        metrics = nlvr2_scores(answers, ids, target)
         # an example without features is answered wrong, not left out
         missing = index.meta["counts"]["missing"] // index.group
-        found["nlvr2/accuracy"] *= len(answers) / (len(answers) + missing)
-        found["nlvr2/majority"] = float(100 * max(target.mean(), 1 - target.mean()))
-    return found, [[name, str(bool(a))] for name, a in zip(ids, answers)]
+        metrics["nlvr2/accuracy"] *= len(answers) / (len(answers) + missing)
+        metrics["nlvr2/majority"] = float(100 * max(target.mean(), 1 - target.mean()))
+    return metrics, [[name, str(bool(a))] for name, a in zip(ids, answers)]
 
 
 def evaluate_referring(run, task, split, submit=False, **scoring):
     """Accuracy over sentences: the chosen region's box overlaps the truth by more than half;
     ".../chance": of any region at all. Of annotated ("gt") and detected ("det") regions.
     """
-    found = {}
+    metrics = {}
     for kind in ("gt", "det"):
         if not (Path(run.vision.regions) / f"refcoco_{kind}").exists():
             continue
@@ -549,10 +549,10 @@ def evaluate_referring(run, task, split, submit=False, **scoring):
         # boxes of zeros in padding
         overlap &= np.arange(boxes.shape[1])[None] < n[:, None]
         target = index.target_numbers(examples_of(index))
-        found[f"re/{kind}/accuracy"] = 100 * overlap[np.arange(len(best)), best].mean()
-        found[f"re/{kind}/chance"] = float(100 * (overlap.sum(1) / n).mean())
-        found[f"re/{kind}/without_region"] = float((target == -1).sum())
-    return found, None
+        metrics[f"re/{kind}/accuracy"] = 100 * overlap[np.arange(len(best)), best].mean()
+        metrics[f"re/{kind}/chance"] = float(100 * (overlap.sum(1) / n).mean())
+        metrics[f"re/{kind}/without_region"] = float((target == -1).sum())
+    return metrics, None
 
 
 def gqa_scores(questions, predictions, choices=None, scenes=None, attentions=None):
@@ -695,9 +695,9 @@ def evaluate_gqa(run, task, split, submit=False, **scoring):
         for examples, batch, P in word_to_region(run, index, balanced):
             for e, row, boxes in zip(examples, P[:, 0], batch["boxes"]):
                 attentions[index.id(e)] = cell_map(row, boxes)
-    found = gqa_scores(questions, predictions, choices, scenes, attentions)
+    metrics = gqa_scores(questions, predictions, choices, scenes, attentions)
     kept = {}
-    for k, v in found.items():
+    for k, v in metrics.items():
         of_kind = k.startswith("gqa/structural") and not k.endswith("/count")
         if k.count("/") == 1 or of_kind:
             kept[k] = v
@@ -987,6 +987,10 @@ TASKS = {
 }
 
 
+# whose questions multi-task pre-training answers without fine-tuning [Kervadec sec. 6.2]
+MULTITASK_ANSWERS = "gqa"
+
+
 def open_task(run, name, split, **options):
     """The Index of a task's split."""
     task = TASKS[name]
@@ -1087,12 +1091,12 @@ def multitask_benchmarks(run):
     """GQA without fine-tuning, as Kervadec sec. 6.2, and pointing on GQA's validation questions,
     which have scene graphs.
     """
-    settings = run.settings | {"task": "gqa", "answer_list": run.sizes["answer_list"]}
-    found = downstream(run._replace(settings=settings))
+    settings = run.settings | {"task": MULTITASK_ANSWERS, "answer_list": run.sizes["answer_list"]}
+    metrics = downstream(run._replace(settings=settings))
     # test-dev has no scene graphs, so what words point at is known of val alone
     if (Path(run.data) / "gqa" / "val_sceneGraphs.json").exists():
-        found |= pointing(run)
-    return found
+        metrics |= pointing(run)
+    return metrics
 
 
 # 5. Phrase grounding ----------------------------------------------------------------------------
@@ -1113,10 +1117,10 @@ def phrase_accuracy(overlap, kinds, threshold=0.5):
     kind; a phrase of two kinds counts in both.
     """
     hit = np.asarray(overlap) >= threshold
-    found = {"accuracy": float(100 * hit.mean())}
+    metrics = {"accuracy": float(100 * hit.mean())}
     for kind in sorted({k for some in kinds for k in some}):
-        found[f"accuracy/{kind}"] = float(100 * hit[[kind in some for some in kinds]].mean())
-    return found
+        metrics[f"accuracy/{kind}"] = float(100 * hit[[kind in some for some in kinds]].mean())
+    return metrics
 
 
 def table_5(phrase, labels, boxes, wh, vectors, rng):
@@ -1216,13 +1220,13 @@ def grounded_phrases(run, split, most=None, baselines=True, seed=0):
                 truth, own = torch.tensor(phrases[q].boxes, dtype=torch.float32), boxes[b, :n]
                 # several boxes of a phrase count as the box around all of them
                 truth = torch.cat([truth[:, :2].amin(0), truth[:, 2:].amax(0)])
-                found = {method: own[i[b, q]] for method, i in chosen.items()}
-                found["upper bound"] = own[losses.box_iou(own, truth).argmax()]
+                boxes_by_method = {method: own[i[b, q]] for method, i in chosen.items()}
+                boxes_by_method["upper bound"] = own[losses.box_iou(own, truth).argmax()]
                 if baselines:
                     said = [w for x in phrases[q].words.split() if (w := strip_punctuation(x))]
                     how = said or [""], labels, own.numpy(), store.wh[images[b]], vectors, rng
-                    found |= {m: torch.from_numpy(x) for m, x in table_5(*how).items()}
-                yield (index.id(c), text), phrases[q], truth, found
+                    boxes_by_method |= {m: torch.from_numpy(x) for m, x in table_5(*how).items()}
+                yield (index.id(c), text), phrases[q], truth, boxes_by_method
 
 
 def grounding(run, split=""):
@@ -1234,16 +1238,16 @@ def grounding(run, split=""):
         hint = "  Train that first: python train.py --loss maf"
         raise CheckpointError(f"this checkpoint does not ground phrases\n{hint}")
     rows, kinds = [], []
-    for _, phrase, truth, found in grounded_phrases(run, split or "test"):
-        rows.append({m: losses.box_iou(box, truth).item() for m, box in found.items()})
+    for _, phrase, truth, boxes in grounded_phrases(run, split or "test"):
+        rows.append({m: losses.box_iou(box, truth).item() for m, box in boxes.items()})
         kinds.append(phrase.kinds)
     if not rows:
         found = f"Flickr30k Entities {split}: no phrase has a box"
         raise DataError(found, hint="Check flickr30k_entities/Annotations.")
-    found = phrase_accuracy([row["maf"] for row in rows], kinds) | {"phrases": len(rows)}
+    metrics = phrase_accuracy([row["maf"] for row in rows], kinds) | {"phrases": len(rows)}
     for method in rows[0].keys() - {"maf"}:
-        found[method] = phrase_accuracy([row[method] for row in rows], kinds)["accuracy"]
-    return {f"grounding/{k}": v for k, v in found.items()}
+        metrics[method] = phrase_accuracy([row[method] for row in rows], kinds)["accuracy"]
+    return {f"grounding/{k}": v for k, v in metrics.items()}
 
 
 # 6. Heat maps: where a text is, without boxes (AMC) ---------------------------------------------
@@ -1344,19 +1348,19 @@ POINTING_SETS = "flickr30k", "refcoco+", "referit"
 
 def pointing_sets(data, sets):
     """{name: (region store, Records with boxes)} of those data sets that are in the tree."""
-    data, found, stats = Path(data), {}, Counter()
+    data, records_by_set, stats = Path(data), {}, Counter()
     if "flickr30k" in sets and (data / "flickr30k_entities").exists():
-        found["flickr30k"] = "flickr30k", list(boxed_phrases(data, "test"))
+        records_by_set["flickr30k"] = "flickr30k", list(boxed_phrases(data, "test"))
     if "refcoco+" in sets and (data / "refer" / "refcoco+").exists():
         for split in ("testA", "testB"):
             records = referring_expressions(data, split, stats, dataset="refcoco+")
-            found[f"refcoco+/{split}"] = "coco", list(records)
+            records_by_set[f"refcoco+/{split}"] = "coco", list(records)
     if "referit" in sets and (data / "refclef").exists():
-        found["referit"] = "refclef", list(referit_expressions(data, "test_10k", stats))
-    if not found:
+        records_by_set["referit"] = "refclef", list(referit_expressions(data, "test_10k", stats))
+    if not records_by_set:
         none = f"{data} has none of flickr30k_entities, refer/refcoco+, refclef"
         raise DataError(none, "at least one, to point at something.")
-    return found
+    return records_by_set
 
 
 def pointing_games(run, sets=POINTING_SETS):
@@ -1370,7 +1374,7 @@ def pointing_games(run, sets=POINTING_SETS):
     referit     RefCLEF's test expressions
     .../chance  the share of the picture that the boxes cover
     """
-    found, data = {}, Path(run.data)
+    metrics, data = {}, Path(run.data)
     records = vg_images(data).values() if (data / "vg/image_data.json").exists() else ()
     shared = {image.get("coco_id") for image in records}
     folder = Path(run.settings["regions"]) / "refcoco_det"
@@ -1405,8 +1409,8 @@ def pointing_games(run, sets=POINTING_SETS):
             for key, value in scored.items():
                 hits.setdefault(key, []).append(value)
         for key, values in hits.items():
-            found[f"pointing/{name}{key}"] = float(100 * np.mean(values))
-    return found
+            metrics[f"pointing/{name}{key}"] = float(100 * np.mean(values))
+    return metrics
 
 
 # 7. Figures -------------------------------------------------------------------------------------
@@ -1663,10 +1667,11 @@ def grounding_figures(runs, out, split="test", n=4):
     unsupervised prediction; returns the paths.
     """
     panels, paths, run = {}, [], next(iter(runs.values()))
-    for caption, phrase, truth, found in grounded_phrases(run, split, n, baselines=False):
+    for caption, phrase, truth, boxes in grounded_phrases(run, split, n, baselines=False):
         picture = read_picture(find_picture(run.data, "flickr30k", caption[0].split("#")[0]))
         pen = ImageDraw.Draw(picture)
-        drawn = (truth, OTHERS, 3), (found["glove-att"], YELLOW, 0), (found["maf"], BLUE, -3)
+        trained, rule = boxes["maf"], boxes["glove-att"]
+        drawn = (truth, OTHERS, 3), (rule, YELLOW, 0), (trained, BLUE, -3)
         for box, colour, grow in drawn:
             x1, y1, x2, y2 = box.tolist()
             left, top = x1 - grow, y1 - grow
@@ -2095,7 +2100,7 @@ def extract_shard(model, paths, device, regions, shorter, longer, batch, bar):
     """One shard: {column: rows of all its pictures, "n": regions of each, "wh", "ids", "skipped":
     why not, "num_below": how many have fewer regions than asked for}
     """
-    found = {}
+    detected = {}
     pictures, skipped = read_by_size(paths, shorter, longer, bar)
     for (h, w), same_size in pictures.items():
         for start in range(0, len(same_size), batch):
@@ -2110,18 +2115,18 @@ def extract_shard(model, paths, device, regions, shorter, longer, batch, bar):
                     continue
                 # to the host at once: a shard's features would fill a GPU
                 columns = {c: getattr(seen, c).cpu().numpy() for c in COLUMNS}
-                found[name] = (pixels.shape[1], pixels.shape[0]), columns, seen.threshold
+                detected[name] = (pixels.shape[1], pixels.shape[0]), columns, seen.threshold
             bar.update(len(part))
     # in the order of the files, whatever the order of sizes was
-    ids, rows = [p.stem for p in paths if p.stem in found], {}
+    ids, rows = [p.stem for p in paths if p.stem in detected], {}
     for c in COLUMNS if ids else ():
-        rows[c] = np.concatenate([found[i][1][c].astype(COLUMNS[c][0]) for i in ids])
+        rows[c] = np.concatenate([detected[i][1][c].astype(COLUMNS[c][0]) for i in ids])
     return rows | {
-        "n": np.array([len(found[i][1]["boxes"]) for i in ids], np.int64),
-        "wh": np.array([found[i][0] for i in ids], np.int64).reshape(-1, 2),
+        "n": np.array([len(detected[i][1]["boxes"]) for i in ids], np.int64),
+        "wh": np.array([detected[i][0] for i in ids], np.int64).reshape(-1, 2),
         "ids": np.array(ids, str),
         "skipped": np.array(skipped, str),
-        "num_below": np.array(sum(found[i][2] < 0 for i in ids)),
+        "num_below": np.array(sum(detected[i][2] < 0 for i in ids)),
     }
 
 
@@ -2395,10 +2400,9 @@ def run_retrieval(runs, args):
 def run_task(runs, args):
     """A downstream task of a checkpoint that was trained for it, or GQA right after pre-training"""
     run = next(iter(runs.values()))
-    # a two-stream model answers GQA without fine-tuning
     trained = run.settings["task"]
     if trained == "pretrain" and run.settings.get("pretrain") == "multitask":
-        trained = "gqa"
+        trained = MULTITASK_ANSWERS
     if trained != args.task:
         found = f"{args.ckpt[0]} was trained for {run.settings['task']}, not for {args.task}"
         hint = f"  Train that first: python train.py --task {args.task}"

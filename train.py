@@ -683,7 +683,7 @@ def multitask_streams(cfg, runtime, run, share):
     val and test, and GQA's val where it is not learned from.
     """
     answers, streams = run.settings["answer_list"], []
-    gqa_name, gqa = "gqa", TASKS["gqa"]
+    gqa_name, gqa = evaluate.MULTITASK_ANSWERS, TASKS[evaluate.MULTITASK_ANSWERS]
     gqa_split = cfg.split or gqa.train
     readers = {
         "coco": functools.partial(multitask_coco, answers=answers),
@@ -839,11 +839,11 @@ def alignment(cfg, out, batch, anchor="both"):
     vision side, else their sum.
     """
     text_mask, region_mask = batch["text_mask"], batch["region_mask"]
-    word_mask, found = content_words(text_mask), {}
+    word_mask, terms = content_words(text_mask), {}
     for name in loss_names(cfg):
         row = LOSSES[name]
         if row.given == "hidden":
-            found[name] = row.function(out.words, out.regions, text_mask, region_mask)
+            terms[name] = row.function(out.words, out.regions, text_mask, region_mask)
         if row.given not in ATTENTION:
             continue
         two_stream = cfg.model == "lxmert"
@@ -851,16 +851,16 @@ def alignment(cfg, out, batch, anchor="both"):
         maps = attention_blocks(row.given, two_stream, out.maps[0], text_mask, region_mask)
         names = row.blocks.split()
         if "own" not in names:
-            found[name] = row.function(*(maps[b] for b in names), word_mask, region_mask)
+            terms[name] = row.function(*(maps[b] for b in names), word_mask, region_mask)
             continue
-        found[name] = 0
+        terms[name] = 0
         if anchor != "image":
             side = [maps[LANGUAGE_SIDE[b]] for b in names]
-            found[name] = found[name] + row.function(*side, word_mask, region_mask)
+            terms[name] = terms[name] + row.function(*side, word_mask, region_mask)
         if anchor != "text":
             side = [maps[VISION_SIDE[b]] for b in names]
-            found[name] = found[name] + row.function(*side, region_mask, word_mask)
-    return found
+            terms[name] = terms[name] + row.function(*side, region_mask, word_mask)
+    return terms
 
 
 def maps_needed(cfg):
@@ -902,15 +902,15 @@ def objective_itm(cfg, model, batch):
         model = getattr(model, "_orig_mod", model)
     out = model(**batch["input"], heads=("match",), maps=maps_needed(cfg), need_gradcam=heat)
     masks = batch["input"]["text_mask"], batch["input"]["region_mask"]
-    found = {batch["task"]: losses.itm(out.match, batch["match"])}
+    terms = {batch["task"]: losses.itm(out.match, batch["match"])}
     if cfg.is_pretraining and "wra" in pretrain_weights(cfg):
-        found["wra/pretrain"] = losses.wra(out.words, out.regions, *masks, match=batch["match"])
+        terms["wra/pretrain"] = losses.wra(out.words, out.regions, *masks, match=batch["match"])
     if heat:
         # the matched logit is explained, of the pairs whose text has a box
         P, block_of = out.gradcam
         A = losses.gradcam(P, out.match[batch["boxed"], 1], masks[0], block_of=block_of)
-        found |= heat_losses(cfg, A[batch["boxed"]], batch["region_target"])
-    return found | matched_alignment(cfg, out, batch)
+        terms |= heat_losses(cfg, A[batch["boxed"]], batch["region_target"])
+    return terms | matched_alignment(cfg, out, batch)
 
 
 def matched_alignment(cfg, out, batch):
@@ -926,8 +926,8 @@ def matched_alignment(cfg, out, batch):
     masks = {name: batch["input"][name][rows] for name in ("text_mask", "region_mask")}
     # the mean over matched pairs, times their share: the sum over pairs by all pairs
     share = len(rows), len(batch["match"])
-    found = alignment(cfg, matched, masks)
-    return {name: value * share[0] / share[1] for name, value in found.items()}
+    terms = alignment(cfg, matched, masks)
+    return {name: value * share[0] / share[1] for name, value in terms.items()}
 
 
 def objective_multitask(cfg, model, batch):
@@ -939,7 +939,7 @@ def objective_multitask(cfg, model, batch):
     heads = ("classes", "match", "task", *(("align",) if pointed else ()))
     out = model(**batch["input"], **places, heads=heads, maps=maps_needed(cfg))
     features = batch["region_features"]
-    found = {
+    terms = {
         "mlm": losses.mlm(out.word_logits, batch["word_targets"]),
         "itm": losses.itm(out.match, batch["match"]),
         "class": losses.detected(out.region_logits, batch["region_class"]),
@@ -952,8 +952,8 @@ def objective_multitask(cfg, model, batch):
         region_mask = batch["input"]["region_mask"][batch["aligned_row"]]
         for name in loss_names(cfg):
             if LOSSES[name].given == "pointers":
-                found[name] = LOSSES[name].function(A, batch["alignment"], region_mask)
-    return found | matched_alignment(cfg, out, batch)
+                terms[name] = LOSSES[name].function(A, batch["alignment"], region_mask)
+    return terms | matched_alignment(cfg, out, batch)
 
 
 def phrase_vectors(cfg, model, batch):
@@ -1002,9 +1002,9 @@ def objective_albef(cfg, model, batch):
     with torch.no_grad():
         # it is learned, and without bounds it runs away [ALBEF's code]
         model.temperature.clamp_(0.001, 0.5)
+        # before the step, as ALBEF: its features are of the newest copy
         model.update_teacher(cfg.momentum)
         pixels = normalize_pixels(batch["pixels"])
-        # the teacher moves before the step, so that its features are of the newest copy
         image_m = teacher.vision(pixels)
         features_m = teacher.features(image_m, teacher.read(batch["text"], text_mask))
         # (B, E), B = pairs of all processes
@@ -1029,7 +1029,7 @@ def objective_albef(cfg, model, batch):
             other.append(sample_rows(weights, u[own]))
         # only now: the similarities above are with the queue as it was
         model.enqueue(image_all, text_all)
-    found = {"itc": sum(losses.itc(s, t) for s, t in zip(similarity, target)) / 2}
+    terms = {"itc": sum(losses.itc(s, t) for s, t in zip(similarity, target)) / 2}
 
     # matching, with one hard negative each way
     heat = "heat" in given_to(cfg) and len(batch["boxed"]) > 0
@@ -1042,7 +1042,7 @@ def objective_albef(cfg, model, batch):
     wrong, _ = student.fuse(wrong_words, wrong_mask, wrong_image)
     match = model.match(torch.cat([states[:, 0], wrong[:, 0]]))  # (3b, 2)
     is_match = torch.arange(len(match), device=own.device) < len(own)
-    found["itm"] = losses.itm(match, is_match)
+    terms["itm"] = losses.itm(match, is_match)
 
     # masked words, in sight of the image
     seen, _ = student.fuse(student.read(batch["masked_text"], text_mask), text_mask, image)
@@ -1051,11 +1051,11 @@ def objective_albef(cfg, model, batch):
         masked_m = teacher.read(batch["masked_text"], text_mask)
         seen_m, _ = teacher.fuse(masked_m, text_mask, image_m)
         logits_m = teacher.word_logits_at(seen_m, batch["masked_words"])
-    found["mlm"] = losses.mlm_distilled(logits, batch["word_targets"], logits_m, alpha)
+    terms["mlm"] = losses.mlm_distilled(logits, batch["word_targets"], logits_m, alpha)
     if heat:
         A = losses.gradcam(P, match[: len(own), 1], text_mask)[batch["boxed"]]
-        found |= heat_losses(cfg, A, batch["region_target"])
-    return found
+        terms |= heat_losses(cfg, A, batch["region_target"])
+    return terms
 
 
 def heat_losses(cfg, A, region):
@@ -1117,8 +1117,8 @@ def objective_rank(cfg, model, batch):
     out = model(**batch["positive"], heads=("rank",), maps=maps_needed(cfg))
     wrong = torch.cat([model(**b, heads=("rank",)).rank for b in batch["negatives"]])
     scores = torch.cat([out.rank[:, None], wrong[batch["order"]]], dim=1)  # (G, 1 + K)
-    found = {"rank": losses.ranking(scores, cfg.margin)}
-    return found | alignment(cfg, out, batch["positive"], batch["anchor"])
+    terms = {"rank": losses.ranking(scores, cfg.margin)}
+    return terms | alignment(cfg, out, batch["positive"], batch["anchor"])
 
 
 def objective_task(cfg, model, batch):
@@ -1392,20 +1392,20 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
             batch = add_mined(streams[0].index, hard, batch)
         batch = prepare_batch(cfg, runtime, batch)
         with runtime.autocast():
-            found = OBJECTIVES[batch["task"]](cfg, model, batch)
+            terms = OBJECTIVES[batch["task"]](cfg, model, batch)
         # so that any split over batches and processes gives the same sum
         loss = sum(
             value * weight.get(name, 1.0) * (count_of(batch, name) / total(name))
-            for name, value in found.items()
+            for name, value in terms.items()
         )
         # before the backward: afterwards every weight would be nan
         if not torch.isfinite(loss):
-            values = {name: value.item() for name, value in found.items()}
+            values = {name: value.item() for name, value in terms.items()}
             bad = [f"{name} = {v}" for name, v in values.items() if not math.isfinite(v)]
             names = few_names(batch["names"])
             raise NonFinite(f"step {step}: {', '.join(bad)}\n  Samples: {names}")
         loss.backward()
-        for name, value in found.items():
+        for name, value in terms.items():
             n = sum(count_of(b, name) for b in batches)
             part = value.detach() * count_of(batch, name) / max(1, n)
             logged[name] = logged.get(name, 0) + part
@@ -1645,11 +1645,11 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
             since = (step - 1) // cfg.mine_every * cfg.mine_every
             hard = mine_negatives(cfg, runtime, model, streams.train[0].index, since)
         how = cfg, runtime, compiled, optimizer, streams.train, step, batches, hard
-        found, norm = train_step(*how)
+        logged, norm = train_step(*how)
         num_pairs += runtime.world_size * sum(len(b["names"]) for b in batches)
         is_last = step == cfg.steps
         if step % cfg.log_every == 0 or is_last:
-            line, seconds = {k: round(v.item(), 5) for k, v in found.items()}, time.time() - began
+            line, seconds = {k: round(v.item(), 5) for k, v in logged.items()}, time.time() - began
             bar.set_postfix(line)
             line |= {"norm": round(norm.item(), 4), "lr": optimizer.param_groups[0]["lr"]}
             line["pairs_per_s"] = round(num_pairs / seconds, 1)

@@ -662,3 +662,34 @@ def test_an_index_is_made_again_when_a_source_changes(toy, tmp_path):
     with pytest.raises(DataError, match="cannot be written"):
         (tmp_path / "file").write_text("")
         data.memory_mapped(tmp_path / "file/index/x", [], dict)
+
+
+def test_batches_are_filled_to_the_last_token():
+    """Rising lengths are cut greedily: no batch passes the size, and none has room for one more."""
+    assert [b.tolist() for b in data.token_batches(np.full(4, 4), 8)] == [[0, 1], [2, 3]]
+    lengths = np.sort(np.random.default_rng(0).integers(3, 40, 200))
+    batches = data.token_batches(lengths, 128)
+    assert np.concatenate(batches).tolist() == list(range(200))
+    for batch in batches:
+        assert lengths[batch[-1]] * len(batch) <= 128
+        after = batch[-1] + 1
+        assert after == 200 or lengths[after] * (len(batch) + 1) > 128
+    # longer than a batch: alone
+    assert [b.tolist() for b in data.token_batches(np.array([3, 50, 60]), 10)] == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize(
+    "box, clipped",
+    [
+        ((10, 20, 30, 40), (10, 20, 40, 60)),
+        ((-5, 20, 30, 40), (0, 20, 25, 60)),
+        ((10, -7, 30, 40), (10, 0, 40, 33)),
+        ((90, 20, 30, 40), (90, 20, 100, 60)),
+        ((10, 70, 30, 40), (10, 70, 40, 80)),
+        ((100, 20, 30, 40), None),
+        ((10, 20, 0, 40), None),
+        ((10, -50, 30, 40), None),
+    ],
+)
+def test_boxes_are_cut_to_their_image(box, clipped):
+    assert data.clip_box(*box, {"width": 100, "height": 80}) == clipped
