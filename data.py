@@ -635,7 +635,7 @@ class RegionStore:
         return (self.read(images, "boxes") / wh).clip(0, 1)
 
 
-class JoinedStore:
+class JoinedStore(RegionStore):
     """Images put together from images of other stores: VCR's annotated and detected boxes, NLVR2's
     left and right image.
 
@@ -656,28 +656,23 @@ class JoinedStore:
         return f"{self.folder}: {len(self):,} images, joined"
 
     def check_rows(self):
-        """As RegionStore's"""
         for store in {id(store): store for store, _, _ in self.parts}.values():
             store.check_rows()
 
     def stamps(self):
-        """As RegionStore's"""
         return {k: v for store, _, _ in self.parts for k, v in store.stamps().items()}
 
     def image_id(self, image):
-        """The names of its parts"""
         names = [store.image_id(images[image]) for store, images, _ in self.parts]
         return " ".join(dict.fromkeys(names))
 
     def finder(self):
-        """By the name in the first part"""
         find = self.parts[0][0].finder()
         of_first = np.full(len(self.parts[0][0]), -1)
         of_first[self.parts[0][1]] = np.arange(len(self))
         return lambda names: np.where((at := find(names)) < 0, -1, of_first[at])
 
     def n_regions(self, images):
-        """(B,) how many regions each of these images has"""
         return sum(store.n_regions(own[images]) for store, own, _ in self.parts)
 
     def join(self, images, pieces):
@@ -695,11 +690,9 @@ class JoinedStore:
         return out
 
     def read(self, images, column="features"):
-        """As RegionStore's"""
         return self.join(images, [s.read(own[images], column) for s, own, _ in self.parts])
 
     def relative_boxes(self, images):
-        """As RegionStore's"""
         return self.join(images, [s.relative_boxes(own[images]) for s, own, _ in self.parts])
 
     def region_types(self, images):
@@ -768,7 +761,7 @@ def walk_pictures(data, name):
                     yield file.rsplit(".", 1)[0].removeprefix(f"{name}_"), os.path.join(at, file)
 
 
-class PatchStore:
+class PatchStore(RegionStore):
     """Pictures as regions: each is resized to a square and cut into a grid of patches, row by row.
     Nothing is read but what is asked for.
 
@@ -817,20 +810,14 @@ class PatchStore:
         paths = [os.path.relpath(found[i], data).encode() for i in names]
         return {"ids": np.array([i.encode() for i in names]), "paths": np.array(paths)}, {}
 
-    def __len__(self):
-        return len(self.ids)
-
     def __str__(self):
         size = f"{self.resolution} x {self.resolution} in patches of {self.patch}"
         return f"{self.folder}: {len(self):,} of {size}"
 
-    image_id, finder = RegionStore.image_id, RegionStore.finder
-
     def check_rows(self):
-        """Pictures are looked at when they are read."""
+        pass  # pictures are looked at when they are read
 
     def stamps(self):
-        """The folders that were looked into"""
         tree = Path(self.args[0])
         return {str(tree / name): stamp for name, stamp in self.meta["sources"].items()}
 
@@ -839,7 +826,6 @@ class PatchStore:
         return Path(self.args[0]) / self.arrays["paths"][image].decode()
 
     def n_regions(self, images):
-        """(B,) the same for all"""
         return np.full(len(images), len(self.cells))
 
     @functools.cached_property
@@ -849,7 +835,6 @@ class PatchStore:
         return np.array([self.size(i) for i in bar], np.int32)
 
     def relative_boxes(self, images):
-        """(B, N_V, 4) the cells"""
         return np.repeat(self.cells[None], len(images), 0)
 
     def size(self, image):
@@ -878,7 +863,6 @@ class PatchStore:
         return self.read(images)[:, len(self.cells) // 2]
 
     def read(self, images, column="features"):
-        """As RegionStore's"""
         images = np.asarray(images)
         if column == "boxes":
             return self.cells * np.tile(self.wh[images], 2)[:, None].astype(np.float32)
@@ -2269,6 +2253,8 @@ def token_batches(lengths, batch_tokens):
 class BatchOptions(NamedTuple):
     """What the kinds of batches can be asked for."""
 
+    by_example: bool = False  # size counts examples, not words and regions
+    parts: int = 1  # a process makes its share of a batch in so many parts, one after the other
     stream: int = 0  # number of the task's random numbers, where it is not the kind's own
     mask_rate: float = 0.15  # share of words or regions that are masked
     joint: bool = False  # mask words and regions of a pair at once; else one, the other is whole
@@ -2290,12 +2276,11 @@ class Batches:
     order.
 
     task              a name of KINDS, which says what is drawn and what a batch holds
-    size              words + regions of a batch over all processes, padding counted; examples
-                      where the kind says so
+    size              words + regions of a batch over all processes, padding counted; or examples
     rank, world_size  this process takes every world_size-th example of a batch
     corpus            number of the data set in the mix, so that each has random numbers of its own
     options           BatchOptions, which are attributes too
-    [k]               dict: "input" for the model, what the task predicts, "names" of the samples
+    part(k, j)        dict: "input" for the model, what the task predicts, "names" of the samples
                       (none: nothing of the batch is this process's), "counts": over how many
                       things the mean of each loss runs, "" of those not named
     """
@@ -2303,7 +2288,7 @@ class Batches:
     def __init__(self, task, index, size, seed, rank=0, world_size=1, corpus=0, **options):
         self.task, self.index, self.size, self.seed = task, index, size, seed
         self.rank, self.world_size, self.corpus = rank, world_size, corpus
-        self.kind, self.share = KINDS[task], slice(rank, None, world_size)
+        self.kind = KINDS[task]
         vars(self).update(BatchOptions(**options)._asdict())
         # the epoch at hand and its first batch's number
         self.epoch, self.first, self.columns, self.batches = -1, 0, (), []
@@ -2319,18 +2304,24 @@ class Batches:
         """Draw an epoch: (columns, [rows of the columns that are a batch])."""
         rng = self.rng(epoch)
         columns = self.kind.draw(self, rng)
-        if self.kind.by_example:
+        if self.kind.unsorted:
             # the last ones of an epoch wait for the next
             cut = len(columns[0]) // self.size * self.size or len(columns[0])
             return columns, np.split(np.arange(cut), range(self.size, cut, self.size))
-        batches = []
-        # an epoch is sorted in buckets, so that batches of one length are not all alike
-        for start in range(0, len(columns[0]), BUCKET):
-            part = [column[start : start + BUCKET] for column in columns]
+        # an epoch is sorted in buckets, so that batches of one length are not all alike; larger
+        # ones for larger batches, which otherwise end in remainders of many lengths
+        batches, bucket = [], BUCKET * max(1, self.size // 10_240)
+        if self.by_example:
+            bucket = max(1, BUCKET // self.size) * self.size
+        for start in range(0, len(columns[0]), bucket):
+            part = [column[start : start + bucket] for column in columns]
             cost = self.kind.cost(self, *part)
             order = np.lexsort([self.index.n_words(part[0]), cost])
-            for batch in token_batches(cost[order], self.size):
-                batches.append((start + order[batch]).astype(np.int32))
+            if self.by_example:
+                cuts = np.split(np.arange(len(order)), range(self.size, len(order), self.size))
+            else:
+                cuts = token_batches(cost[order], self.size)
+            batches += [(start + order[cut]).astype(np.int32) for cut in cuts]
         return columns, [batches[i] for i in rng.permutation(len(batches))]
 
     def whole(self, k):
@@ -2345,8 +2336,13 @@ class Batches:
         rows = self.batches[k - self.first]
         return tuple(column[rows] for column in self.columns)
 
+    def part(self, k, j):
+        """Part j of this process's share of batch k: the same examples whatever the processes"""
+        share = slice(self.rank + self.world_size * j, None, self.world_size * self.parts)
+        return self.kind.collate(self, self.rng(k, 1), k, share, *self.whole(k))
+
     def __getitem__(self, k):
-        return self.kind.collate(self, self.rng(k, 1), k, *self.whole(k))
+        return self.part(k, 0)
 
     def __getstate__(self):
         # a worker draws the epoch itself
@@ -2513,14 +2509,14 @@ def empty_batch(batches):
     return {"task": batches.task, "names": [], "counts": {"": 0}}
 
 
-def collate_pairs(batches, rng, k, rows, images, match):
+def collate_pairs(batches, rng, k, share, rows, images, match):
     """Masked words (mlm), masked regions (mrfr, mrc, mrckl), or matching (itm).
 
     masked_words, word_targets (K,), masked_regions (K,), region_probs (K, C), match (B,); itm, of
     pictures whose texts have boxes: "boxed" (M,) matched rows, "region_target" (M, R, R) bool, the
     pixels that the text describes
     """
-    index, task, share = batches.index, batches.task, batches.share
+    index, task = batches.index, batches.task
     masks_regions, boxed = task in ("mrfr", "mrc", "mrckl"), has_boxed_pictures(batches)
     masked_words = masked_regions = u = None
     if task == "mlm" or batches.joint and masks_regions:
@@ -2591,14 +2587,14 @@ def box_mask(box, R, flip):
     return mask
 
 
-def collate_ranking(batches, rng, k, rows, images, match):
+def collate_ranking(batches, rng, k, share, rows, images, match):
     """Groups of one matched pair and its mismatched ones, for the ranking loss.
 
     "positive": batch of the G matched pairs; "negatives": list of batches of similar length;
     "order": (G, K) their places in the list of all negatives. Where the model chooses: "candidates"
     = (rows, images), both (G, candidates), or "random", from which add_mined() goes on.
     """
-    index, share, K = batches.index, batches.share, batches.candidates or batches.negatives
+    index, K = batches.index, batches.candidates or batches.negatives
     with_images = (k % 2 == 0) * K if batches.alternate else (K + 1) // 2
     wrong_rows, wrong_images = (np.repeat(x[:, None], K, 1) for x in (rows, images))
     for j in range(K):
@@ -2687,7 +2683,7 @@ class WordSimilarity:
         return np.where(ids < 0, 0, similarity).astype(np.float32)
 
 
-def collate_multitask(batches, rng, k, rows, images, match):
+def collate_multitask(batches, rng, k, share, rows, images, match):
     """All of Kervadec's supervision in one batch, as LXMERT: masked words and regions, replaced
     images, answers, and pointers.
 
@@ -2696,7 +2692,7 @@ def collate_multitask(batches, rng, k, rows, images, match):
     answer; aligned (K,) places in B*N_L of pointed words, alignment (K, N_V) soft targets,
     aligned_row (K,).
     """
-    index, share, store = batches.index, batches.share, batches.index.store
+    index, store = batches.index, batches.index.store
     masked_words, new = mask_words(batches, rng, rows)
     real = length_mask(store.n_regions(images))
     masked, how = draw_mask(rng, real, batches.mask_rate), rng.random(real.shape)
@@ -2811,12 +2807,12 @@ class PhraseInput:
         return as_tensors(masks | {"region_mask": region_mask}) | {"input": as_tensors(x)}
 
 
-def collate_phrases(batches, rng, k, rows):
+def collate_phrases(batches, rng, k, share, rows):
     """Captions' phrases and all images of the batch. Each process has its share of the captions and
     all of the images, so that any number of them has the same negatives. "own" (b,): which of the
     images each caption belongs to.
     """
-    own = np.arange(len(rows))[batches.share]
+    own = np.arange(len(rows))[share]
     if not len(own):
         return empty_batch(batches)
     names = [batches.index.id(row) for row in rows[own]]
@@ -2825,7 +2821,7 @@ def collate_phrases(batches, rng, k, rows):
     return batch | batches.phrase_input(rows[own], batches.index.image[rows])
 
 
-def collate_pictures(batches, rng, k, rows):
+def collate_pictures(batches, rng, k, share, rows):
     """Captions with their pictures, for ALBEF and AMC.
 
     text, masked_text (b, N_L), text_mask; masked_words (K,) places in b*N_L, word_targets (K,);
@@ -2834,7 +2830,7 @@ def collate_pictures(batches, rng, k, rows):
     augment: flip, jitter (brightness, contrast and colour by up to 0.4), grey [AMC's code]
     """
     index, B = batches.index, len(rows)
-    own = np.arange(B)[batches.share]
+    own = np.arange(B)[share]
     masked, new = mask_words(batches, rng, rows)
     u, factors = rng.random((4, B)), rng.uniform(0.6, 1.4, (B, 3))
     negatives = rng.random((2, B))
@@ -2897,9 +2893,9 @@ def normalize_pixels(pixels):
     return (pixels.permute(0, 3, 1, 2).float() - mean) / std
 
 
-def collate_examples(batches, rng, k, rows, examples):
+def collate_examples(batches, rng, k, share, rows, examples):
     """Examples of a task; "target": (B,) what is right, or (B, answers) how right each answer is"""
-    examples = examples[batches.share]
+    examples = examples[share]
     if not len(examples):
         return empty_batch(batches)
     return {"task": batches.task} | example_batch(batches.index, examples, batches.answers)
@@ -2930,9 +2926,9 @@ class Kind(NamedTuple):
 
     stream: int  # number of its random numbers
     draw: Callable  # (batches, rng) -> columns of an epoch
-    collate: Callable  # (batches, rng, k, *columns of a batch) -> dict
+    collate: Callable  # (batches, rng, k, share of this part, *columns of a batch) -> dict
     cost: Callable = pair_cost  # (batches, *columns) -> words + regions of each
-    by_example: bool = False  # size counts examples, not words and regions
+    unsorted: bool = False  # examples as they come, so many a batch: contrast among any lengths
     check: Callable = None  # (batches): an error where they cannot be made
 
 
@@ -2944,8 +2940,8 @@ KINDS = {
     "itm": Kind(5, draw_matching, collate_pairs),
     "rank": Kind(6, draw_matched, collate_ranking, group_cost),
     "multitask": Kind(15, draw_replaced_images, collate_multitask),
-    "maf": Kind(16, draw_texts, collate_phrases, by_example=True),
-    "albef": Kind(17, draw_texts, collate_pictures, by_example=True, check=check_batch_fits),
+    "maf": Kind(16, draw_texts, collate_phrases, unsorted=True),
+    "albef": Kind(17, draw_texts, collate_pictures, unsorted=True, check=check_batch_fits),
     "examples": Kind(20, draw_examples, collate_examples, example_cost, check=check_answered),
 }
 
@@ -2958,7 +2954,7 @@ class MixedBatches(torch.utils.data.Dataset):
 
     streams           list of Batches
     sampling_weights  how often each is drawn
-    accumulate        batches of a step, all of its stream
+    accumulate        batches of a step, all of its stream, each in the stream's parts
     """
 
     def __init__(self, streams, sampling_weights, steps, seed, accumulate=1):
@@ -2977,7 +2973,8 @@ class MixedBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         stream, k = self.streams[self.choice[step]], self.number[step] * self.accumulate
-        return [stream[int(k) + a] for a in range(self.accumulate)]
+        numbers = range(int(k), int(k) + self.accumulate)
+        return [stream.part(n, j) for n in numbers for j in range(stream.parts)]
 
 
 def make_loader(mixed, start, workers, pin_memory):

@@ -460,14 +460,43 @@ HEADS = {
 
 
 class Encoder(nn.Module):
-    """What single and two streams share: what forward() takes and the heads on what comes out.
+    """What single and two streams share: embeddings, what forward() takes, heads on what comes out.
 
+    vocab, features (D_V), and in subclasses classes: sizes of the data
+    width ... mlp_dim  SIZES["base"]
+    types              rows of the type table: 2; NLVR2 3, VCR 4
+    head               the downstream task's, a name of HEADS, or ""; answers: how many it predicts
+    align              with an AlignmentDecoder
+    patch              regions are patches of so many pixels a side; 0: they are not
     A subclass has encode() -> (Output, x, mask): the whole sequence (B, L, D), whose first token
     is pooled, and its mask; and predict_regions(h, heads) -> {name in Output: (K, ...)}.
     """
 
-    def add_heads(self, width, heads, dropout, head, answers, align):
+    def __init__(
+        self,
+        vocab,
+        features,
+        embedding,
+        *,
+        width,
+        heads,
+        mlp_dim,
+        positions=512,
+        types=2,
+        dropout=0.1,
+        head="",
+        answers=0,
+        align=False,
+        patch=0,
+    ):
+        super().__init__()
+        self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
+        self.region_embedding = embedding(features, width, dropout, patch)
+        self.sizes, self.head = (width, heads, mlp_dim, dropout), (head, answers, align)
+
+    def add_heads(self):
         """Matching, ranking, the downstream task's head, the alignment decoder; and their start."""
+        (width, heads, _, dropout), (head, answers, align) = self.sizes, self.head
         self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
         how = {"width": width, "heads": heads, "dropout": dropout, "answers": answers}
         self.task_head = HEADS[head](**how) if head else None
@@ -542,44 +571,19 @@ class Uniter(Encoder):
     """Single-stream encoder: words and regions in one sequence, every token attends to every
     other.                                                                    UNITER sec. 3.1, 3.2
 
-    vocab, features (D_V), classes (C, background included): sizes of the data
-    width ... mlp_dim  SIZES["base"]
-    types              rows of the type table: 2; NLVR2 3, VCR 4
-    head               the downstream task's, a name of HEADS, or ""; answers: how many it predicts
-    align              with an AlignmentDecoder
-    patch              regions are patches of so many pixels a side; 0: they are not
+    classes (C) include the background; all else as Encoder
     """
 
-    def __init__(
-        self,
-        vocab,
-        features=2048,
-        classes=1601,
-        *,
-        width,
-        layers,
-        heads,
-        mlp_dim,
-        positions=512,
-        types=2,
-        dropout=0.1,
-        head="",
-        answers=0,
-        align=False,
-        patch=0,
-    ):
-        super().__init__()
-        self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
-        self.region_embedding = RegionEmbedding(features, width, dropout, patch)
-        self.layers = nn.ModuleList([Layer(width, heads, mlp_dim, dropout) for _ in range(layers)])
+    def __init__(self, vocab, features=2048, classes=1601, *, layers, width, patch=0, **sizes):
+        super().__init__(vocab, features, RegionEmbedding, width=width, patch=patch, **sizes)
+        self.layers = nn.ModuleList([Layer(*self.sizes) for _ in range(layers)])
         self.pooler = nn.Linear(width, width)
         self.word_head, self.word_bias = Transform(width), nn.Parameter(torch.zeros(vocab))
         self.feature_head, self.feature_bias = Transform(width), nn.Parameter(torch.zeros(features))
-        # of regions' features: tied to their embedding
-        # a stem of convolutions has no transpose to tie the output to
+        # tied to their embedding, but a stem of convolutions has no transpose
         self.feature_out = nn.Linear(width, features, bias=False) if patch else None
         self.class_head, self.classifier = Transform(width), nn.Linear(width, classes)
-        self.add_heads(width, heads, dropout, head, answers, align)
+        self.add_heads()
 
     def encode(self, words, seen, maps, need_gradcam, length):
         """Words and regions in one sequence; see forward."""
@@ -639,36 +643,14 @@ class Lxmert(Encoder):
     """Two-stream encoder: words among themselves, regions among themselves, then each attends to
     the other.                                                           Kervadec sec. 3.2; LXMERT
 
-    vocab, features (D_V), classes (background not included), attributes: sizes of the data
-    layers                        language, vision and cross layers
-    head, answers, align, patch   as Uniter; answers also makes the pre-training's answer head,
-                                  which is the same one
+    classes (background not included) and attributes: sizes of the data
+    layers   language, vision and cross layers
+    answers  also makes the pre-training's answer head, which is the same one
     """
 
-    def __init__(
-        self,
-        vocab,
-        features=2048,
-        classes=1600,
-        attributes=400,
-        *,
-        width,
-        layers,
-        heads,
-        mlp_dim,
-        positions=512,
-        types=2,
-        dropout=0.1,
-        head="",
-        answers=0,
-        align=False,
-        patch=0,
-    ):
-        super().__init__()
-        language, vision, cross = layers
-        sizes = width, heads, mlp_dim, dropout
-        self.text_embedding = TextEmbedding(vocab, width, positions, types, dropout)
-        self.region_embedding = AveragedRegionEmbedding(features, width, dropout, patch)
+    def __init__(self, vocab, features=2048, classes=1600, attributes=400, *, layers, width, **how):
+        super().__init__(vocab, features, AveragedRegionEmbedding, width=width, **how)
+        (language, vision, cross), sizes = layers, self.sizes
         self.text_layers = nn.ModuleList([Layer(*sizes) for _ in range(language)])
         self.region_layers = nn.ModuleList([Layer(*sizes) for _ in range(vision)])
         self.cross_layers = nn.ModuleList([CrossLayer(*sizes) for _ in range(cross)])
@@ -678,7 +660,7 @@ class Lxmert(Encoder):
         self.classifier = nn.Linear(width, classes)
         self.attribute_classifier = nn.Linear(width, attributes)
         self.feature_out = nn.Linear(width, features)
-        self.add_heads(width, heads, dropout, head, answers, align)
+        self.add_heads()
 
     def encode(self, words, seen, maps, need_gradcam, length):
         """Words, then regions, then both. Of region_type and length two streams have no use:

@@ -199,8 +199,9 @@ class Config:
     attend_padding: bool = opt(False, "MAF: padding takes part [authors' code]")
 
     steps: int = opt(5000, "updates", group="optimisation")
-    batch_tokens: int = opt(10240, "words + regions, padding too, a batch and process [UNITER A.2]")
-    batch_size: int = opt(64, "maf, albef: examples a batch and process")
+    batch_tokens: int = opt(10240, "words + regions a batch and GPU, padding too [UNITER A.2]")
+    batch_size: int = opt(0, "examples a batch and GPU instead; maf, albef: always")
+    gpus: int = opt(1, "GPUs that the batch is for; fewer processes take their parts in turn")
     accumulate: int = opt(1, "batches an update")
     lr: float = opt(5e-5, "peak learning rate [authors' code]")
     head_lr: float = opt(1.0, "times lr, of the downstream head [authors' code]")
@@ -349,10 +350,10 @@ def make_config(recipe, **changes):
     return cfg
 
 
-COUNTS = "steps batch_tokens batch_size accumulate queue negatives mine_pool save_every log_every"
+COUNTS = "steps batch_tokens gpus accumulate queue negatives mine_pool save_every log_every"
 RANGES = {
     "at least 1": (1, math.inf, COUNTS + " eval_every"),
-    "0 or more": (0, math.inf, "seed warmup clip mine_every candidates"),
+    "0 or more": (0, math.inf, "seed batch_size warmup clip mine_every candidates"),
     "more than 0": (1e-300, math.inf, "lr head_lr"),
     "0 to 1": (0, 1, "mask_rate answers_start"),
     "0 to below 1": (0, 1 - 1e-9, "dropout"),
@@ -431,8 +432,10 @@ def check_model(cfg):
         raise UserError(f"--model {cfg.model} with {typed}", wanted)
     for part in cfg.augment.split("+"):
         known(part, ["", "none", "flip", "jitter", "grey"], "--augment")
-    if cfg.is_albef and cfg.batch_size < 2:
-        raise UserError("--batch-size 1: with a single pair there is no negative", "at least 2")
+    if cfg.is_albef and cfg.batch_size * cfg.gpus < 2:
+        raise UserError(
+            f"--batch-size {cfg.batch_size}: with a single pair there is no negative", "at least 2"
+        )
     row = TASKS[cfg.task]
     if cfg.vision == "patches" and row.needs_boxes:
         why = "it is about a detector's boxes"
@@ -599,9 +602,18 @@ def print_index(runtime, index):
             runtime.print_rank0(f"    {n:,} {what}")
 
 
+def batch_size_of(cfg):
+    """The batch over all processes, as Batches wants it: {"size", "by_example"}"""
+    size = cfg.batch_size or cfg.batch_tokens
+    return {"size": size * cfg.gpus, "by_example": cfg.batch_size > 0, "seed": cfg.seed}
+
+
 def load_streams(cfg, runtime, run):
     """Training and validation batches of a task."""
-    share = {"rank": runtime.rank, "world_size": runtime.world_size}
+    # contrast needs all of a process's examples at once; all else may be made in parts, so that
+    # any number of processes trains on the same batches
+    parts = 1 if cfg.is_albef else -(-cfg.gpus // runtime.world_size)
+    share = {"rank": runtime.rank, "world_size": runtime.world_size, "parts": parts}
     load = STREAMS.get(cfg.task, task_streams)
     if cfg.is_multitask:
         load = multitask_streams
@@ -614,11 +626,14 @@ def task_streams(cfg, runtime, run, share):
     answers = run.settings["answer_list"]
     how = {"stream": task.stream, "answers": len(answers) if task.soft else 0}
     # each process validates on the same batches, so that all agree without a message
-    for split, own in ((cfg.split or task.train, share), (task.validation, {})):
+    whole = {"size": cfg.batch_tokens, "seed": cfg.seed}
+    for split, own in (
+        (cfg.split or task.train, share | batch_size_of(cfg)),
+        (task.validation, whole),
+    ):
         index = open_task(run, cfg.task, split)
         print_index(runtime, index)
-        tokens = cfg.batch_tokens * own.get("world_size", 1)
-        batches.append(Batches("examples", index, tokens, cfg.seed, **own, **how))
+        batches.append(Batches("examples", index, **own, **how))
     train, val = batches
     return Streams([train], [1], {cfg.task: val}, train.index.store, answers)
 
@@ -632,8 +647,7 @@ def retrieval_streams(cfg, runtime, run, share):
         print_index(runtime, indexes[-1])
     ranking = {"negatives": cfg.negatives, "candidates": cfg.candidates}
     ranking |= {"alternate": cfg.alternate, "mined": cfg.mine_every > 0}
-    tokens = cfg.batch_tokens * runtime.world_size
-    train = Batches("rank", indexes[0], tokens, cfg.seed, **share, **ranking)
+    train = Batches("rank", indexes[0], **batch_size_of(cfg), **share, **ranking)
     val = Batches("rank", indexes[1], cfg.batch_tokens, cfg.seed, negatives=cfg.negatives)
     return Streams([train], [1], {"rank": val}, indexes[0].store)
 
@@ -662,9 +676,8 @@ def pretrain_streams(cfg, runtime, run, share):
             print_index(runtime, index)
             indexes.append(index)
         for task, task_weight in tasks.items():
-            own = dict(corpus=number, **share, **how)
-            tokens = size * runtime.world_size
-            streams.append(Batches(task, indexes[0], tokens, cfg.seed, **own))
+            own = dict(corpus=number, **share, **how, **batch_size_of(cfg))
+            streams.append(Batches(task, indexes[0], **own))
             sampling_weights.append(weight * task_weight)
             # what is validated of ALBEF is its contrast
             name = task if task != "albef" else "itc"
@@ -697,9 +710,8 @@ def multitask_streams(cfg, runtime, run, share):
             similarity = WordSimilarity(cfg.data, index.arrays["pointed_words"])
             own = {"similarity": similarity, "soft_target": losses.soft_alignment_target}
             print_pointers(runtime, index, similarity)
-        tokens = cfg.batch_tokens * runtime.world_size
-        own |= {"corpus": number, **how}
-        streams.append(Batches("multitask", index, tokens, cfg.seed, **own))
+        own |= {"corpus": number, **how, **batch_size_of(cfg)}
+        streams.append(Batches("multitask", index, **own))
     captions = run.index(karpathy_captions, "val", "coco", name="coco val")
     questions = open_task(run, gqa_name, gqa.validation)
     val = {task: Batches(task, captions, cfg.batch_tokens, cfg.seed) for task in ("mlm", "itm")}
@@ -723,13 +735,13 @@ def print_pointers(runtime, index, similarity):
 def phrase_streams(cfg, runtime, run, share):
     """MAF's data: Flickr30k Entities' phrases; their boxes only serve evaluation."""
     batches = []
-    for split, own in (("train", share), ("val", {})):
+    whole = {"size": cfg.batch_size, "seed": cfg.seed}
+    for split, own in (("train", share | batch_size_of(cfg)), ("val", whole)):
         name = f"Flickr30k Entities {split}"
         index = run.index(entity_captions, split, "flickr30k", layout="phrases", name=name)
         print_index(runtime, index)
         how = own | {"phrase_input": PhraseInput(cfg.data, index)}
-        size = cfg.batch_size * runtime.world_size
-        batches.append(Batches("maf", index, size, cfg.seed, **how))
+        batches.append(Batches("maf", index, **how))
     return Streams(batches[:1], [1], {"maf": batches[1]}, batches[0].index.store)
 
 
@@ -1785,10 +1797,10 @@ TOY_PRETRAIN |= dict(warmup=200, batch_tokens=1024, lr=5e-4, mask_rate=0.4, clip
 TOY_PRETRAIN |= dict(save_every=500, eval_every=500)
 BASE = dict(size="base", init=CHECKPOINTS + "uniter-base.pt")
 LARGE = dict(size="large", init=CHECKPOINTS + "uniter-large.pt")
-# UNITER [authors' code: config/*.json]; batch_tokens are a GPU's; how many GPUs: README
+# UNITER [authors' code: config/*.json]: batch_tokens x accumulate x gpus
 PRETRAIN = dict(task="pretrain", pretrain="mlm:2+itm:2+mrfr:1+mrckl:1+wra", size="base")
 PRETRAIN |= dict(init=CHECKPOINTS + "uniter-base-init.pt", steps=200_000, warmup=10_000)
-PRETRAIN |= dict(batch_tokens=10240, lr=5e-5, clip=5.0)
+PRETRAIN |= dict(batch_tokens=10240, gpus=8, lr=5e-5, clip=5.0)
 ALL_DATA = PRETRAIN | dict(corpora="coco:2+vg:3+cc3m:3+sbu:2")
 ALL_DATA |= dict(pretrain="mlm:4+itm:3+mrfr:2+mrckl:2+wra")
 # Kervadec et al. sec. 6.3: 512 pairs of 20 + 36 tokens on four GPUs, 20 epochs of 9.18 M pairs; the
@@ -1797,24 +1809,27 @@ TWO_STREAM = dict(model="lxmert", cased=False, max_words=18, size="base", beta2=
 TWO_STREAM |= dict(optimizer="bertadam", schedule="linear-from-0")
 KERVADEC = TWO_STREAM | dict(task="pretrain", pretrain="multitask", loss="align")
 KERVADEC |= dict(split="train_balanced+val_balanced", align_schedule="constant", steps=358_600)
-KERVADEC |= dict(warmup=17_930, batch_tokens=7168, lr=1e-4, clip=1.0)
+KERVADEC |= dict(warmup=17_930, batch_size=128, gpus=4, lr=1e-4, clip=1.0)
 MAF = dict(task="grounding", loss="maf", cased=False, batch_size=64, lr=1e-5, eps=1e-8)
 MAF |= dict(beta2=0.999, weight_decay=0.0, clip=0.0, schedule="constant", warmup=0)
-# ALBEF and AMC [their code: configs/*.yaml]; 8 GPUs. An epoch of ALBEF's 14 M images is 27,000
+# ALBEF and AMC [their code: configs/*.yaml]. An epoch of ALBEF's 14 M images is 27,000
 # updates
 PICTURES = dict(model="albef", task="pretrain", vision="patches", cased=False, max_words=24)
-PICTURES |= dict(size="base", batch_size=64, eps=1e-8, beta2=0.999, weight_decay=0.02, clip=0.0)
+PICTURES |= dict(
+    size="base", batch_size=64, gpus=8, eps=1e-8, beta2=0.999, weight_decay=0.02, clip=0.0
+)
 PICTURES |= dict(schedule="cosine", warmup=2000, align_schedule="constant")
 AMC_BASE = PICTURES | dict(loss="amc", triplets="box+region", steps=40_000, lr=1e-5)
 AMC_BASE |= dict(init=CHECKPOINTS + "ALBEF.pth")
-TOY_PICTURES = PICTURES | dict(size="toy", patch=8, dropout=0.0, batch_size=48, queue=480)
+TOY_PICTURES = PICTURES | dict(size="toy", gpus=1, patch=8, dropout=0.0, batch_size=48, queue=480)
 TOY_PICTURES |= dict(warmup=200, beta2=0.98, weight_decay=0.01, clip=2.0, augment="flip")
 TOY_PICTURES |= dict(min_box_area=0.01, save_every=500, eval_every=500)
 # the hard negatives of UNITER's code; CACR's and IAIS's experiment
-RANKING = dict(task="retrieval", steps=5000, warmup=500, batch_tokens=2048, lr=5e-5, accumulate=16)
-RANKING |= dict(negatives=31, candidates=399, alternate=True)
+# 8 text and 8 image anchors a GPU
+RANKING = dict(task="retrieval", steps=5000, warmup=500, lr=5e-5, batch_size=1, accumulate=16)
+RANKING |= dict(gpus=8, negatives=31, candidates=399, alternate=True)
 # [UNITER sec. A.2]
-MINED = BASE | dict(task="retrieval", batch_tokens=10240, negatives=2)
+MINED = BASE | dict(task="retrieval", negatives=2)
 VQA_ALL = dict(task="vqa", split="train2014+val2014+vg", head_lr=10.0)
 
 RECIPES = {
@@ -1856,50 +1871,55 @@ RECIPES = {
     "uniter-pretrain-all": ALL_DATA | dict(accumulate=6),
     "uniter-pretrain-all-large": ALL_DATA
     | dict(size="large", init=CHECKPOINTS + "uniter-large-init.pt", steps=500_000)
-    | dict(batch_tokens=6144, accumulate=4),
+    | dict(batch_tokens=6144, accumulate=4, gpus=16),
     "vcr-pretrain": BASE
     | dict(task="pretrain", corpora="vcr", pretrain="mlm:2+mrfr:1+mrckl:1", steps=45_000)
-    | dict(warmup=4500, batch_tokens=6144, accumulate=4, lr=3e-5, clip=0.0, max_words=220),
-    "vqa": BASE | VQA_ALL | dict(steps=6000, warmup=600, batch_tokens=5120, accumulate=5, lr=8e-5),
+    | dict(warmup=4500, batch_tokens=6144, accumulate=4, gpus=4, lr=3e-5, clip=0.0)
+    | dict(max_words=220),
+    "vqa": BASE
+    | VQA_ALL
+    | dict(steps=6000, warmup=600, batch_tokens=5120, accumulate=5, gpus=4, lr=8e-5),
     "vqa-large": LARGE
     | VQA_ALL
-    | dict(steps=5000, warmup=500, batch_tokens=3072, accumulate=4, lr=5e-5),
+    | dict(steps=5000, warmup=500, batch_tokens=3072, accumulate=4, gpus=8, lr=5e-5),
     "vcr": BASE
     | dict(task="vcr", init="vcr-pretrain", steps=8000, warmup=800, batch_tokens=4000)
-    | dict(accumulate=5, lr=6e-5, max_words=220),
+    | dict(accumulate=5, gpus=4, lr=6e-5, max_words=220),
     "vcr-large": LARGE
-    | dict(task="vcr", steps=8000, warmup=800, batch_tokens=4000, accumulate=5, lr=6e-5)
+    | dict(task="vcr", steps=8000, warmup=800, batch_tokens=4000, accumulate=5, gpus=4, lr=6e-5)
     | dict(max_words=220),
     "nlvr2": BASE
     | dict(task="nlvr2", seed=77, steps=8000, warmup=800, batch_tokens=10240, lr=3e-5)
     | dict(skip_missing=True),
     "nlvr2-large": LARGE
     | dict(task="nlvr2", seed=24, steps=5000, warmup=500, batch_tokens=5120, accumulate=2)
-    | dict(lr=2e-5, skip_missing=True),
-    "ve": BASE | dict(task="ve", steps=4000, warmup=400, batch_tokens=4096, accumulate=4, lr=8e-5),
+    | dict(gpus=2, lr=2e-5, skip_missing=True),
+    "ve": BASE
+    | dict(task="ve", steps=4000, warmup=400, batch_tokens=4096, accumulate=4, gpus=2, lr=8e-5),
     "ve-large": LARGE
-    | dict(task="ve", steps=4000, warmup=400, batch_tokens=4096, accumulate=2, lr=3e-5),
+    | dict(task="ve", steps=4000, warmup=400, batch_tokens=4096, accumulate=2, gpus=4, lr=3e-5),
     "refcoco": BASE
     | dict(task="re", dataset="refcoco", seed=24, steps=24_000, warmup=1500)
-    | dict(batch_tokens=4096, lr=1e-4),
+    | dict(batch_size=128, lr=1e-4),
     "refcoco+": BASE
     | dict(task="re", dataset="refcoco+", head="region-mlp", seed=24, steps=10_000)
-    | dict(warmup=1000, batch_tokens=4096, lr=6e-5),
+    | dict(warmup=1000, batch_size=128, lr=6e-5),
     "refcocog": BASE
     | dict(task="re", dataset="refcocog", seed=24, steps=24_000, warmup=1500)
-    | dict(batch_tokens=4096, lr=1e-4),
-    "retrieval-flickr30k": MINED | dict(steps=16_000, warmup=1600, lr=5e-5, mine_every=2500),
+    | dict(batch_size=128, lr=1e-4),
+    "retrieval-flickr30k": MINED
+    | dict(batch_size=120, steps=16_000, warmup=1600, lr=5e-5, mine_every=2500),
     "retrieval-coco": MINED
-    | dict(dataset="coco", steps=20_000, warmup=2000, lr=2e-5, mine_every=4000),
+    | dict(dataset="coco", batch_size=60, steps=20_000, warmup=2000, lr=2e-5, mine_every=4000),
     # Kervadec et al.; table 2 and 4: without alignment supervision; GQA is LXMERT's
     "kervadec": KERVADEC,
     "kervadec-without": KERVADEC | dict(loss="none"),
     "gqa": TWO_STREAM
     | dict(task="gqa", init="kervadec", split="train_balanced+val_balanced", steps=134_000)
-    | dict(warmup=13_400, batch_tokens=1792, lr=1e-5, clip=5.0),
+    | dict(warmup=13_400, batch_size=32, lr=1e-5, clip=5.0),
     "kervadec-nlvr2": TWO_STREAM
     | dict(task="nlvr2", nlvr2_head="pair-mlp", init="kervadec", steps=10_800, warmup=1080)
-    | dict(batch_tokens=3584, lr=5e-5, clip=5.0, skip_missing=True),
+    | dict(batch_size=32, lr=5e-5, clip=5.0, skip_missing=True),
     # ALBEF, and AMC with and without the boxes
     "albef": PICTURES
     | dict(corpora="coco+vg+cc3m+sbu+cc12m", steps=810_000, lr=1e-4)

@@ -693,3 +693,66 @@ def test_batches_are_filled_to_the_last_token():
 )
 def test_boxes_are_cut_to_their_image(box, clipped):
     assert data.clip_box(*box, {"width": 100, "height": 80}) == clipped
+
+
+@pytest.mark.parametrize("size, by_example", [(2048, False), (24, True)])
+def test_processes_and_parts_share_a_batch(pairs, size, by_example):
+    """At 1, 2 and 4 processes, each in 1 to 4 parts, the same examples and the same masks."""
+    how = {"size": size, "seed": 0, "by_example": by_example}
+    whole = Batches("mlm", pairs, **how)
+    for k in (0, 5):
+        names, words = sorted(whole[k]["names"]), sorted(whole[k]["word_targets"].tolist())
+        assert not by_example or len(names) == size
+        for processes, parts in ((2, 1), (4, 1), (1, 4), (2, 2), (2, 3)):
+            pieces = []
+            for rank in range(processes):
+                own = Batches("mlm", pairs, **how, rank=rank, world_size=processes, parts=parts)
+                pieces += [own.part(k, j) for j in range(parts)]
+            assert sorted(n for piece in pieces for n in piece["names"]) == names
+            targets = [t for p in pieces for t in p.get("word_targets", torch.zeros(0)).tolist()]
+            assert sorted(targets) == words
+
+
+def test_sixteen_processes_pad_no_more_than_one():
+    """Share of real words and regions in what a process computes, of UNITER's batch a GPU."""
+
+    class Lengths:
+        """Stands for an Index: 200,000 pairs of 10 to 110 words and regions"""
+
+        def __init__(self):
+            self.n = np.random.default_rng(0).integers(10, 110, 200_000)
+            self.image, self.images = np.arange(len(self.n)), np.arange(len(self.n))
+
+        def __len__(self):
+            return len(self.n)
+
+        def length(self, rows, images):
+            return self.n[rows]
+
+        def n_words(self, rows):
+            return self.n[rows]
+
+    index, fills = Lengths(), []
+    for processes in (1, 16):
+        batches = Batches("mlm", index, 10_240 * processes, 0)
+        real = padded = 0
+        for k in range(20):
+            lengths = index.n[batches.whole(k)[0]]
+            for rank in range(processes):
+                own = lengths[rank::processes]
+                real, padded = real + own.sum(), padded + own.max() * len(own)
+        fills.append(real / padded)
+    assert fills[0] > 0.95 and fills[1] >= 0.95 * fills[0], fills
+
+
+def test_relative_boxes_stay_in_the_unit_square(tmp_path):
+    """Rounding elsewhere may leave a box a hair outside its image, which a store bears."""
+    how = {"source": "test", "features": 4}
+    writer = evaluate.StoreWriter(tmp_path / "s", ["features", "boxes"], how)
+    boxes = np.array([[-0.05, 0, 50, 40], [10, 10, 100.08, 80.06]], np.float32)
+    writer.add("a", (100, 80), features=np.ones((2, 4)), boxes=boxes)
+    writer.commit()
+    store = RegionStore(tmp_path / "s")
+    store.check_rows()
+    seen = store.relative_boxes(np.array([0]))
+    assert seen.min() == 0 and seen.max() == 1

@@ -140,3 +140,21 @@ def test_recall_in_folds_sees_only_its_fold():
     scores[:3, :3], scores[3:, 3:] = np.eye(3), 1 - np.eye(3)
     found = evaluate.recall_in_folds(scores, column, size=3, n=2)
     assert found["image/r1"] == 50 and found["text/r1"] == 50 and found["image/r5"] == 100
+
+
+def test_the_box_with_most_heat_for_its_area():
+    """Against its definition: the heat inside each box, by the square root of its area."""
+    generator = np.random.default_rng(0)
+    answers = set()
+    for _ in range(30):
+        A = torch.from_numpy(generator.random((40, 60)) ** 4)
+        corner = generator.uniform(0, 30, (6, 2))
+        boxes = np.concatenate([corner, generator.uniform(2, 40, (6, 2))], axis=1)
+        scores = []
+        for x, y, w, h in boxes:
+            x1, x2 = np.clip([int(x), int(x + w)], 0, 60)
+            y1, y2 = np.clip([int(y), int(y + h)], 0, 40)
+            scores.append(A[y1:y2, x1:x2].sum().item() / (w * h) ** 0.5)
+        assert evaluate.best_box_by_heat(A, boxes) == int(np.argmax(scores))
+        answers.add(int(np.argmax(scores)))
+    assert len(answers) > 2

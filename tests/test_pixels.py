@@ -571,7 +571,7 @@ def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
     assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3]), values
 
 
-def test_two_processes_are_one_with_the_doubled_batch(toy_tree, albef, tmp_path):
+def test_two_processes_are_one(toy_tree, albef, tmp_path):
     """Queue, negatives, contrast, matching and words: to the last digits the same weights,
     teacher and queue. (AMC's mean pools over a process's pairs.)
     """
@@ -593,7 +593,7 @@ def test_two_processes_are_one_with_the_doubled_batch(toy_tree, albef, tmp_path)
         *QUICK,
     ]
     run(tmp_path, *args, "--batch-size", 12, "--out", "one")
-    run(tmp_path, *args, "--batch-size", 6, "--out", "two", processes=2)
+    run(tmp_path, *args, "--batch-size", 6, "--gpus", 2, "--out", "two", processes=2)
     # a key's bias moves all scores of a row alike: its gradient is rounding, which Adam makes large
     one, two = (
         {k: v for k, v in weights(tmp_path / name).items() if not k.endswith("to_k.bias")}

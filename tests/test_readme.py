@@ -136,7 +136,8 @@ def shrunk(recipe):
     """A recipe's settings with a few updates"""
     steps = {"steps": 2, "warmup": 1, "save_every": 2, "eval_every": 2, "log_every": 1}
     steps |= {"candidates": 6} if recipe.get("candidates") else {}
-    return recipe | steps | {"batch_tokens": 256, "batch_size": 8, "queue": 20, "workers": 0}
+    steps |= {"batch_size": 8} if recipe.get("batch_size") else {}
+    return recipe | steps | {"batch_tokens": 256, "gpus": 1, "queue": 20, "workers": 0}
 
 
 @pytest.fixture

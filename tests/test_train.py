@@ -178,7 +178,8 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("rank", "few", "
 
 
 @pytest.mark.parametrize("kind", ["pretrain", *SLOW])
-def test_two_processes_are_one_with_the_doubled_batch(toy_tree, pretrained, tmp_path, kind):
+def test_any_number_of_processes_has_the_same_batches(toy_tree, pretrained, tmp_path, kind):
+    """One process with the whole batch, one that takes two GPUs' parts in turn, and two."""
     args = toy_run(toy_tree, pretrained, "--loss", "cacr+wra", "--steps", 6, "--dropout", 0)
     if kind == "pretrain":
         args = [
@@ -211,10 +212,13 @@ def test_two_processes_are_one_with_the_doubled_batch(toy_tree, pretrained, tmp_
             *QUICK,
         ]
     # few: one group at a time, so the second process has nothing to do
-    units = 30 if kind == "few" else 256
-    run(tmp_path, *args, "--batch-tokens", 2 * units, "--out", "one")
-    run(tmp_path, *args, "--batch-tokens", units, "--out", "two", processes=2)
-    same(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
+    tokens = 30 if kind == "few" else 256
+    run(tmp_path, *args, "--batch-tokens", 2 * tokens, "--out", "one")
+    args += ["--batch-tokens", tokens, "--gpus", 2]
+    run(tmp_path, *args, "--out", "parts")
+    run(tmp_path, *args, "--out", "two", processes=2)
+    for name in ("parts", "two"):
+        same(weights(tmp_path / "one"), weights(tmp_path / name), rtol=0, atol=1e-5)
 
 
 def test_schedules_are_the_authors():
