@@ -288,9 +288,7 @@ def winoground_index(run):
 
 
 def winoground(run, head=""):
-    """{"winoground/text": percent, ".../image", ".../group", "winoground/group/<tag>"} over all
-    examples.
-    """
+    """Percent of Winoground's examples: text, image, group, and group by tag"""
     index, tags = winoground_index(run)
     # (E, 2, 2): captions 2e, 2e + 1 along the second axis, their images along the third
     first = 2 * np.arange(len(tags))[:, None, None]
@@ -369,9 +367,7 @@ def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
 
 
 def is_right(scores, target):
-    """Which examples are answered right: (E,) bool. An example without an answer is wrong, whatever
-    is predicted.
-    """
+    """(E,) bool: answered right; an example without an answer is wrong, whatever is predicted"""
     return scores.argmax(axis=1) == target
 
 
@@ -406,9 +402,7 @@ def examples_of(index):
 
 
 def evaluate_nlvr(run, task, split, submit=False, **scoring):
-    """Accuracy on NLVR v1 in percent: over all six orders, over presentations as given, and of
-    always answering the majority.
-    """
+    """NLVR v1, percent: all six orders of the boxes; as given; the majority's answer"""
     index = open_task(run, run.settings["task"], split)
     labels = index.target_numbers(examples_of(index))
     right = predict(run, task, index, **scoring).argmax(axis=1) == labels
@@ -435,9 +429,7 @@ def vqa_accuracy(answer, said):
 
 
 def vqa_scores(answers, facts):
-    """{"vqa/accuracy", "vqa/<answer type>", "vqa/<question type>"} in percent of strings against
-    data.Answers.
-    """
+    """Percent of strings against data.Answers: all, by answer type, by question type"""
     each = np.array([vqa_accuracy(a, f.given) for a, f in zip(answers, facts)])
     metrics = {"accuracy": each.mean()}
     for kind in ("answer_type", "question_type"):
@@ -498,9 +490,7 @@ def evaluate_vcr(run, task, split, submit=False, **scoring):
 
 
 def nlvr2_scores(answers, ids, labels):
-    """Accuracy, and consistency: the share of sentences (set, sentence of the identifier) whose
-    pairs are all right; in percent.
-    """
+    """Percent right, and consistency: of sentences whose pairs of images are all right"""
     # one sentence is asked about several pairs of images
     hit, groups = np.array([a == b for a, b in zip(answers, labels)]), {}
     for name, ok in zip(ids, hit):
@@ -514,9 +504,7 @@ def nlvr2_scores(answers, ids, labels):
 
 
 def evaluate_nlvr2(run, task, split, submit=False, **scoring):
-    """Accuracy, consistency, majority; examples without features count as wrong. Also the rows of
-    the submission file.
-    """
+    """Accuracy, consistency, majority; an example without features counts as wrong"""
     index = open_task(run, run.settings["task"], split)
     answers = predict(run, task, index, **scoring).argmax(axis=1)
     ids = [index.id(row) for row in range(0, len(index), index.group)]
@@ -705,9 +693,7 @@ def evaluate_gqa(run, task, split, submit=False, **scoring):
 
 
 def cell_map(weights, boxes, m=7):
-    """(m, m), first index along x: each region's weight spread evenly over its box, x1 y1 x2 y2
-    in [0, 1].
-    """
+    """(m, m), first index along x: each region's weight spread evenly over its box in [0, 1]"""
     x, y = (cell_overlap(boxes[:, i], boxes[:, i + 2], m) for i in (0, 1))  # (N_V, m)
     # a region that covers many cells gives each of them less
     area = np.maximum(x.sum(1) * y.sum(1), 1e-9)
@@ -811,9 +797,7 @@ def box_overlap(a, b):
 
 
 def matching_region(record, store, image):
-    """The target of a referring expression: the region that overlaps the truth most, if by more
-    than half; else -1.
-    """
+    """The region that overlaps the expression's box most, if by more than half; else -1"""
     boxes = store.read(np.array([image]), "boxes")[0]
     boxes[:, 2:] -= boxes[:, :2]
     overlap = box_overlap(boxes, record.boxes[0])
@@ -845,16 +829,6 @@ def choice_loss(out, batch, margin):
     return losses.classify(out.scores, right.flatten().long())
 
 
-def choice_scores(out, batch, group):
-    """VCR: (E, choices)"""
-    return out.scores[:, 1].view(-1, group)
-
-
-def match_loss(out, batch, margin):
-    """The matching head as a classifier."""
-    return losses.itm(out.match, batch["target"])
-
-
 def region_scores(out, batch, group):
     """Referring expressions: (E, N_V), -inf at padded regions"""
     return out.scores.masked_fill(~batch["input"]["region_mask"], float("-inf"))
@@ -875,9 +849,7 @@ def region_rank_loss(out, batch, margin):
 
 
 def wrong_region(scores, region_mask, target, hard=0.3):
-    """Another region of each row: the highest scored, or with probability 1 - hard any [authors'
-    code].
-    """
+    """Another region of each row: the highest scored, or, 1 - hard, any [authors' code]"""
     scores = scores.detach().float()
     others = region_mask.scatter(1, target[:, None], False)
     # one region alone is its own rival
@@ -932,7 +904,7 @@ TASKS = {
         head=lambda s: "choice",
         type_rows=4,
         losses={"bce": choice_loss},
-        scores=choice_scores,
+        scores=lambda out, batch, group: out.scores[:, 1].view(-1, group),
         evaluate=evaluate_vcr,
         submission="csv",
         needs_boxes=True,
@@ -980,7 +952,7 @@ TASKS = {
         validation="dev",
         stream=7,
         output="match",
-        losses={"ce": match_loss},
+        losses={"ce": lambda out, batch, margin: losses.itm(out.match, batch["target"])},
         scores=lambda out, batch, group: out.match,
         evaluate=evaluate_nlvr,
     ),
@@ -1088,14 +1060,14 @@ def pointed_questions(run, split):
 
 
 def multitask_benchmarks(run):
-    """GQA without fine-tuning, as Kervadec sec. 6.2, and pointing on GQA's validation questions,
-    which have scene graphs.
-    """
+    """GQA without fine-tuning [Kervadec sec. 6.2], and what its words point at"""
     settings = run.settings | {"task": MULTITASK_ANSWERS, "answer_list": run.sizes["answer_list"]}
     metrics = downstream(run._replace(settings=settings))
     # test-dev has no scene graphs, so what words point at is known of val alone
     if (Path(run.data) / "gqa" / "val_sceneGraphs.json").exists():
-        metrics |= pointing(run)
+        trained_on = "val" in (run.settings["split"] or "")
+        note = "_on_questions_trained_on" if trained_on else ""
+        metrics |= {f"{name}{note}": value for name, value in pointing(run).items()}
     return metrics
 
 
@@ -1271,9 +1243,7 @@ def heat_map(model, batch):
 
 
 def at_size(A, size):
-    """Heat maps (b, patches) of one size of picture (width, height): (b, height, width), bicubic
-    [AMC's code]
-    """
+    """Heat maps (b, patches) at a picture's size: (b, height, width), bicubic [AMC's code]"""
     A, how = rearrange(A, "b (h w) -> b 1 h w", h=math.isqrt(A.shape[1])), {"mode": "bicubic"}
     return torch.nn.functional.interpolate(A, size[::-1], **how, align_corners=False)[:, 0]
 
@@ -1574,9 +1544,7 @@ def attention_figures(runs, out, n=8):
 
 
 def draw_heat(picture, A, boxes, title):
-    """One panel: the picture under its heat map, the true boxes red, the hottest place a white
-    ring.
-    """
+    """A panel: picture under its heat map, true boxes red, the hottest place a white ring"""
     A = A.clamp(min=0).cpu().numpy()
     # linear between the colours of the table
     level = (A / max(A.max(), 1e-9)) * (len(HEAT) - 1)
@@ -1857,9 +1825,15 @@ def npz_rows(folder, sizes, skip=0):
             found = f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}"
             wanted = "UNITER's npz with features, norm_bb, conf, soft_labels."
             raise DataError(found, wanted, CUT_SHORT) from None
-        # UNITER's rule [authors' code]
-        n = int(np.clip((conf > 0.2).sum(), 10, 100))
+        # given boxes are all kept, of detected ones the confident [authors' code]
+        given = path.stem.startswith(("visual_grounding_", "vcr_gt_"))
+        n = 100 if given else int(np.clip((conf > 0.2).sum(), 10, 100))
         name = uniter_image_id(path.stem)
+        if given and name not in sizes:
+            found = (
+                f"{path}: annotated boxes are compared with pixels, and {name}'s size is unknown"
+            )
+            raise DataError(found, "--images, the folder of the pictures")
         # unknown sizes: the boxes stay in the unit square
         w, h = sizes.get(name, (1, 1))
         columns = {

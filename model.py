@@ -1233,6 +1233,9 @@ def select_boxes(boxes, probs, regions, thresholds):
     keep, used = kind[:0], -1.0
     for threshold in thresholds:
         keep = nms(own, score, threshold)[: regions[1]]
+        if regions[0] < regions[1]:
+            # as many as are confident, within these bounds [UNITER's rule]
+            keep = keep[: max(regions[0], int((score[keep] > 0.2).sum()))]
         if len(keep) >= regions[0]:
             used = threshold
             break

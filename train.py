@@ -151,7 +151,7 @@ class Config:
     task: str = opt("retrieval", "what to learn; grounding: MAF", TASKS)
     model: str = opt("uniter", "single stream, two streams, ALBEF", ("uniter", "lxmert", "albef"))
     size: str = opt("base", "model size", tuple(SIZES))
-    init: str = opt("", "start from a checkpoint file, or a recipe to run first, or none")
+    init: str = opt("", "start from checkpoints, joined by +, or a recipe to run first, or none")
     out: str = opt("", "folder of the run; out/ and what was typed unless given")
     seed: int = opt(0, "redraws weights, batches, masks and negatives")
 
@@ -478,7 +478,8 @@ def corpus_weights(cfg):
     """{corpus: how often} from --corpora, or --triplets alone."""
     if cfg.triplets:
         return {"triplets": 1.0}
-    weights = read_weights(cfg.corpora, dict.fromkeys(CORPORA, 1), "--corpora")
+    # ALBEF draws a corpus as often as it is large, unless a weight is given: 0 here
+    weights = read_weights(cfg.corpora, dict.fromkeys(CORPORA, not cfg.is_albef), "--corpora")
     for name in weights:
         if CORPORA[name].task and len(weights) > 1:
             found = f"--corpora {name} is a second stage with a vocabulary of its own"
@@ -546,7 +547,7 @@ def setup_runtime(cfg):
         torch.cuda.set_device(device)
         # TF32 for what stays in float32
         torch.set_float32_matmul_precision("high")
-        native = torch.cuda.is_bf16_supported()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device, native = torch.device("cpu"), native_bf16()
         keep_memory()
@@ -572,9 +573,7 @@ class Streams(NamedTuple):
 
 
 def load_tokenizer(cfg):
-    """BERT's word pieces; MAF: every word of the phrases and every name of the detector that GloVe
-    knows.
-    """
+    """BERT's word pieces; MAF: words of the phrases and of the detector that GloVe knows"""
     if "phrases" not in given_to(cfg):
         return load_wordpiece(cfg.data, cfg.cased, TASKS[vocabulary_task(cfg)].words)
     words = {*detector_names(cfg.data, "objects")}
@@ -678,7 +677,7 @@ def pretrain_streams(cfg, runtime, run, share):
         for task, task_weight in tasks.items():
             own = dict(corpus=number, **share, **how, **batch_size_of(cfg))
             streams.append(Batches(task, indexes[0], **own))
-            sampling_weights.append(weight * task_weight)
+            sampling_weights.append((weight or len(indexes[0])) * task_weight)
             # what is validated of ALBEF is its contrast
             name = task if task != "albef" else "itc"
             held = min(size, len(indexes[1])) if task == "albef" else size
@@ -791,9 +790,7 @@ def model_sizes(cfg, tokenizer, streams):
 
 
 def build_model(cfg, runtime, tokenizer, streams):
-    """A model of the recipe's size for this vocabulary, these features and this task, filled from
-    --init.
-    """
+    """A model for this vocabulary, these features and this task, filled from --init"""
     # the same weights on all processes, whatever was drawn before
     torch.manual_seed(cfg.seed)
     sizes = model_sizes(cfg, tokenizer, streams)
@@ -805,10 +802,23 @@ def build_model(cfg, runtime, tokenizer, streams):
             model.word.weight.copy_(torch.from_numpy(tokenizer.vectors))
     else:
         model = build(kind, cfg.size, **sizes, dropout=cfg.dropout)
-    if cfg.init:
-        report = load_pretrained(model, cfg.init, getattr(tokenizer, "new_words", 0))
-        runtime.print_rank0(f"  {cfg.init}: {report}")
+    # a run's own folder may have a + in its name
+    paths = [cfg.init] if Path(cfg.init).exists() else cfg.init.split("+")
+    for path in paths if cfg.init else ():
+        if not Path(path).exists():
+            raise UserError(f"{path} is not there", FROM_BERT)
+        report = load_pretrained(model, path, getattr(tokenizer, "new_words", 0))
+        runtime.print_rank0(f"  {path}: {report}")
     return model.to(runtime.device)
+
+
+# UNITER's own checkpoints can no longer be had
+FROM_BERT = (
+    "a checkpoint. Without UNITER's own, begin from BERT's, which is public:\n"
+    "    python train.py --recipe uniter-pretrain --data DATA "
+    "--init DATA/bert-base-cased/pytorch_model.bin --out out/pretrain\n"
+    '  and go on from there with --init out/pretrain/last.pt (README, "Full data")'
+)
 
 
 # 6. Objectives ----------------------------------------------------------------------------------
@@ -986,9 +996,7 @@ def phrase_vectors(cfg, model, batch):
 
 
 def objective_maf(cfg, model, batch):
-    """A caption's phrases should find their regions in its own image rather than in the batch's
-    others.
-    """
+    """A caption's phrases should find their regions in its own image, not in others."""
     e, v, (_, phrase_mask, region_mask) = phrase_vectors(cfg, model, batch)
     similarity = losses.maf_similarity(e, v, phrase_mask, region_mask)
     if cfg.attend_padding:
@@ -1123,9 +1131,7 @@ def all_gather_with_grad(x):
 
 
 def objective_rank(cfg, model, batch):
-    """Ranking of each matched pair against its negatives; alignment on the matched pairs, which
-    alone run with maps.
-    """
+    """Each matched pair against its negatives; alignment on the matched, alone with maps"""
     out = model(**batch["positive"], heads=("rank",), maps=maps_needed(cfg))
     wrong = torch.cat([model(**b, heads=("rank",)).rank for b in batch["negatives"]])
     scores = torch.cat([out.rank[:, None], wrong[batch["order"]]], dim=1)  # (G, 1 + K)
@@ -1487,9 +1493,7 @@ def all_reduce_gradients(runtime, model):
 
 @torch.inference_mode()
 def validate(cfg, runtime, model, streams, samples=300):
-    """Accuracy in percent of each task, over the first batches of its validation stream that hold
-    so many samples.
-    """
+    """Accuracy in percent of each task, over the first batches that hold so many samples"""
     accuracy = {}
     model.eval()
     for name, stream in streams.items():
@@ -1677,9 +1681,7 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
 
 
 class Log:
-    """out/log.jsonl, one JSON object a line; after a resume the lines beyond the checkpoint are
-    left out first.
-    """
+    """out/log.jsonl, one JSON object a line; after a resume up to the checkpoint alone"""
 
     def __init__(self, cfg, runtime, start):
         self.path, self.on, self.last = Path(cfg.out) / "log.jsonl", runtime.is_main, {}
@@ -1702,9 +1704,7 @@ class Log:
 
 
 def run_first(cfg, runtime):
-    """Run the recipe named by --init for this data and seed, unless that is done; returns its
-    checkpoint. Killed, it goes on by itself.
-    """
+    """The checkpoint of the recipe that --init names, run first unless that is done"""
     # data, seed and machine are this run's, all else is that recipe's
     shared = "data regions seed precision compile workers vision resolution patch".split()
     changes = {name: getattr(cfg, name) for name in shared} | {"resume": True}
@@ -1715,7 +1715,12 @@ def run_first(cfg, runtime):
     numbers = {k: v for k, v in settings if k not in NO_NUMBERS - {"data"}}
     # other settings, another folder: two different runs never meet
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:8]
-    first.out = f"out/{cfg.init}-seed{cfg.seed}-{digest}"
+    typed, first.out = first.out, f"out/{cfg.init}-seed{cfg.seed}-{digest}"
+    if (Path(typed) / "done.json").exists():
+        # the recipe was typed by itself: its folder serves if all of its numbers are these
+        was = read_checkpoint(f"{typed}/last.pt").config
+        if all(was.get(name) == value for name, value in numbers.items()):
+            return f"{typed}/last.pt"
     if not (Path(first.out) / "done.json").exists():
         train(first, runtime)
     return f"{first.out}/last.pt"
@@ -1787,7 +1792,9 @@ def main(argv=None):
 # One dict per experiment: only what differs from the defaults of Config. "init" may name another
 # recipe: it is run first.
 
-CHECKPOINTS = "{data}/checkpoints/"
+# of runs of hours: a checkpoint takes seconds and gigabytes
+RARELY = dict(save_every=1000, eval_every=1000)
+CHECKPOINTS, BERT = "{data}/checkpoints/", "{data}/bert-base-uncased/pytorch_model.bin"
 TOY = dict(size="toy", init="toy-pretrain", dropout=0.0)
 TOY |= dict(warmup=50, batch_tokens=2048, lr=3e-4, clip=2.0)
 # Small batches and much masking: what breaks the plateau before "left" is distinguished from
@@ -1795,17 +1802,17 @@ TOY |= dict(warmup=50, batch_tokens=2048, lr=3e-4, clip=2.0)
 TOY_PRETRAIN = dict(task="pretrain", pretrain="mlm:4+itm:1", size="toy", dropout=0.0, steps=6000)
 TOY_PRETRAIN |= dict(warmup=200, batch_tokens=1024, lr=5e-4, mask_rate=0.4, clip=5.0)
 TOY_PRETRAIN |= dict(save_every=500, eval_every=500)
-BASE = dict(size="base", init=CHECKPOINTS + "uniter-base.pt")
-LARGE = dict(size="large", init=CHECKPOINTS + "uniter-large.pt")
+BASE = RARELY | dict(size="base", init=CHECKPOINTS + "uniter-base.pt")
+LARGE = RARELY | dict(size="large", init=CHECKPOINTS + "uniter-large.pt")
 # UNITER [authors' code: config/*.json]: batch_tokens x accumulate x gpus
-PRETRAIN = dict(task="pretrain", pretrain="mlm:2+itm:2+mrfr:1+mrckl:1+wra", size="base")
+PRETRAIN = RARELY | dict(task="pretrain", pretrain="mlm:2+itm:2+mrfr:1+mrckl:1+wra", size="base")
 PRETRAIN |= dict(init=CHECKPOINTS + "uniter-base-init.pt", steps=200_000, warmup=10_000)
 PRETRAIN |= dict(batch_tokens=10240, gpus=8, lr=5e-5, clip=5.0)
 ALL_DATA = PRETRAIN | dict(corpora="coco:2+vg:3+cc3m:3+sbu:2")
 ALL_DATA |= dict(pretrain="mlm:4+itm:3+mrfr:2+mrckl:2+wra")
 # Kervadec et al. sec. 6.3: 512 pairs of 20 + 36 tokens on four GPUs, 20 epochs of 9.18 M pairs; the
 # rest is LXMERT's code
-TWO_STREAM = dict(model="lxmert", cased=False, max_words=18, size="base", beta2=0.999)
+TWO_STREAM = RARELY | dict(model="lxmert", cased=False, max_words=18, size="base", beta2=0.999)
 TWO_STREAM |= dict(optimizer="bertadam", schedule="linear-from-0")
 KERVADEC = TWO_STREAM | dict(task="pretrain", pretrain="multitask", loss="align")
 KERVADEC |= dict(split="train_balanced+val_balanced", align_schedule="constant", steps=358_600)
@@ -1814,7 +1821,9 @@ MAF = dict(task="grounding", loss="maf", cased=False, batch_size=64, lr=1e-5, ep
 MAF |= dict(beta2=0.999, weight_decay=0.0, clip=0.0, schedule="constant", warmup=0)
 # ALBEF and AMC [their code: configs/*.yaml]. An epoch of ALBEF's 14 M images is 27,000
 # updates
-PICTURES = dict(model="albef", task="pretrain", vision="patches", cased=False, max_words=24)
+PICTURES = RARELY | dict(
+    model="albef", task="pretrain", vision="patches", cased=False, max_words=24
+)
 PICTURES |= dict(
     size="base", batch_size=64, gpus=8, eps=1e-8, beta2=0.999, weight_decay=0.02, clip=0.0
 )
@@ -1830,6 +1839,9 @@ RANKING = dict(task="retrieval", steps=5000, warmup=500, lr=5e-5, batch_size=1, 
 RANKING |= dict(gpus=8, negatives=31, candidates=399, alternate=True)
 # [UNITER sec. A.2]
 MINED = BASE | dict(task="retrieval", negatives=2)
+VCR = dict(task="vcr", steps=8000, warmup=800, batch_tokens=4000, accumulate=5, gpus=4)
+VCR |= dict(lr=6e-5, max_words=220)
+RE = BASE | dict(task="re", seed=24, steps=24_000, warmup=1500, batch_size=128, lr=1e-4)
 VQA_ALL = dict(task="vqa", split="train2014+val2014+vg", head_lr=10.0)
 
 RECIPES = {
@@ -1857,9 +1869,9 @@ RECIPES = {
     | dict(save_every=500, eval_every=500),
     "toy-gqa": TWO_STREAM
     | dict(task="gqa", init="toy-align", size="toy", dropout=0.0, optimizer="adamw", steps=800)
-    | dict(warmup=50, batch_tokens=2048, lr=3e-4, beta2=0.98),
+    | dict(warmup=50, batch_tokens=2048, lr=3e-4, beta2=0.98, save_every=200, eval_every=200),
     "toy-grounding": MAF | dict(steps=1000, lr=1e-3),
-    "toy-albef": TOY_PICTURES | dict(corpora="crops+coco", steps=1000, lr=5e-4),
+    "toy-albef": TOY_PICTURES | dict(corpora="crops:1+coco:1", steps=1000, lr=5e-4),
     "toy-amc-patches": TOY_PRETRAIN
     | dict(loss="amc", vision="patches", triplets="box+region", min_box_area=0.01)
     | dict(init="toy-patches", pretrain="mlm:1+itm:2", steps=900, warmup=60, lr=2e-4)
@@ -1882,12 +1894,8 @@ RECIPES = {
     "vqa-large": LARGE
     | VQA_ALL
     | dict(steps=5000, warmup=500, batch_tokens=3072, accumulate=4, gpus=8, lr=5e-5),
-    "vcr": BASE
-    | dict(task="vcr", init="vcr-pretrain", steps=8000, warmup=800, batch_tokens=4000)
-    | dict(accumulate=5, gpus=4, lr=6e-5, max_words=220),
-    "vcr-large": LARGE
-    | dict(task="vcr", steps=8000, warmup=800, batch_tokens=4000, accumulate=5, gpus=4, lr=6e-5)
-    | dict(max_words=220),
+    "vcr": BASE | VCR | dict(init="vcr-pretrain"),
+    "vcr-large": LARGE | VCR,
     "nlvr2": BASE
     | dict(task="nlvr2", seed=77, steps=8000, warmup=800, batch_tokens=10240, lr=3e-5)
     | dict(skip_missing=True),
@@ -1898,15 +1906,10 @@ RECIPES = {
     | dict(task="ve", steps=4000, warmup=400, batch_tokens=4096, accumulate=4, gpus=2, lr=8e-5),
     "ve-large": LARGE
     | dict(task="ve", steps=4000, warmup=400, batch_tokens=4096, accumulate=2, gpus=4, lr=3e-5),
-    "refcoco": BASE
-    | dict(task="re", dataset="refcoco", seed=24, steps=24_000, warmup=1500)
-    | dict(batch_size=128, lr=1e-4),
-    "refcoco+": BASE
-    | dict(task="re", dataset="refcoco+", head="region-mlp", seed=24, steps=10_000)
-    | dict(warmup=1000, batch_size=128, lr=6e-5),
-    "refcocog": BASE
-    | dict(task="re", dataset="refcocog", seed=24, steps=24_000, warmup=1500)
-    | dict(batch_size=128, lr=1e-4),
+    "refcoco": RE | dict(dataset="refcoco"),
+    "refcoco+": RE
+    | dict(dataset="refcoco+", head="region-mlp", steps=10_000, warmup=1000, lr=6e-5),
+    "refcocog": RE | dict(dataset="refcocog"),
     "retrieval-flickr30k": MINED
     | dict(batch_size=120, steps=16_000, warmup=1600, lr=5e-5, mine_every=2500),
     "retrieval-coco": MINED
@@ -1923,7 +1926,7 @@ RECIPES = {
     # ALBEF, and AMC with and without the boxes
     "albef": PICTURES
     | dict(corpora="coco+vg+cc3m+sbu+cc12m", steps=810_000, lr=1e-4)
-    | dict(init=CHECKPOINTS + "deit_base_patch16_224-b5f2ef4d.pth"),
+    | dict(init=CHECKPOINTS + "deit_base_patch16_224-b5f2ef4d.pth+" + BERT),
     "amc": AMC_BASE,
     "amc-without": AMC_BASE | dict(loss="none"),
     # 25 epochs of 148,915 captions [MAF app. A]

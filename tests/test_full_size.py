@@ -1,0 +1,162 @@
+"""What the papers' recipes need beyond the toy world: their batches, features, checkpoints."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import model as parts
+import train
+from conftest import QUICK, prepared_run, read, run, same, weights
+
+# [UNITER's, IAIS's, LXMERT's, ALBEF's, MAF's code; the papers]: a GPU's batch, times, GPUs
+BATCHES = {
+    "uniter-pretrain": (10_240, "tokens", 2, 8),
+    "uniter-pretrain-all": (10_240, "tokens", 6, 8),
+    "uniter-pretrain-all-large": (6144, "tokens", 4, 16),
+    "vcr-pretrain": (6144, "tokens", 4, 4),
+    "vqa": (5120, "tokens", 5, 4),
+    "vqa-large": (3072, "tokens", 4, 8),
+    "vcr": (4000, "tokens", 5, 4),
+    "vcr-large": (4000, "tokens", 5, 4),
+    "ve": (4096, "tokens", 4, 2),
+    "ve-large": (4096, "tokens", 2, 4),
+    "nlvr2": (10_240, "tokens", 1, 1),
+    "nlvr2-large": (5120, "tokens", 2, 2),
+    "refcoco": (128, "examples", 1, 1),
+    "refcoco+": (128, "examples", 1, 1),
+    "refcocog": (128, "examples", 1, 1),
+    "retrieval-flickr30k": (120, "examples", 1, 1),
+    "retrieval-coco": (60, "examples", 1, 1),
+    "flickr30k": (1, "examples", 16, 8),
+    "coco": (1, "examples", 16, 8),
+    "kervadec": (128, "examples", 1, 4),
+    "gqa": (32, "examples", 1, 1),
+    "kervadec-nlvr2": (32, "examples", 1, 1),
+    "albef": (64, "examples", 1, 8),
+    "amc": (64, "examples", 1, 8),
+    "maf": (64, "examples", 1, 1),
+}
+
+
+@pytest.mark.parametrize("recipe", BATCHES)
+def test_recipes_give_the_papers_batch(recipe):
+    cfg = train.make_config(recipe)
+    size, unit, accumulate, gpus = BATCHES[recipe]
+    how = train.batch_size_of(cfg)
+    assert how["by_example"] == (unit == "examples") and cfg.accumulate == accumulate
+    assert how["size"] == size * gpus
+    # hours between two checkpoints would be lost, minutes are not
+    assert recipe == "maf" or cfg.save_every >= 1000
+
+
+def write_npz(path, conf):
+    n = len(conf)
+    corners = np.tile(np.array([0.1, 0.1, 0.5, 0.5, 0.4, 0.4], np.float16), (n, 1))
+    probs = np.full((n, 5), 0.2, np.float16)
+    features = np.ones((n, 8), np.float16)
+    np.savez(path, features=features, norm_bb=corners, conf=conf, soft_labels=probs)
+
+
+def test_annotated_boxes_are_all_kept(tmp_path):
+    """The rule of confidence is of detected boxes; sizes are needed where pixels are compared."""
+    for folder in ("gt", "det", "jpg"):
+        (tmp_path / folder).mkdir()
+    conf = np.array([0.9] * 12 + [0.0] * 13, np.float16)
+    write_npz(tmp_path / "gt/visual_grounding_coco_gt_000000000042.npz", conf)
+    write_npz(tmp_path / "det/coco_train2014_000000000042.npz", conf)
+    with pytest.raises(data.DataError, match="size is unknown\n  Wanted: --images"):
+        evaluate.pack([tmp_path / "gt"], tmp_path / "none")
+    Image.new("RGB", (200, 100)).save(tmp_path / "jpg/COCO_train2014_000000000042.jpg")
+    for folder, n in (("gt", 25), ("det", 12)):
+        evaluate.pack([tmp_path / folder], tmp_path / f"store-{folder}", tmp_path / "jpg")
+        store = data.RegionStore(tmp_path / f"store-{folder}")
+        assert store.n_regions([0]).tolist() == [n] and store.wh[0].tolist() == [200, 100]
+
+
+@pytest.mark.parametrize("confident, least, most, wanted", [(15, 10, 100, 15), (3, 10, 100, 10)])
+def test_ten_to_a_hundred_boxes(confident, least, most, wanted):
+    """Those over 0.2, within these bounds [UNITER]; a fixed number takes what there is."""
+    corner = torch.arange(40.0)[:, None] * 20
+    boxes = torch.cat([corner, corner, corner + 10, corner + 10], dim=1)[:, None].expand(-1, 3, -1)
+    probs = torch.full((40, 4), 0.1)
+    probs[:confident, 0] = 0.7
+    keep, _, _ = parts.select_boxes(boxes, probs, (least, most), (0.5,))
+    assert len(keep) == wanted
+    assert len(parts.select_boxes(boxes, probs, (36, 36), (0.5,))[0]) == 36
+
+
+def test_pictures_are_not_decoded_below_the_wanted_size(tmp_path):
+    Image.new("RGB", (640, 480)).save(tmp_path / "a.jpg")
+    assert min(data.read_picture(tmp_path / "a.jpg", 256).size) >= 256
+    assert data.read_picture(tmp_path / "a.jpg", 200).size == (320, 240)
+    assert data.open_picture(tmp_path / "a.jpg", 256).shape == (256, 256, 3)
+
+
+def test_missing_lists_of_test_images_are_said(toy_tree, tmp_path):
+    """Without RefCOCO's files its test images would be trained on in silence."""
+    for folder in ("coco", "flickr30k"):
+        (tmp_path / folder).symlink_to(toy_tree / folder)
+    _, stats = read(data.coco_corpus, tmp_path, "train")
+    assert sum("NONE OF refcoco" in name for name, n in stats.items() if n) == 3
+
+
+def test_albef_draws_a_corpus_as_often_as_it_is_large(toy_tree):
+    for corpora, by_size in (("coco+vg", True), ("coco:1+vg:1", False)):
+        argv = ["--recipe", "toy-albef", "--corpora", corpora, "--data", str(toy_tree), *QUICK]
+        cfg = train.parse(argv)
+        runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+        streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
+        sizes = [len(stream.index) for stream in streams.train]
+        assert streams.weights == (sizes if by_size else [1, 1]) and sizes[0] != sizes[1]
+
+
+def test_a_run_that_was_typed_is_found_by_the_next(toy_tree, tmp_path, monkeypatch):
+    """The README's pre-training command, then the recipe that begins from it: no second one."""
+    monkeypatch.chdir(tmp_path)
+    quick = {"steps": 4, "warmup": 1, "batch_tokens": 256}
+    monkeypatch.setitem(train.RECIPES, "toy-pretrain", train.RECIPES["toy-pretrain"] | quick)
+    common = ["--data", toy_tree, "--workers", 0, "--precision", "fp32"]
+    run(tmp_path, "--recipe", "toy-pretrain", *common)
+    argv = ["--task", "ve", "--steps", 2, "--warmup", 1, "--batch-tokens", 256, *common]
+    run(tmp_path, *argv, "--out", "x")
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    # another one does not serve: its numbers differ
+    run(tmp_path, *argv, "--seed", 1, "--out", "y")
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_several_files_to_begin_from(toy_tree, tmp_path):
+    """ALBEF from one file of pictures and one of words; a missing one says how to do without."""
+    run(tmp_path, "--recipe", "toy-albef", "--data", toy_tree, "--steps", 1, "--queue", 96, *QUICK)
+    (saved,) = tmp_path.glob("out/*/last.pt")
+    state = weights(saved.parent)
+    pieces = {"vision": {}, "words": {}}
+    for name, tensor in state.items():
+        if name.startswith("student."):
+            pieces["vision" if ".vision." in name else "words"][name] = torch.rand_like(tensor)
+    for name, piece in pieces.items():
+        torch.save(piece, tmp_path / f"{name}.pt")
+    argv = ["--recipe", "toy-albef", "--data", str(toy_tree), "--queue", "96", *QUICK]
+    cfg = train.parse([*argv, "--init", f"{tmp_path}/vision.pt+{tmp_path}/words.pt"])
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
+    model = train.build_model(cfg, runtime, tokenizer, streams)
+    same({**pieces["vision"], **pieces["words"]}, model.state_dict())
+    teacher = {k.replace("student.", "teacher."): v for k, v in pieces["vision"].items()}
+    same(teacher, model.state_dict())
+    done = run(tmp_path, *argv, "--init", "nothing.pt", "--out", "z", expect=1)
+    assert "nothing.pt is not there" in done.stderr and "--recipe uniter-pretrain" in done.stderr
+
+
+def test_pointing_says_what_was_trained_on(monkeypatch, toy_tree):
+    """Of questions that the two-stream recipe was trained on no number stands as if it were not."""
+    monkeypatch.setattr(evaluate, "downstream", lambda run: {})
+    monkeypatch.setattr(evaluate, "pointing", lambda run: {"pointing/accuracy": 1.0})
+    vision = data.Vision(str(toy_tree))
+    for split, name in (("train_balanced", ""), ("train_balanced+val_balanced", "_on_questions")):
+        one = evaluate.Run(None, None, {"split": split}, {"answer_list": []}, vision)
+        (key,) = evaluate.multitask_benchmarks(one)
+        assert key.startswith(f"pointing/accuracy{name}") and (name or key == "pointing/accuracy")
