@@ -2264,6 +2264,8 @@ class BatchOptions(NamedTuple):
     # even batches: captions with other images; odd ones: images with other captions
     alternate: bool = False
     augment: tuple = ()  # of pictures: flip, jitter, grey
+    # all texts of an example count in size, or, as VCR's authors count, one of its choices
+    count_choices: bool = True
     answers: int = 0  # how many the task's head predicts, where several may be right
     similarity: object = None  # WordSimilarity of the pointed words
     soft_target: Callable = None  # losses.soft_alignment_target
@@ -2486,8 +2488,9 @@ def group_cost(batches, rows, images, match):
 
 
 def example_cost(batches, rows, examples):
-    """Of all texts of an example, at the length of the longest"""
-    return example_length(batches.index, examples) * batches.index.group
+    """Of all texts of an example, or of one, at the length of the longest"""
+    length = example_length(batches.index, examples)
+    return length * batches.index.group if batches.count_choices else length
 
 
 def example_rows(index, examples):

@@ -708,8 +708,10 @@ class Task(NamedTuple):
     store: object = "coco"
     train: str = "train"
     validation: str = "val"
-    # (settings) -> so many texts that follow each other are one example
+    # (settings) -> so many texts that follow each other are one example; do all of them count in
+    # the batch's size
     group: Callable = lambda settings: 1
+    count_choices: bool = True
     # (record, store, image) -> target, where it depends on the store
     label: Callable = None
     # number of its random numbers
@@ -900,6 +902,7 @@ TASKS = {
         reader=lambda s: functools.partial(vcr_choices, parts=("qa", "qar")),
         store="vcr",
         group=lambda s: 4,
+        count_choices=False,
         stream=9,
         head=lambda s: "choice",
         type_rows=4,

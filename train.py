@@ -624,6 +624,7 @@ def task_streams(cfg, runtime, run, share):
     task, batches = TASKS[cfg.task], []
     answers = run.settings["answer_list"]
     how = {"stream": task.stream, "answers": len(answers) if task.soft else 0}
+    how["count_choices"] = task.count_choices
     # each process validates on the same batches, so that all agree without a message
     whole = {"size": cfg.batch_tokens, "seed": cfg.seed}
     for split, own in (
@@ -1821,12 +1822,9 @@ MAF = dict(task="grounding", loss="maf", cased=False, batch_size=64, lr=1e-5, ep
 MAF |= dict(beta2=0.999, weight_decay=0.0, clip=0.0, schedule="constant", warmup=0)
 # ALBEF and AMC [their code: configs/*.yaml]. An epoch of ALBEF's 14 M images is 27,000
 # updates
-PICTURES = RARELY | dict(
-    model="albef", task="pretrain", vision="patches", cased=False, max_words=24
-)
-PICTURES |= dict(
-    size="base", batch_size=64, gpus=8, eps=1e-8, beta2=0.999, weight_decay=0.02, clip=0.0
-)
+PICTURES = RARELY | dict(model="albef", task="pretrain", vision="patches", size="base")
+PICTURES |= dict(cased=False, max_words=24, batch_size=64, gpus=8, clip=0.0)
+PICTURES |= dict(eps=1e-8, beta2=0.999, weight_decay=0.02)
 PICTURES |= dict(schedule="cosine", warmup=2000, align_schedule="constant")
 AMC_BASE = PICTURES | dict(loss="amc", triplets="box+region", steps=40_000, lr=1e-5)
 AMC_BASE |= dict(init=CHECKPOINTS + "ALBEF.pth")
@@ -1856,7 +1854,7 @@ RECIPES = {
     | dict(negatives=3, candidates=24, alternate=True, save_every=100, eval_every=100),
     "toy-nlvr": TOY | dict(task="nlvr", dropout=0.1, steps=1500, warmup=150, lr=2e-4),
     "toy-vqa": TOY | dict(task="vqa", steps=1500, head_lr=3.0),
-    "toy-vcr": TOY | dict(task="vcr", steps=800, max_words=220),
+    "toy-vcr": TOY | dict(task="vcr", steps=800, batch_tokens=512, max_words=220),
     "toy-nlvr2": TOY | dict(task="nlvr2", steps=1000),
     "toy-ve": TOY | dict(task="ve", steps=1200),
     "toy-re": TOY | dict(task="re", dataset="refcoco", steps=500),

@@ -160,3 +160,16 @@ def test_pointing_says_what_was_trained_on(monkeypatch, toy_tree):
         one = evaluate.Run(None, None, {"split": split}, {"answer_list": []}, vision)
         (key,) = evaluate.multitask_benchmarks(one)
         assert key.startswith(f"pointing/accuracy{name}") and (name or key == "pointing/accuracy")
+
+
+def test_vcr_counts_one_of_its_choices(toy_tree):
+    """UNITER's batch of 4,000 has four times as many rows: a question costs as one of them."""
+    argv = ["--task", "vcr", "--data", str(toy_tree), "--init", "none", *QUICK]
+    cfg = train.parse(argv)
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    (stream,) = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer)).train
+    assert stream.index.group == 4 and stream.size == 512
+    rows = data.Batches("examples", stream.index, 2048, cfg.seed, stream=stream.stream)
+    for k in range(3):
+        assert [x.tolist() for x in stream.whole(k)] == [x.tolist() for x in rows.whole(k)]
+        assert len(stream[k]["input"]["text"]) == 4 * len(stream[k]["names"])
