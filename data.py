@@ -166,12 +166,13 @@ def read_pickle(path, what):
         ) from None
 
 
-NUMBER = int, float
+NUMBER, SCALAR, OPTIONAL = (int, float), (int, float, str), (int, type(None))
 KIND_NAMES = {str: "a text", list: "a list", dict: "a record", int: "a whole number"}
+KIND_NAMES |= {NUMBER: "a number", SCALAR: "a number or a text", OPTIONAL: "a number or null"}
 
 
-def field(record, name, where, kind=object):
-    """record[name] of a kind (str, list, NUMBER); else an error that has the nearest name."""
+def field(record, name, where, kind=SCALAR):
+    """record[name] of this kind; else an error that has the nearest name."""
     if not isinstance(record, dict) or name not in record:
         have = list(map(str, record)) if isinstance(record, dict) else [type(record).__name__]
         near = difflib.get_close_matches(name, have, 1)
@@ -179,7 +180,7 @@ def field(record, name, where, kind=object):
         hint = f"Nearest: {near[0]!r}. " if near else ""
         raise DataError(found, hint=hint + "Compare with the official format in the README.")
     if not isinstance(record[name], kind):
-        wanted = f"{KIND_NAMES.get(kind, 'a number')}. {AGAIN}"
+        wanted = f"{KIND_NAMES[kind]}. {AGAIN}"
         raise DataError(f"{where}: {name} is {record[name]!r:.60}", wanted)
     return record[name]
 
@@ -452,8 +453,17 @@ def detector_names(data, what):
     """Names of the detector's "objects" or "attributes"; of aliases ("road,street") the first."""
     path = Path(data) / "vg" / f"{what}_vocab.txt"
     hint = "the detector's names, one a line (bottom-up attention's repository)"
-    lines = read_text(path, hint).rstrip("\n").split("\n")
-    return [line.split(",")[0].strip() for line in lines]
+    names = [line.split(",")[0].strip() for line in read_text(path, hint).rstrip("\n").split("\n")]
+    if "" in names:
+        raise DataError(f"{path}, line {1 + names.index('')}: no name", f"one a line. {AGAIN}")
+    return names
+
+
+def check_names(ids, count, column):
+    """Ids of a store's column are of the detector whose names the vocabulary files hold."""
+    if ids.max(initial=-1) >= count:
+        found = f"a region of {column} {ids.max()}, but only {count} names"
+        raise DataError(found, "the vocabulary files of the detector that made the features.")
 
 
 # 3. Region stores -------------------------------------------------------------------------------
@@ -485,7 +495,8 @@ class RegionStore:
     def __init__(self, folder):
         hint = f"Make one: python evaluate.py pack FEATURES.tsv --out {folder}"
         self.folder = need(folder, "a region store", hint)
-        self.meta = read_json(self.folder / "meta.json", "the store's description")
+        note = self.folder / "meta.json"
+        self.meta = need_record(read_json(note, "the store's description"), note)
         self.classes = self.meta.get("classes")
         try:
             self.arrays = load_arrays(self.folder)
@@ -524,6 +535,7 @@ class RegionStore:
         sizes = {"D_V": self.features.shape[-1], "C": self.classes}
         # sizes of other arrays follow from the features' and the ids'
         wanted = {"offsets": (PER_IMAGE["offsets"], (N + 1,)), "wh": (PER_IMAGE["wh"], (N, 2))}
+        wanted["ids"] = "S", (N,)
         for name, (dtype, shape) in COLUMNS.items():
             wanted[name] = dtype, (rows, *(sizes.get(s, s) for s in shape))
         for name in wanted.keys() & self.arrays.keys():
@@ -882,7 +894,6 @@ class PatchStore(RegionStore):
 
     def colour_shares(self, x):
         """(B, N, 513) of the pixels x (B, N, p p, 3) of patches"""
-        # three bits a colour: 512 codes
         code = 1 + (x >> 5) @ np.array([64, 8, 1])  # (B, N, p p)
         patch_number = np.arange(code.shape[0] * code.shape[1]).reshape(*code.shape[:2], 1)
         # one histogram for all patches at once
@@ -892,11 +903,8 @@ class PatchStore(RegionStore):
 
 
 class CropStore(PatchStore):
-    """Visual Genome's regions as pictures of their own, with some of what is around them: anything
-    from the region alone to the whole.
-
-    Image id = image/number of the region, as vg_crops has it; how much is around it is a function
-    of that.
+    """Visual Genome's regions as pictures of their own, with some of what is around them, which is
+    a function of the image id: image/number of the region, as vg_crops has it.
     """
 
     def list_pictures(self):
@@ -920,9 +928,7 @@ class CropStore(PatchStore):
 
 
 def crop_window(rng, box, record):
-    """A window of the picture (left, top, right, bottom) round a box x y w h, its sides between the
-    box's and the picture's, as likely each time as large.
-    """
+    """(left, top, right, bottom) round a box x y w h: anything from the box to the picture"""
     x, y, w, h = box
     spans = []
     for at, length, whole in ((x, w, record["width"]), (y, h, record["height"])):
@@ -950,9 +956,7 @@ PICTURE_ERRORS = OSError, ValueError, SyntaxError, *BOMBS
 
 def read_picture(path, enough=None):
     """A picture, upright and in colour; enough: a JPEG may be decoded at a fraction of its size
-    that is not below this.
-
-    One that cannot be read or is too large to be real (a decompression bomb) is a DataError.
+    that is not below this. One that cannot be read, or a decompression bomb, is a DataError.
     """
     try:
         with warnings.catch_warnings():
@@ -973,9 +977,7 @@ def read_picture(path, enough=None):
 
 
 def upright(picture):
-    """As a camera held it (EXIF), and red, green, blue of 8 bits, whatever it was: grey, palette,
-    CMYK, 16 bits, transparent on white.
-    """
+    """As a camera held it (EXIF), in red, green, blue of 8 bits, whatever it was"""
     if picture.getexif().get(0x0112, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
     transparent = "transparency" in picture.info
@@ -1068,7 +1070,7 @@ def karpathy_captions(data, split, stats, dataset="coco"):
     wanted = ("train", "restval") if split == "train" else (split,)
     for image in images:
         if field(image, "split", path) in wanted:
-            stem = Path(field(image, "filename", path)).stem
+            stem = Path(field(image, "filename", path, str)).stem
             sentences = field(image, "sentences", path, list)
             for s in sentences[:5] if dataset == "coco" else sentences:
                 yield Record(stem, field(s, "raw", path, str), str(s.get("sentid")))
@@ -1171,8 +1173,10 @@ def vg_images(data):
     records = read_json(path, "Visual Genome's image_data.json")
     images = {field(i, "image_id", path): i for i in records}
     for number, record in images.items():
-        for side in ("width", "height"):
-            field(record, side, f"{path}, image {number}", NUMBER)
+        vg_box(record, f"{path}, image {number}", ("width", "height"))
+        # most images are not COCO's
+        record.setdefault("coco_id", None)
+        field(record, "coco_id", f"{path}, image {number}", OPTIONAL)
     return images
 
 
@@ -1287,7 +1291,7 @@ def sbu_captions(data, split, stats):
     whole = folder / "sbu-captions-all.json"
     if exists(whole):
         record = read_json(whole, "SBU Captions")
-        urls, captions = field(record, "image_urls", whole), field(record, "captions", whole)
+        urls, captions = (field(record, n, whole, list) for n in ("image_urls", "captions"))
     else:
         paths = (folder / f"SBU_captioned_photo_dataset_{n}.txt" for n in ("urls", "captions"))
         texts = (read_text(path, "SBU Captions, one a line") for path in paths)
@@ -1308,9 +1312,7 @@ def sbu_captions(data, split, stats):
 
 
 def normalise_answer(text):
-    """The official VQA evaluation's clean-up: punctuation, lower case, numbers, articles,
-    contractions; its slips are kept.
-    """
+    """The official VQA evaluation's clean-up of an answer, its slips included"""
     out, comma = text, re.search(r"[0-9],[0-9]", text)
     for p in PUNCTUATION:
         out = out.replace(p, "" if f"{p} " in text or f" {p}" in text or comma else " ")
@@ -1427,7 +1429,7 @@ def vcr_rows(record, part, where, stats):
     objects = field(record, "objects", where, list)
 
     def words(tokens):
-        return " ".join(word for token in tokens for word in tag_words(token, objects, stats))
+        return " ".join(w for token in tokens for w in tag_words(token, objects, where, stats))
 
     def segments(name, kind):
         return [(kind, words(choice)) for choice in field(record, name, where, list)]
@@ -1446,10 +1448,12 @@ def vcr_rows(record, part, where, stats):
     return rows, record.get("rationale_label")
 
 
-def tag_words(token, objects, stats):
+def tag_words(token, objects, where, stats):
     """Words of one of VCR's tokens: a word, or a list of numbers of detections."""
-    if not isinstance(token, list):
+    if isinstance(token, str):
         return [token]
+    if not isinstance(token, list) or not all(isinstance(tag, int) for tag in token):
+        raise DataError(f"{where}: {token!r:.60}", f"a word, or a list of numbers. {AGAIN}")
     words = []
     for tag in token:
         if not 0 <= tag < len(objects):
@@ -1525,8 +1529,11 @@ def referring_expressions(data, split, stats, dataset="refcoco"):
     # phraseloceval's files hold the same sentences and boxes, and can still be fetched
     if exists(phrases) and not exists(folder / f"refs({REFER[dataset]}).p"):
         for e in read_json(phrases, "phraseloceval's annotations"):
-            stem, text = Path(field(e, "imageName", phrases)).stem, field(e, "phrase", phrases)
-            box = tuple(field(e, "box", phrases))
+            stem, text = (
+                Path(field(e, "imageName", phrases, str)).stem,
+                field(e, "phrase", phrases, list),
+            )
+            box = tuple(field(e, "box", phrases, list))
             yield Record(stem, " ".join(text), str(e.get("phraseId")), boxes=(box,))
         return
     path, boxes = folder / "instances.json", {}
@@ -1573,26 +1580,29 @@ def gqa_questions(data, split, stats, answers=(), pointers=True):
     path = Path(data) / "gqa" / f"{split}_questions.json"
     graphs = Path(data) / "gqa" / f"{split.split('_')[0]}_sceneGraphs.json"
     if pointers and exists(graphs):
-        scenes = read_json(graphs, "GQA's scene graphs")
+        scenes = need_record(read_json(graphs, "GQA's scene graphs"), graphs)
     unknown = "questions whose answer is not in the list, kept with an all-zero target"
     for name, q in gqa_records(data, split).items():
         where, spans, target = f"{path}, question {name}", [], None
         image, text = field(q, "imageId", where, str), field(q, "question", where, str)
         if scenes is not None:
-            words = q.get("annotations", {}).get("question", {})
-            spans = pointed_spans(words, scenes.get(image, {"objects": {}}), stats)
+            notes = need_record(q.get("annotations", {}), where)
+            words = need_record(notes.get("question", {}), where)
+            spans = pointed_spans(words, scenes.get(image, {"objects": {}}), where, stats)
         if "answer" in q:
-            target = {numbers[q["answer"]]: 1.0} if q["answer"] in numbers else {}
+            answer = field(q, "answer", where, str)
+            target = {numbers[answer]: 1.0} if answer in numbers else {}
             stats[unknown] += bool(numbers) and not target
         yield Record(image, text, name, target, pointers=tuple(spans))
 
 
-def pointed_spans(words, graph, stats):
+def pointed_spans(words, graph, where, stats):
     """[(first word, end word, box)] of {"first:end": object} and a scene graph."""
     spans = []
     for span, name in words.items():
-        thing = graph["objects"].get(name)
-        box = thing and clip_box(thing["x"], thing["y"], thing["w"], thing["h"], graph)
+        thing = field(graph, "objects", where, dict).get(name)
+        sides = thing and vg_box(graph, where, ("width", "height"))
+        box = sides and clip_box(*vg_box(thing, f"{where}, object {name}", "xywh"), graph)
         first, _, end = span.partition(":")
         stats["pointers left out: object not in the scene graph"] += thing is None
         stats["pointers left out: a box of no area"] += thing is not None and box is None
@@ -1824,7 +1834,7 @@ def referit_expressions(data, split, stats):
     path = Path(data) / "refclef" / f"refclef_{split}_unique.json"
     for i, r in enumerate(read_json(path, "RefCLEF as AMC prepared it")):
         text, box = field(r, "text", path, str), tuple(field(r, "bbox", path, list))
-        yield Record(Path(field(r, "image", path)).stem, text, str(i), boxes=(box,))
+        yield Record(Path(field(r, "image", path, str)).stem, text, str(i), boxes=(box,))
 
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -1934,9 +1944,7 @@ class IndexWriter:
         a["box_starts"].append(len(a["boxes"]) // 4)
 
     def tokenize(self, record):
-        """ids of a text without [CLS] and the last [SEP], and, for segments, rows of the type table
-        for all of it: a [SEP] opens the next segment and has its type [authors' code].
-        """
+        """ids without [CLS] and the last [SEP]; of segments also rows of the type table"""
         if self.layout == "phrases":
             parts = [(n, self.tokenizer(words)) for n, words in record.text[:MAX_PHRASES]]
             # the type is the phrase's number
@@ -1949,6 +1957,7 @@ class IndexWriter:
             return self.tokenizer(text), []
         ids, types = [], [0]
         for kind, words in record.text:
+            # a [SEP] opens the next segment and has its type [authors' code]
             new = ([self.tokenizer.sep] if ids else []) + self.tokenizer(words)
             ids += new
             types += [kind] * len(new)
@@ -1957,9 +1966,7 @@ class IndexWriter:
         return ids, [*types[: self.max_words + 1], last]
 
     def tokenize_pointed(self, record):
-        """ids of a text with pointers, word by word; every piece of a pointed word becomes a row:
-        its place in tokens, the word's number, the box.
-        """
+        """ids, word by word; each piece of a pointed word is a row: place, word's number, box"""
         ids, first_place = [], len(self.arrays["tokens"]) + 1
         for i, word in enumerate(record.text.split()):
             # word by word, since pointers count blank-separated words
@@ -2369,10 +2376,7 @@ def draw_mask(rng, maskable, rate):
 
 def mask_words(batches, rng, rows):
     """Which words to mask (B, N_L) bool, and what stands there instead, an id or -1 for the word
-    itself.
-
-    Of the masked words 80 % become [MASK], 10 % another word, 10 % stay; [CLS] and [SEP] are never
-    masked.                                                                        UNITER fn. 7
+    itself: 80 % become [MASK], 10 % another word, 10 % stay; never [CLS], [SEP].  UNITER fn. 7
     """
     index, tokenizer = batches.index, batches.index.tokenizer
     text, maskable = index.text(rows)
@@ -2679,9 +2683,7 @@ class WordSimilarity:
     def __call__(self, words, ids, column):
         """(K, N_V) float32 of words (K,) and ids (K, N_V) of cls_id or attr_id, -1 unknown"""
         table = self.tables[column]
-        if ids.max(initial=-1) >= table.shape[1]:
-            found = f"a region of {column} {ids.max()}, but only {table.shape[1]} names"
-            raise DataError(found, "the vocabulary files of the detector that made the features.")
+        check_names(ids, table.shape[1], column)
         similarity = table[words[:, None], ids.clip(min=0)]
         return np.where(ids < 0, 0, similarity).astype(np.float32)
 
@@ -2774,11 +2776,9 @@ def aligned_words(batches, rows, images, match):
 
 
 class PhraseInput:
-    """MAF's input: captions as phrases, and what the detector says of regions.
+    """MAF's input: captions as phrases, and what the detector says of regions"""
 
-    At most the 100 most certain regions of an image [authors' code].
-    """
-
+    # the most certain of an image [authors' code]
     MAX_REGIONS = 100
 
     def __init__(self, data, index):
@@ -2804,16 +2804,16 @@ class PhraseInput:
         x = {"phrases": phrases, "place": np.flatnonzero(region_mask)}
         x["features"] = store.read(images)[:, :most][region_mask]
         for name, column in (("labels", "cls_id"), ("attributes", "attr_id")):
-            known = self.words[column][store.read(images, column)[:, :most]]
-            x[name] = np.where(region_mask, known, 0)
+            ids = store.read(images, column)[:, :most]
+            check_names(ids, len(self.words[column]) - 1, column)
+            x[name] = np.where(region_mask, self.words[column][ids], 0)
         masks = {"word_mask": phrases > 0, "phrase_mask": (phrases > 0).any(axis=2)}
         return as_tensors(masks | {"region_mask": region_mask}) | {"input": as_tensors(x)}
 
 
 def collate_phrases(batches, rng, k, share, rows):
-    """Captions' phrases and all images of the batch. Each process has its share of the captions and
-    all of the images, so that any number of them has the same negatives. "own" (b,): which of the
-    images each caption belongs to.
+    """A share of the captions' phrases and all images of the batch, so that any number of processes
+    has the same negatives. "own" (b,): which of the images each caption belongs to.
     """
     own = np.arange(len(rows))[share]
     if not len(own):

@@ -1,0 +1,220 @@
+"""Files of the toy tree changed at random: whatever reads them ends well or with one clear error.
+
+A file is cut, bytes of it are flipped, a field of it is of another kind or gone, an array of it has
+another type or shape. 500 cases; a case that ends in a stack trace is named by its seed.
+"""
+
+import functools
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import evaluate
+import toy
+from model import CheckpointError
+
+ANSWERS = ("yes", "no", "red")
+
+
+def records(reader, *splits, **how):
+    """Reads all splits of a data set to the end."""
+
+    def read(tree):
+        for split in splits:
+            list(reader(str(tree), split, Counter(), **how))
+
+    return read
+
+
+def index_of(reader, split, store, **how):
+    """Reads, tokenizes and batches."""
+
+    def read(tree):
+        words = data.WordPiece(tree / "bert-base-cased/vocab.txt", lower=False)
+        region_store = data.Vision(str(tree), str(tree / "regions")).open(store)
+        index = data.open_index(str(tree), reader, split, region_store, words, **how)
+        list(index.in_chunks(np.arange(len(index)), np.asarray(index.image), 4096))
+
+    return read
+
+
+def store_of(name):
+    """Opens a region store and reads all of its columns."""
+
+    def read(tree):
+        store = data.RegionStore(tree / "regions" / name)
+        store.check_rows()
+        for column in store.arrays.keys() & data.COLUMNS.keys():
+            store.read(np.arange(len(store)), column)
+        store.relative_boxes(np.arange(len(store)))
+
+    return read
+
+
+def phrases(tree):
+    """MAF's tokenizer and input"""
+    names = data.detector_names(str(tree), "objects") + data.detector_names(str(tree), "attributes")
+    words = data.WordVectors(sorted(set(names)), str(tree))
+    store = data.RegionStore(tree / "regions/flickr30k")
+    index = data.open_index(str(tree), data.entity_captions, "val", store, words, layout="phrases")
+    data.PhraseInput(str(tree), index)(np.arange(4), index.image[:4])
+
+
+vqa = functools.partial(data.vqa_questions, answers=ANSWERS)
+gqa = functools.partial(data.gqa_questions, answers=ANSWERS)
+refer = functools.partial(data.referring_expressions, dataset="refcoco")
+READS = {
+    "coco/annotations/captions_val2014.json": index_of(data.coco_captions, "val2014", "coco"),
+    "coco/dataset_coco.json": index_of(data.karpathy_captions, "val", "coco"),
+    "winoground/examples.jsonl": records(data.winoground_examples, ""),
+    "vg/image_data.json": records(data.vg_descriptions, "train"),
+    "vg/region_descriptions.json": records(data.vg_crops, "train"),
+    "vg/attributes.json": records(data.vg_triplets, "train"),
+    "vg/question_answers.json": records(vqa, "vg"),
+    "vg/objects_vocab.txt": phrases,
+    "vg/attributes_vocab.txt": phrases,
+    "cc3m/Validation_GCC-1.1.0-Validation.tsv": records(data.cc3m_captions, "val"),
+    "sbu/SBU_captioned_photo_dataset_captions.txt": records(data.sbu_captions, "train"),
+    "vqa2/v2_OpenEnded_mscoco_val2014_questions.json": records(vqa, "val2014"),
+    "vqa2/v2_mscoco_val2014_annotations.json": records(vqa, "val2014"),
+    "vcr1/val.jsonl": records(data.vcr_choices, "val", parts=("qa", "qar", "all")),
+    "nlvr2/dev.json": records(data.nlvr2_pairs, "dev"),
+    "snli_ve/snli_ve_dev.jsonl": records(data.entailment_pairs, "dev"),
+    "refer/refcoco/refs(unc).p": records(refer, "val"),
+    "refer/refcoco/instances.json": records(refer, "val"),
+    "gqa/val_balanced_questions.json": records(gqa, "val_balanced"),
+    "gqa/val_sceneGraphs.json": records(gqa, "val_balanced"),
+    "flickr30k_entities/val.txt": records(data.entity_captions, "val"),
+    "glove/glove.6B.300d.txt": phrases,
+    "bert-base-cased/vocab.txt": index_of(data.coco_captions, "val2014", "coco"),
+    "regions/flickr30k": phrases,
+    "regions/coco": store_of("coco"),
+    "regions/vg": store_of("vg"),
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mutations") / "toy"
+    toy.make_toy(folder, scenes=100)
+    return folder
+
+
+def nodes(value, path=()):
+    """All places in a JSON value."""
+    yield path
+    children = enumerate(value) if isinstance(value, list) else ()
+    for key, child in value.items() if isinstance(value, dict) else children:
+        yield from nodes(child, (*path, key))
+
+
+def change_json(rng, value):
+    """One place of another kind, or gone."""
+    places = list(nodes(value))[1:]
+    if not places:
+        return "unchanged", ()
+    path = places[int(rng.integers(len(places)))]
+    owner = functools.reduce(lambda v, key: v[key], path[:-1], value)
+    if rng.random() < 0.25:
+        del owner[path[-1]]
+        return "gone", path
+    kinds = [None, "text", "", 7, -1, 2.5, [], ["a"], {}, {"a": 1}, True]
+    owner[path[-1]] = kinds[int(rng.integers(len(kinds)))]
+    return repr(owner[path[-1]]), path
+
+
+def change_bytes(rng, content):
+    """Cut, or a few bytes flipped, or a line blank or doubled."""
+    how = int(rng.integers(4))
+    if how == 0:
+        return "cut", content[: int(rng.integers(len(content)))]
+    if how == 1:
+        flipped = bytearray(content)
+        for at in rng.integers(len(flipped), size=3):
+            flipped[at] ^= int(rng.integers(1, 256))
+        return "flipped", bytes(flipped)
+    lines = content.split(b"\n")
+    at = int(rng.integers(len(lines)))
+    lines[at : at + 1] = [b""] if how == 2 else [lines[at], lines[at]]
+    return ("blank line", "line twice")[how - 2], b"\n".join(lines)
+
+
+def change_array(rng, folder):
+    """A column gone, of another type or shape, or its file broken."""
+    path = sorted(folder.glob("*.npy"))[int(rng.integers(len(list(folder.glob("*.npy")))))]
+    how = int(rng.integers(5))
+    values = np.load(path)
+    if how == 0:
+        path.unlink()
+    elif how == 1:
+        text = values.dtype.kind == "S"
+        np.save(path, values.astype(np.int64 if not text else "U8") if not text else values[:-1])
+    elif how == 2:
+        np.save(path, values[:-1])
+    elif how == 3:
+        np.save(path, values[..., None])
+    else:
+        path.write_bytes(change_bytes(rng, path.read_bytes())[1])
+    return f"{path.name}, {('gone', 'type', 'shorter', 'shape', 'bytes')[how]}"
+
+
+def mutate(rng, path):
+    """Changes a file, or a region store's folder; returns what was done."""
+    if path.is_dir():
+        return change_array(rng, path)
+    content = path.read_bytes()
+    if path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
+        is_lines = path.suffix == ".jsonl" or path.parent.name == "nlvr2"
+        lines = content.decode().splitlines() if is_lines else [content.decode()]
+        at = int(rng.integers(len(lines)))
+        value = json.loads(lines[at])
+        what = change_json(rng, value)
+        lines[at] = json.dumps(value)
+        path.write_text("\n".join(lines))
+        return str(what)
+    what, content = change_bytes(rng, content)
+    path.write_bytes(content)
+    return what
+
+
+def copy_of(tree, name, folder):
+    """The tree as links, the one file or store that will be changed as a copy."""
+    target = folder / name
+    for path in tree.iterdir():
+        if path.name != Path(name).parts[0] and path.name != "index":
+            (folder / path.name).symlink_to(path)
+    at, source = folder, tree
+    for part in Path(name).parts[:-1]:
+        at, source = at / part, source / part
+        at.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            if path.name not in Path(name).parts:
+                (at / path.name).symlink_to(path)
+    (shutil.copytree if (tree / name).is_dir() else shutil.copy)(tree / name, target)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READS)
+def test_a_changed_file_ends_well_or_with_one_clear_error(tree, tmp_path, name):
+    bad, ended = [], Counter()
+    for seed in range(-(-500 // len(READS))):
+        rng, folder = np.random.default_rng([seed, *name.encode()]), tmp_path / str(seed)
+        folder.mkdir()
+        what = mutate(rng, copy_of(tree, name, folder))
+        try:
+            READS[name](folder)
+            ended["well"] += 1
+        except (data.DataError, CheckpointError) as error:
+            ended["error"] += 1
+            assert "Traceback" not in str(error) and len(str(error)) < 2000
+        except Exception as error:
+            bad.append(f"seed {seed}, {what}: {type(error).__name__}: {error}"[:200])
+        shutil.rmtree(folder)
+    assert not bad, "\n".join(bad)
+    assert evaluate and sum(ended.values()) == -(-500 // len(READS))
