@@ -801,7 +801,7 @@ class PatchStore(RegionStore):
         y, x = np.mgrid[0:resolution:patch, 0:resolution:patch].reshape(2, -1)
         corners = np.stack([x, y, x + patch, y + patch], axis=1)
         self.cells = corners.astype(np.float32) / resolution
-        # small pictures stay in memory once read: decoding costs more than a training step
+        # small pictures stay in memory once read
         shape = len(self.ids), resolution, resolution, 3
         self.kept = np.zeros(shape, np.uint8) if math.prod(shape) <= self.KEPT else None
         self.known = np.zeros(len(self.ids), bool)
@@ -2537,7 +2537,9 @@ def collate_pairs(batches, rng, k, share, rows, images, match):
     if not len(rows):
         return empty_batch(batches)
     batch = {"task": task, "names": index.names(rows, images), "counts": {"": len(rows)}}
-    batch["match"], text = torch.from_numpy(match), None
+    # counted here, where nobody waits for a GPU
+    batch |= as_tensors({"match": match, "matched": np.flatnonzero(match)})
+    text = None
     if masked_words is not None:
         text, real = index.text(rows)
         # this process's longest text may be shorter than the whole batch's
@@ -2568,9 +2570,7 @@ def has_boxed_pictures(batches):
 
 
 def add_boxed(batches, batch, rows, candidates, u, flip=()):
-    """The candidate rows whose text has boxes, and one box of each, chosen by u (B,) in [0, 1);
-    flip (B,): in a mirrored picture.
-    """
+    """Of those whose text has boxes one box each, chosen by u (B,); flip (B,): mirrored pictures"""
     index, R = batches.index, batches.index.store.resolution
     boxed = [b for b in candidates if len(index.boxes_of(rows[b]))]
     masks = np.zeros((len(boxed), R, R), bool)
@@ -2719,6 +2719,7 @@ def collate_multitask(batches, rng, k, share, rows, images, match):
     batch = as_tensors(
         {
             "match": match,
+            "matched": np.flatnonzero(match),
             "masked_words": np.flatnonzero(masked_words),
             "word_targets": text[masked_words],
             "masked_regions": np.flatnonzero(masked),
@@ -2812,9 +2813,8 @@ class PhraseInput:
 
 
 def collate_phrases(batches, rng, k, share, rows):
-    """A share of the captions' phrases and all images of the batch, so that any number of processes
-    has the same negatives. "own" (b,): which of the images each caption belongs to.
-    """
+    """A share of the captions' phrases, all images of the batch; "own" (b,): each caption's own"""
+    # all of the images, so that any number of processes has the same negatives
     own = np.arange(len(rows))[share]
     if not len(own):
         return empty_batch(batches)

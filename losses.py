@@ -294,7 +294,7 @@ def word_object_alignment(A, target, region_mask, k=3):
     where eq. (14) is infinite. Here: both distributions live on the k highest of A and the k
     highest of the target, the target normalised again over these, so that a region that the model
     overlooks gets a gradient too.
-    Helpers: wide, mean_over.
+    Helpers: wide.
     """
     # a padded region is never among the k highest of more than k
     A = wide(A).masked_fill(~region_mask, float("-inf"))
@@ -310,7 +310,7 @@ def word_object_alignment(A, target, region_mask, k=3):
     kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     log_A = A.masked_fill(~keep, float("-inf")).log_softmax(dim=-1).masked_fill(~keep, 0)
     each = (kept * (kept.clamp(min=1e-12).log() - log_A)).sum(dim=-1)
-    return mean_over(each.masked_fill(~known, 0), int(known.sum()))
+    return each.masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
 
 
 def detected(logits, label, confidence=None):
@@ -710,7 +710,8 @@ def itc_targets(similarity_m, own, alpha):
     Helpers: wide.
     """
     s = wide(similarity_m)
-    return alpha * s.softmax(dim=-1) + (1 - alpha) * F.one_hot(own, s.shape[1]).to(s.dtype)
+    one_hot = torch.zeros_like(s).scatter(1, own[:, None], 1)
+    return alpha * s.softmax(dim=-1) + (1 - alpha) * one_hot
 
 
 def itc(similarity, target):

@@ -941,7 +941,7 @@ def matched_alignment(cfg, out, batch):
     pairs, as the matching loss is.
     """
     wanted = set(given_to(cfg)) & {*ATTENTION, "hidden", "heat"}
-    rows = batch["match"].nonzero()[:, 0] if wanted else ()
+    rows = batch["matched"] if wanted else ()
     if not len(rows):
         return {}
     maps = tuple(type(m)(*(S[rows] for S in m)) for m in out.maps)
@@ -1391,7 +1391,7 @@ class NonFinite(ArithmeticError):
 
 def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None):
     """One update from the batches of one step; returns the mean of each loss before weighting over
-    this process's part, and the gradient's norm.
+    this process's part, the gradient's norm, and the names of the samples. Waits for no GPU.
     """
     # dropout, the same after a resume
     torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + runtime.rank)
@@ -1417,12 +1417,6 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
             value * weight.get(name, 1.0) * (count_of(batch, name) / total(name))
             for name, value in terms.items()
         )
-        # before the backward: afterwards every weight would be nan
-        if not torch.isfinite(loss):
-            values = {name: value.item() for name, value in terms.items()}
-            bad = [f"{name} = {v}" for name, v in values.items() if not math.isfinite(v)]
-            names = few_names(batch["names"])
-            raise NonFinite(f"step {step}: {', '.join(bad)}\n  Samples: {names}")
         loss.backward()
         for name, value in terms.items():
             n = sum(count_of(b, name) for b in batches)
@@ -1431,17 +1425,23 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
     all_reduce_gradients(runtime, model)
     # of the sum over all processes, so that all clip alike
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or float("inf"))
-    if not torch.isfinite(norm):
-        names = few_names([name for b in own for name in b["names"]])
-        found = f"the gradient's norm is {norm.item()}, of {', '.join(logged)}"
-        raise NonFinite(f"step {step}: {found}\n  Samples: {names}")
     lr = lr_at(step, cfg.lr, cfg.warmup, cfg.steps, cfg.schedule)
     for group in optimizer.param_groups:
         group["lr"] = group.get("scale", 1.0) * lr
     optimizer.step()
     # None instead of 0: the optimiser skips a head that the next step does not train
     optimizer.zero_grad(set_to_none=True)
-    return logged, norm
+    return logged, norm, [name for b in own for name in b["names"]]
+
+
+def check_finite(step, logged, norm, names):
+    """Losses and gradient of an update were finite. A GPU has to be waited for, so this is done
+    after the next update was begun, and before a checkpoint is written.
+    """
+    values = logged | {"the gradient's norm": norm}
+    if not torch.stack([value.float() for value in values.values()]).isfinite().all():
+        bad = (f"{name} = {v.item()}" for name, v in values.items() if not v.isfinite())
+        raise NonFinite(f"step {step}: {', '.join(bad)}\n  Samples: {few_names(names)}")
 
 
 def total_counts(runtime, batches):
@@ -1652,7 +1652,7 @@ def train(cfg, runtime):
 def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
     """The updates from start on: step, log, validate, save."""
     compiled = torch.compile(model, dynamic=True) if cfg.compile else model
-    began, num_pairs, hard = time.time(), 0, None
+    began, num_pairs, hard, unchecked = time.time(), 0, None, None
     title, hidden = f"{cfg.recipe} {cfg.loss}", None if runtime.is_main else True
     bar = tqdm(range(start + 1, cfg.steps + 1), title, cfg.steps, initial=start, disable=hidden)
     model.train()
@@ -1662,9 +1662,14 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
             since = (step - 1) // cfg.mine_every * cfg.mine_every
             hard = mine_negatives(cfg, runtime, model, streams.train[0].index, since)
         how = cfg, runtime, compiled, optimizer, streams.train, step, batches, hard
-        logged, norm = train_step(*how)
+        logged, norm, names = train_step(*how)
+        if unchecked:
+            check_finite(*unchecked)
+        unchecked = step, logged, norm, names
         num_pairs += runtime.world_size * sum(len(b["names"]) for b in batches)
         is_last = step == cfg.steps
+        if step % cfg.save_every == 0 or is_last:
+            check_finite(*unchecked)
         if step % cfg.log_every == 0 or is_last:
             line, seconds = {k: round(v.item(), 5) for k, v in logged.items()}, time.time() - began
             bar.set_postfix(line)

@@ -173,3 +173,60 @@ def test_vcr_counts_one_of_its_choices(toy_tree):
     for k in range(3):
         assert [x.tolist() for x in stream.whole(k)] == [x.tolist() for x in rows.whole(k)]
         assert len(stream[k]["input"]["text"]) == 4 * len(stream[k]["names"])
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts operations for which a GPU has to be waited for: a number that Python reads, a shape
+    that depends on values."""
+
+    NAMES = "_local_scalar_dense nonzero masked_select is_nonzero _unique2 item equal".split()
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [a for a in args[1] if a is not None] if name in ("index", "index_put_") else []
+        if name in self.NAMES or any(a.dtype == torch.bool for a in masks):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--recipe", "toy-pretrain", "--pretrain", "mlm+itm+mrfr+mrc+mrckl+wra", "--loss", "cacr"],
+        ["--recipe", "toy-pretrain", "--pretrain", "mlm+itm", "--loss", "iais+wra"],
+        ["--recipe", "toy", "--loss", "cacr+iais-distributed", "--candidates", 0],
+        ["--recipe", "toy-align"],
+        ["--recipe", "toy-vqa", "--loss", "cacr"],
+        ["--recipe", "toy-nlvr2"],
+        ["--recipe", "toy-re"],
+        ["--recipe", "toy-grounding"],
+        ["--recipe", "toy-amc", "--init", "none", "--batch-size", 8],
+        ["--recipe", "toy-amc-patches"],
+    ],
+    ids=lambda argv: "-".join(map(str, argv[1:4])),
+)
+def test_an_update_waits_for_no_gpu(toy_tree, argv):
+    """But for check_finite(), one update late."""
+    argv = [*argv, "--data", toy_tree, "--batch-tokens", 512, *QUICK]
+    argv += [] if "--init" in argv else ["--init", "none"]
+    argv += ["--size", "toy"] if "maf" in argv else []
+    cfg = train.parse(list(map(str, argv)))
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
+    model = train.build_model(cfg, runtime, tokenizer, streams)
+    optimizer = train.build_optimizer(cfg, model)
+    for stream in streams.train:
+        how = cfg, runtime, model, optimizer, streams.train
+        # the optimiser's first update sets up its state
+        first, second = [stream[0]], [stream[1]]
+        train.train_step(*how, 1, first)
+        with Waits() as waits:
+            logged, norm, names = train.train_step(*how, 2, second)
+        assert not waits.found, f"{stream.task}: {waits.found}"
+        with Waits() as waits:
+            train.check_finite(2, logged, norm, names)
+        assert len(waits.found) == 1
