@@ -1842,6 +1842,8 @@ RANKING = dict(task="retrieval", steps=5000, warmup=500, lr=5e-5, batch_size=1, 
 RANKING |= dict(gpus=8, negatives=31, candidates=399, alternate=True)
 # [UNITER sec. A.2]
 MINED = BASE | dict(task="retrieval", negatives=2)
+VCR_STAGE = dict(task="pretrain", corpora="vcr", steps=45_000, warmup=4500, max_words=220)
+VCR_STAGE |= dict(batch_tokens=6144, accumulate=4, gpus=4, lr=3e-5, clip=0.0)
 VCR = dict(task="vcr", steps=8000, warmup=800, batch_tokens=4000, accumulate=5, gpus=4)
 VCR |= dict(lr=6e-5, max_words=220)
 RE = BASE | dict(task="re", seed=24, steps=24_000, warmup=1500, batch_size=128, lr=1e-4)
@@ -1887,10 +1889,8 @@ RECIPES = {
     "uniter-pretrain-all-large": ALL_DATA
     | dict(size="large", init=CHECKPOINTS + "uniter-large-init.pt", steps=500_000)
     | dict(batch_tokens=6144, accumulate=4, gpus=16),
-    "vcr-pretrain": BASE
-    | dict(task="pretrain", corpora="vcr", pretrain="mlm:2+mrfr:1+mrckl:1", steps=45_000)
-    | dict(warmup=4500, batch_tokens=6144, accumulate=4, gpus=4, lr=3e-5, clip=0.0)
-    | dict(max_words=220),
+    "vcr-pretrain": BASE | VCR_STAGE | dict(pretrain="mlm:2+mrfr:1+mrckl:1"),
+    "vcr-pretrain-large": LARGE | VCR_STAGE | dict(pretrain="mlm:10+mrfr:1+mrckl:1"),
     "vqa": BASE
     | VQA_ALL
     | dict(steps=6000, warmup=600, batch_tokens=5120, accumulate=5, gpus=4, lr=8e-5),
@@ -1898,7 +1898,7 @@ RECIPES = {
     | VQA_ALL
     | dict(steps=5000, warmup=500, batch_tokens=3072, accumulate=4, gpus=8, lr=5e-5),
     "vcr": BASE | VCR | dict(init="vcr-pretrain"),
-    "vcr-large": LARGE | VCR,
+    "vcr-large": LARGE | VCR | dict(init="vcr-pretrain-large"),
     "nlvr2": BASE
     | dict(task="nlvr2", seed=77, steps=8000, warmup=800, batch_tokens=10240, lr=3e-5)
     | dict(skip_missing=True),

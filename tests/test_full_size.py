@@ -17,6 +17,7 @@ BATCHES = {
     "uniter-pretrain-all": (10_240, "tokens", 6, 8),
     "uniter-pretrain-all-large": (6144, "tokens", 4, 16),
     "vcr-pretrain": (6144, "tokens", 4, 4),
+    "vcr-pretrain-large": (6144, "tokens", 4, 4),
     "vqa": (5120, "tokens", 5, 4),
     "vqa-large": (3072, "tokens", 4, 8),
     "vcr": (4000, "tokens", 5, 4),
