@@ -220,6 +220,7 @@ class Config:
     save_every: int = opt(200, "updates between checkpoints")
     log_every: int = opt(10, "updates between log lines")
     eval_every: int = opt(200, "updates between validations")
+    keep_best: bool = opt(False, "keep the checkpoint of the best validation too, as best.pt")
 
     @property
     def is_pretraining(self):
@@ -238,7 +239,7 @@ class Config:
 
 
 # settings that change no number
-NO_NUMBERS = {"out", "resume", "workers", "save_every", "log_every", "data", "regions"}
+NO_NUMBERS = set("out resume workers save_every log_every data regions keep_best".split())
 # what settings were called before
 OLD_SETTINGS = {
     "--units": "--batch-tokens (maf and albef: --batch-size)",
@@ -937,9 +938,7 @@ def objective_itm(cfg, model, batch):
 
 
 def matched_alignment(cfg, out, batch):
-    """alignment() of the matched pairs of a batch that also has mismatched ones; a mean over all
-    pairs, as the matching loss is.
-    """
+    """alignment() of the matched pairs of a batch, as a mean over all of its pairs"""
     wanted = set(given_to(cfg)) & {*ATTENTION, "hidden", "heat"}
     rows = batch["matched"] if wanted else ()
     if not len(rows):
@@ -980,9 +979,7 @@ def objective_multitask(cfg, model, batch):
 
 
 def phrase_vectors(cfg, model, batch):
-    """e (b, Q, d) of the phrases and v (B, K, d) of the regions, MAF eq. (1)-(3), and the masks
-    that count.
-    """
+    """e (b, Q, d) of phrases, v (B, K, d) of regions, MAF eq. (1)-(3), and the masks that count"""
     masks = [batch[name] for name in ("word_mask", "phrase_mask", "region_mask")]
     masks = [torch.ones_like(m) if cfg.attend_padding else m for m in masks]
     h, v = model(**batch["input"])
@@ -1080,9 +1077,7 @@ def objective_albef(cfg, model, batch):
 
 
 def heat_losses(cfg, A, region):
-    """{name: loss} of AMC's losses: heat maps A (M, patches) and what their texts describe
-    (M, R, R)
-    """
+    """{name: loss} of AMC's losses, of heat maps A (M, patches) and targets (M, R, R)"""
     heat = resize_heat(A, region.shape[-1])
     rows = {name: LOSSES[name] for name in loss_names(cfg)}
     named = {name: row for name, row in rows.items() if row.given == "heat"}
@@ -1106,9 +1101,7 @@ def sample_rows(weights, u):
 
 
 class AllGatherWithGrad(torch.autograd.Function):
-    """Rows of all processes in the order of one process's batch; the gradient goes back to where
-    each came from.
-    """
+    """Rows of all processes in a batch's order; gradients go back to where each came from."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1678,7 +1671,10 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
             line["seconds_left"] = round(seconds / (step - start) * (cfg.steps - step), 1)
             log.write({"step": step, **line})
         if step % cfg.eval_every == 0 or is_last:
-            log.write({"step": step, **validate(cfg, runtime, compiled, streams.val)})
+            accuracy = validate(cfg, runtime, compiled, streams.val)
+            if log.write({"step": step, **accuracy}) and cfg.keep_best and runtime.is_main:
+                check_finite(*unchecked)
+                save_checkpoint(Path(cfg.out) / "best.pt", cfg, model, optimizer, step, sizes)
         if (step % cfg.save_every == 0 or is_last) and runtime.is_main:
             if cfg.is_pretraining and hasattr(model, "rank"):
                 # untrained so far: a fine-tuning run finds it started as it should be
@@ -1691,6 +1687,7 @@ class Log:
 
     def __init__(self, cfg, runtime, start):
         self.path, self.on, self.last = Path(cfg.out) / "log.jsonl", runtime.is_main, {}
+        self.best = -math.inf
         if not self.on:
             return
         old = self.path.read_text().splitlines() if start and self.path.exists() else []
@@ -1699,14 +1696,22 @@ class Log:
         kept = [line for line in whole if json.loads(line)["step"] <= start]
         write_atomic(self.path, "".join(line + "\n" for line in kept))
         for line in kept:
-            self.last |= json.loads(line)
+            self.note(json.loads(line))
+
+    def note(self, record):
+        """Keep a line's numbers; is its mean validation above all before?"""
+        self.last |= record
+        values = [value for name, value in record.items() if name.startswith("val/")]
+        mean = sum(values) / len(values) if values else -math.inf
+        was, self.best = self.best, max(self.best, mean)
+        return mean > was
 
     def write(self, record):
-        """Append a line"""
-        self.last |= record
+        """Append a line; as note()"""
         if self.on:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
+        return self.note(record)
 
 
 def run_first(cfg, runtime):
@@ -1846,7 +1851,8 @@ VCR_STAGE = dict(task="pretrain", corpora="vcr", steps=45_000, warmup=4500, max_
 VCR_STAGE |= dict(batch_tokens=6144, accumulate=4, gpus=4, lr=3e-5, clip=0.0)
 VCR = dict(task="vcr", steps=8000, warmup=800, batch_tokens=4000, accumulate=5, gpus=4)
 VCR |= dict(lr=6e-5, max_words=220)
-RE = BASE | dict(task="re", seed=24, steps=24_000, warmup=1500, batch_size=128, lr=1e-4)
+RE = BASE | dict(task="re", keep_best=True, seed=24, batch_size=128)
+RE |= dict(steps=24_000, warmup=1500, lr=1e-4)
 VQA_ALL = dict(task="vqa", split="train2014+val2014+vg", head_lr=10.0)
 
 RECIPES = {

@@ -231,3 +231,27 @@ def test_an_update_waits_for_no_gpu(toy_tree, argv):
         with Waits() as waits:
             train.check_finite(2, logged, norm, names)
         assert len(waits.found) == 1
+
+
+def test_the_best_validation_is_kept(toy_tree, tmp_path, monkeypatch):
+    """best.pt is of the highest mean accuracy so far, also after a resume."""
+    values = iter([10.0, 30.0, 20.0, 25.0, 40.0])
+    monkeypatch.setattr(train, "validate", lambda *args: {"val/ve": next(values)})
+    argv = ["--task", "ve", "--data", toy_tree, "--init", "none", "--warmup", 1, "--keep-best"]
+    argv += ["--batch-tokens", 256, "--eval-every", 2, "--save-every", 2, "--out", "x", *QUICK]
+    save, kept = train.save_checkpoint, []
+
+    def saved(path, cfg, model, optimizer, step, sizes):
+        kept.append((path.name, step))
+        if ("last.pt", 6) in kept[:-1]:
+            raise KeyboardInterrupt
+        save(path, cfg, model, optimizer, step, sizes)
+
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    run(tmp_path, *argv, "--steps", 10, expect=1)
+    assert [step for name, step in kept if name == "best.pt"] == [2, 4]
+    kept.clear()
+    monkeypatch.setattr(train, "save_checkpoint", lambda *a: kept.append((a[0].name, a[4])))
+    values = iter([25.0, 40.0])
+    run(tmp_path, *argv, "--steps", 10, "--resume")
+    assert [step for name, step in kept if name == "best.pt"] == [10]

@@ -616,3 +616,29 @@ def test_broken_checkpoint_in_out(toy_tree, pretrained, tmp_path):
     (tmp_path / "run/last.pt").write_bytes(pretrained[0].read_bytes()[:5000])
     done = run(tmp_path, *args, "--resume", expect=1)
     assert "cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_alignment_of_a_batch_is_a_mean_over_all_of_its_pairs(toy_tree):
+    """The sum over its matched pairs by the number of all: parts of a batch then add up to it."""
+    argv = ["--recipe", "toy-pretrain", "--pretrain", "itm", "--loss", "cacr+wra", "--init", "none"]
+    cfg = train.parse([*argv, "--data", str(toy_tree), "--batch-tokens", "512", *QUICK])
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
+    model = train.build_model(cfg, runtime, tokenizer, streams).eval()
+    batch = streams.train[0][0]
+    terms = train.objective_itm(cfg, model, batch)
+    out = model(**batch["input"], maps=(-1,))
+    masks = {name: batch["input"][name] for name in ("text_mask", "region_mask")}
+    total = {"cacr": 0.0, "wra": 0.0}
+    for b in batch["match"].nonzero()[:, 0].tolist():
+        one = out._replace(
+            words=out.words[b : b + 1],
+            regions=out.regions[b : b + 1],
+            maps=tuple(type(m)(*(S[b : b + 1] for S in m)) for m in out.maps),
+        )
+        alone = train.alignment(cfg, one, {k: v[b : b + 1] for k, v in masks.items()})
+        for name, value in alone.items():
+            total[name] += value.item()
+    assert 0 < batch["match"].sum() < len(batch["match"])
+    for name, value in total.items():
+        assert terms[name].item() == pytest.approx(value / len(batch["match"]), rel=1e-4)
