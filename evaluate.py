@@ -2085,7 +2085,10 @@ def extract_shard(model, paths, device, regions, shorter, longer, batch, bar):
             resized = [resize_for_detector(x.to(device), shorter, longer) for _, x in part]
             raw = torch.tensor([x.shape[:2] for _, x in part], dtype=torch.float32, device=device)
             sizes = torch.tensor([[h, w]] * len(part), device=device)
-            detections = model(torch.stack(resized), sizes, raw / sizes, regions)
+            # a range of numbers: those that are confident [UNITER's rule]
+            confidence = 0.2 if regions[0] < regions[1] else 0.0
+            how = {"regions": regions, "confidence": confidence}
+            detections = model(torch.stack(resized), sizes, raw / sizes, **how)
             for (name, pixels), seen in zip(part, detections):
                 if not len(seen.boxes):
                     skipped.append(f"{name}: the detector found nothing")

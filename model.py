@@ -1195,12 +1195,13 @@ class Detector(nn.Module):
         after=300,
         overlap=0.7,
         thresholds=(0.5, 0.6, 0.7),
+        confidence=0.0,
     ):
         """[Detections] of images (B, 3, H, W) of heights and widths sizes (B, 2), padded right
         and below with 0.
 
         scales (B, 2): the picture's own height and width by these; regions: at least and at most
-            so many; before, after, overlap: see propose; thresholds: see select_boxes
+            so many; before, after, overlap: see propose; thresholds, confidence: see select_boxes
         """
         x = self.backbone_features(images)
         proposals = self.propose(x, sizes, before, after, overlap)
@@ -1213,7 +1214,8 @@ class Detector(nn.Module):
             deltas = deltas.view(len(boxes), -1, 4)
             boxes = decode_boxes(boxes[:, None], deltas, (10.0, 10.0, 5.0, 5.0))
             boxes = clip_boxes(boxes, sizes[i].tolist())
-            keep, classes, threshold = select_boxes(boxes, probs, regions, thresholds)
+            how = regions, thresholds, confidence
+            keep, classes, threshold = select_boxes(boxes, probs, *how)
             conf, attr = attributes[keep, :-1].softmax(dim=1).max(dim=1)
             own = boxes[keep, classes] * (scales[i].flip(0).repeat(2) if scales is not None else 1)
             kinds = probs[keep].roll(1, dims=1), classes, probs[keep, classes], attr, conf
@@ -1221,7 +1223,7 @@ class Detector(nn.Module):
         return found
 
 
-def select_boxes(boxes, probs, regions, thresholds):
+def select_boxes(boxes, probs, regions, thresholds, confidence=0.0):
     """Which proposals (K,), their classes (K,), and the overlap allowed: each offers its best
     class's box; non-maximum suppression across classes with the first threshold that leaves
     enough, cut to the most. Where none does, the last one's boxes, with threshold -1.
@@ -1233,9 +1235,8 @@ def select_boxes(boxes, probs, regions, thresholds):
     keep, used = kind[:0], -1.0
     for threshold in thresholds:
         keep = nms(own, score, threshold)[: regions[1]]
-        if regions[0] < regions[1]:
-            # as many as are confident, within these bounds [UNITER's rule]
-            keep = keep[: max(regions[0], int((score[keep] > 0.2).sum()))]
+        # as many as are confident, within these bounds [UNITER's rule]
+        keep = keep[: max(regions[0], int((score[keep] > confidence).sum()))]
         if len(keep) >= regions[0]:
             used = threshold
             break

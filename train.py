@@ -1716,8 +1716,8 @@ class Log:
 
 def run_first(cfg, runtime):
     """The checkpoint of the recipe that --init names, run first unless that is done"""
-    # data, seed and machine are this run's, all else is that recipe's
-    shared = "data regions seed precision compile workers vision resolution patch".split()
+    # data, seed, size and machine are this run's, all else is that recipe's
+    shared = "data regions seed size precision compile workers vision resolution patch".split()
     changes = {name: getattr(cfg, name) for name in shared} | {"resume": True}
     if cfg.model != RECIPES[cfg.init].get("model", "uniter"):
         changes["model"] = cfg.model

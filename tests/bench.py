@@ -112,6 +112,7 @@ class Step:
             "names": ["x"] * PAIRS,
             "input": batch,
             "match": torch.ones(PAIRS, dtype=torch.bool),
+            "matched": torch.arange(PAIRS),
             "counts": {"": PAIRS},
         }
 
@@ -464,6 +465,7 @@ def bench_align(found, folder):
         "names": ["x"] * PAIRS,
         "input": x,
         "match": torch.arange(PAIRS) % 2 == 0,
+        "matched": torch.arange(0, PAIRS, 2),
         "hidden_regions": torch.zeros(0, dtype=torch.int64),
         "masked_words": words,
         "word_targets": torch.randint(1000, 30_000, (len(words),), generator=g),

@@ -87,6 +87,17 @@ def toy_tree(tmp_path_factory):
 QUICK = ["--size", "tiny", "--workers", "0", "--precision", "fp32"]
 
 
+def argv(*args):
+    """Words of a command line: a text of options, "--steps 20 --warmup 2", is split at blanks, all
+    else is one word.
+    """
+    words = []
+    for arg in args:
+        is_options = isinstance(arg, str) and arg.startswith("--")
+        words += arg.split() if is_options else [str(arg)]
+    return words
+
+
 def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
     """train.py from a folder of its own, one thread a process; returns the finished run: stdout,
     stderr, returncode.
@@ -97,20 +108,10 @@ def run(tmp_path, *args, processes=1, expect=0, timeout=200, **env):
     if processes == 1 and not env:
         done = inside(tmp_path, args)
     else:
-        start = (
-            [sys.executable]
-            if processes == 1
-            else [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(processes),
-            ]
-        )
+        several = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+        start = [sys.executable, *(several if processes > 1 else [])]
         done = subprocess.run(
-            [*start, str(ROOT / "train.py"), *map(str, args)],
+            [*start, str(ROOT / "train.py"), *argv(*args)],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -138,7 +139,7 @@ def inside(folder, args, main=None):
     torch.set_num_threads(1)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main(list(map(str, args)))
+            main(argv(*args))
     # as Python ends: a text goes to stderr and the code is 1
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -155,7 +156,7 @@ def inside(folder, args, main=None):
 def run_and_kill(tmp_path, args, out):
     """train.py until its first checkpoint is there, then kill -9."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", out],
+        [sys.executable, str(ROOT / "train.py"), *argv(*args), "--out", out],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -177,21 +178,12 @@ def pretrained(toy_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     done = run(
         folder,
-        "--recipe",
-        "toy-pretrain",
+        "--recipe toy-pretrain",
         "--data",
         toy_tree,
-        "--steps",
-        20,
-        "--warmup",
-        5,
-        "--batch-tokens",
-        512,
-        "--out",
-        "run",
+        "--steps 20 --warmup 5 --batch-tokens 512 --out run",
         *QUICK,
-        "--pretrain",
-        "mlm+itm+mrfr+mrc+mrckl+wra",
+        "--pretrain mlm+itm+mrfr+mrc+mrckl+wra",
     )
     return folder / "run/last.pt", done
 

@@ -16,6 +16,7 @@ import losses
 import train
 from conftest import (
     QUICK,
+    argv,
     ROOT,
     inside,
     last_line,
@@ -42,20 +43,9 @@ def copied(toy_tree, tmp_path, *folders):
     return tree
 
 
-def prepared(toy_tree, *argv):
-    cfg = train.parse(
-        [
-            "--data",
-            str(toy_tree),
-            "--precision",
-            "fp32",
-            "--init",
-            "none",
-            "--workers",
-            "0",
-            *map(str, argv),
-        ]
-    )
+def prepared(toy_tree, *args):
+    how = "--precision fp32 --init none --workers 0"
+    cfg = train.parse(argv(how, "--data", toy_tree, *args))
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
     return cfg, runtime, tokenizer, train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
 
@@ -232,18 +222,10 @@ def test_gqa_pointers_that_lead_nowhere_are_counted(toy_tree, tmp_path):
     assert len(texts) == len(questions)
     done = run(
         tmp_path,
-        "--loss",
-        "align",
+        "--loss align",
         "--data",
         tree,
-        "--steps",
-        2,
-        "--warmup",
-        0,
-        "--batch-tokens",
-        512,
-        "--out",
-        "o",
+        "--steps 2 --warmup 0 --batch-tokens 512 --out o",
         *QUICK,
     )
     assert (
@@ -385,18 +367,8 @@ def test_pointers_land_on_their_words(together):
 def test_answers_count_from_half_way(toy_tree):
     cfg, runtime, tokenizer, streams = prepared(
         toy_tree,
-        "--loss",
-        "align",
-        "--batch-tokens",
-        512,
-        "--steps",
-        10,
-        "--warmup",
-        0,
-        "--answers-start",
-        0.5,
-        "--weight-decay",
-        0,
+        "--loss align --batch-tokens 512 --steps 10 --warmup 0 --answers-start 0.5",
+        "--weight-decay 0",
     )
     model = train.build_model(cfg, runtime, tokenizer, streams)
     optimizer, batch = train.build_optimizer(cfg, model), streams.train[1][0]
@@ -563,27 +535,13 @@ SMALL = ["--steps", 20, "--warmup", 2, "--log-every", 1]
         (["--loss", "maf"], "maf"),
         (
             [
-                "--loss",
-                "maf",
-                "--region-inputs",
-                "label+attribute+feature",
-                "--phrase-pooling",
-                "average",
+                "--loss maf --region-inputs label+attribute+feature --phrase-pooling average",
                 "--attend-padding",
             ],
             "maf",
         ),
         (
-            [
-                "--loss",
-                "maf",
-                "--region-inputs",
-                "feature",
-                "--init-w-f",
-                "xavier",
-                "--init-w-p",
-                "xavier",
-            ],
+            ["--loss maf --region-inputs feature --init-w-f xavier --init-w-p xavier"],
             "maf",
         ),
     ],
@@ -594,13 +552,11 @@ def test_twenty_steps(toy_tree, tmp_path, argv, told):
         *argv,
         "--data",
         toy_tree,
-        "--out",
-        "o",
+        "--out o",
         *SMALL,
         *QUICK,
-        *(["--batch-size", 32] if "maf" in argv else ["--batch-tokens", 512]),
-        "--answers-start",
-        0,
+        *(["--batch-size", 32] if told == "maf" else ["--batch-tokens", 512]),
+        "--answers-start 0",
     )
     log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(list(r.values())).all() for r in log) and any(told in r for r in log), (
@@ -609,7 +565,7 @@ def test_twenty_steps(toy_tree, tmp_path, argv, told):
     numbers = last_line(done)
     assert (
         "grounding/upper bound" in numbers
-        if "maf" in argv
+        if told == "maf"
         else "pointing/accuracy" in numbers and "gqa/consistency" in numbers
     )
     assert list((tmp_path / "o/figures").glob("*.png"))
@@ -622,22 +578,15 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     """Pre-trained and ranked; the loss's gradient reaches the attention of the last cross layer."""
     done = run(
         tmp_path,
-        "--model",
-        "lxmert",
+        "--model lxmert",
         "--loss",
         loss,
         "--data",
         toy_tree,
-        "--init",
-        "none",
-        "--candidates",
-        8,
-        "--out",
-        "o",
+        "--init none --candidates 8 --out o",
         *SMALL,
         *QUICK,
-        "--batch-tokens",
-        512,
+        "--batch-tokens 512",
     )
     log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(r[loss]) for r in log if loss in r) and any(loss in r for r in log)
@@ -667,19 +616,10 @@ def test_two_processes_are_one(toy_tree, tmp_path, argv):
     common = [
         "--data",
         toy_tree,
-        "--steps",
-        4,
-        "--warmup",
-        0,
-        "--lr",
-        1e-4,
-        "--answers-start",
-        0,
-        "--eval-every",
-        4,
+        "--steps 4 --warmup 0 --lr 0.0001 --answers-start 0 --eval-every 4",
         *QUICK,
     ]
-    run(tmp_path, *argv, *common, "--out", "two", processes=2)
+    run(tmp_path, *argv, *common, "--gpus 2 --out two", processes=2)
     run(tmp_path, *argv[:-1], 2 * argv[-1], *common, "--out", "one")
     # MAF's loss does not feel it: noise
     one, two = (
@@ -721,18 +661,10 @@ def aligned(toy_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aligned")
     run(
         folder,
-        "--loss",
-        "align",
+        "--loss align",
         "--data",
         toy_tree,
-        "--steps",
-        20,
-        "--warmup",
-        2,
-        "--batch-tokens",
-        512,
-        "--out",
-        "run",
+        "--steps 20 --warmup 2 --batch-tokens 512 --out run",
         *QUICK,
     )
     return folder / "run/last.pt"
@@ -754,11 +686,9 @@ def test_fine_tuning_from_two_streams(toy_tree, tmp_path, aligned, argv):
         aligned,
         "--data",
         toy_tree,
-        "--out",
-        "o",
+        "--out o",
         *SMALL,
-        "--batch-tokens",
-        512,
+        "--batch-tokens 512",
         *QUICK,
     )
     assert f"{argv[1]}/accuracy" in last_line(done)
@@ -796,20 +726,7 @@ def test_evaluation_of_checkpoints(toy_tree, tmp_path, aligned):
         tmp_path, "--task", "figures", "--ckpt", aligned, aligned, "--data", toy_tree, "--out", "f"
     )
     assert len(list((tmp_path / "f").glob("map_*.png"))) == 4
-    run(
-        tmp_path,
-        "--loss",
-        "maf",
-        "--data",
-        toy_tree,
-        "--steps",
-        5,
-        "--batch-size",
-        32,
-        "--out",
-        "m",
-        *QUICK,
-    )
+    run(tmp_path, "--loss maf", "--data", toy_tree, "--steps 5 --batch-size 32 --out m", *QUICK)
     found = json.loads(
         evaluated(
             tmp_path, "--task", "grounding", "--ckpt", "m/last.pt", "--data", toy_tree
@@ -994,16 +911,6 @@ def test_a_detector_of_other_names_is_told(toy_tree, tmp_path):
     tree = copied(toy_tree, tmp_path, "vg")
     (tree / "vg/objects_vocab.txt").write_text("disc\nsquare\n")
     done = run(
-        tmp_path,
-        "--loss",
-        "align",
-        "--data",
-        tree,
-        "--steps",
-        5,
-        "--batch-tokens",
-        512,
-        *QUICK,
-        expect=1,
+        tmp_path, "--loss align", "--data", tree, "--steps 5 --batch-tokens 512", *QUICK, expect=1
     )
     assert "only 2 names" in done.stderr and "Traceback" not in done.stderr

@@ -493,20 +493,10 @@ def test_photos_to_training_to_evaluation(weights_file, tmp_path):
         extract(tree / folder, weights_file, tree / "regions" / name)
     done = run(
         tmp_path,
-        "--recipe",
-        "toy-pretrain",
+        "--recipe toy-pretrain",
         "--data",
         tree,
-        "--pretrain",
-        "mlm+itm+mrckl",
-        "--steps",
-        8,
-        "--warmup",
-        2,
-        "--batch-tokens",
-        512,
-        "--out",
-        "x",
+        "--pretrain mlm+itm+mrckl --steps 8 --warmup 2 --batch-tokens 512 --out x",
         *QUICK,
     )
     assert "winoground/group" in last_line(done)
@@ -552,15 +542,11 @@ def test_one_photo_without_a_detector(toy_tree, tmp_path, recipe):
         recipe,
         "--data",
         toy_tree,
-        "--steps",
-        3,
-        "--warmup",
-        1,
+        "--steps 3 --warmup 1",
         "--batch-tokens",
         256 if recipe == "toy-pretrain" else 4,
         *args,
-        "--out",
-        "x",
+        "--out x",
         *QUICK,
     )
     photo = next((toy_tree / "coco/val2014").iterdir())

@@ -84,7 +84,7 @@ def test_ten_to_a_hundred_boxes(confident, least, most, wanted):
     boxes = torch.cat([corner, corner, corner + 10, corner + 10], dim=1)[:, None].expand(-1, 3, -1)
     probs = torch.full((40, 4), 0.1)
     probs[:confident, 0] = 0.7
-    keep, _, _ = parts.select_boxes(boxes, probs, (least, most), (0.5,))
+    keep, _, _ = parts.select_boxes(boxes, probs, (least, most), (0.5,), 0.2)
     assert len(keep) == wanted
     assert len(parts.select_boxes(boxes, probs, (36, 36), (0.5,))[0]) == 36
 

@@ -145,6 +145,7 @@ def quick(tmp_path, monkeypatch):
     """A folder with data/toy in it, where every recipe has two updates."""
     toy.make_toy(tmp_path / "data/toy", scenes=600)
     write_nlvr(tmp_path / "data/toy")
+    toy.make_nlvr_store(tmp_path / "data/toy")
     monkeypatch.chdir(tmp_path)
     for name, recipe in train.RECIPES.items():
         monkeypatch.setitem(train.RECIPES, name, shrunk(recipe))

@@ -21,6 +21,7 @@ import toy as toy_world
 import train
 from conftest import (
     QUICK,
+    argv,
     inside,
     prepared_run,
     read,
@@ -51,22 +52,9 @@ TASKS = [
 ]
 
 
-def configured(toy_tree, *argv):
-    cfg = train.parse(
-        [
-            "--data",
-            str(toy_tree),
-            "--precision",
-            "fp32",
-            "--init",
-            "none",
-            "--size",
-            "tiny",
-            "--workers",
-            "0",
-            *map(str, argv),
-        ]
-    )
+def configured(toy_tree, *args):
+    how = "--precision fp32 --init none --size tiny --workers 0"
+    cfg = train.parse(argv(how, "--data", toy_tree, *args))
     return cfg, train.setup_runtime(cfg), train.load_tokenizer(cfg)
 
 
@@ -408,14 +396,7 @@ def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
         *argv,
         "--init",
         pretrained[0],
-        "--steps",
-        20,
-        "--warmup",
-        2,
-        "--batch-tokens",
-        256,
-        "--log-every",
-        1,
+        "--steps 20 --warmup 2 --batch-tokens 256 --log-every 1",
     )
     numbers = train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
@@ -456,16 +437,7 @@ def test_training_lowers_the_loss_of_each_task(toy_tree, name):
         toy_tree,
         "--task",
         name,
-        "--steps",
-        200,
-        "--warmup",
-        1,
-        "--lr",
-        3e-4,
-        "--batch-tokens",
-        256,
-        "--head-lr",
-        1,
+        "--steps 200 --warmup 1 --lr 0.0003 --batch-tokens 256 --head-lr 1",
     )
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     model = train.build_model(cfg, runtime, tokenizer, streams)
@@ -483,20 +455,10 @@ def test_alignment_losses_run_on_downstream_tasks(toy_tree, pretrained, tmp_path
     monkeypatch.chdir(tmp_path)
     cfg, runtime, _ = configured(
         toy_tree,
-        "--task",
-        "vqa",
-        "--loss",
-        "cacr+wra",
+        "--task vqa --loss cacr+wra",
         "--init",
         pretrained[0],
-        "--steps",
-        3,
-        "--warmup",
-        1,
-        "--batch-tokens",
-        256,
-        "--log-every",
-        1,
+        "--steps 3 --warmup 1 --batch-tokens 256 --log-every 1",
     )
     train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
@@ -667,28 +629,13 @@ def test_mining_keeps_the_hardest(toy_tree):
 
 def test_mining_resumes_to_the_same_bits(toy_tree, pretrained, tmp_path):
     args = [
-        "--task",
-        "retrieval",
+        "--task retrieval",
         "--data",
         toy_tree,
         "--init",
         pretrained[0],
-        "--candidates",
-        0,
-        "--mine-every",
-        4,
-        "--mine-pool",
-        6,
-        "--negatives",
-        2,
-        "--steps",
-        8,
-        "--warmup",
-        2,
-        "--batch-tokens",
-        256,
-        "--save-every",
-        3,
+        "--candidates 0 --mine-every 4 --mine-pool 6 --negatives 2 --steps 8 --warmup 2",
+        "--batch-tokens 256 --save-every 3",
         *QUICK,
     ]
     run(tmp_path, *args, "--out", "whole")
@@ -724,17 +671,7 @@ def test_nlvr2_metrics_against_the_official_script(tmp_path):
 def test_submission_files(toy_tree, pretrained, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     cfg, runtime, _ = configured(
-        toy_tree,
-        "--task",
-        name,
-        "--init",
-        pretrained[0],
-        "--steps",
-        2,
-        "--warmup",
-        1,
-        "--batch-tokens",
-        256,
+        toy_tree, "--task", name, "--init", pretrained[0], "--steps 2 --warmup 1 --batch-tokens 256"
     )
     train.train(cfg, runtime)
     file = tmp_path / f"submit.{'json' if name == 'vqa' else 'csv'}"
@@ -828,12 +765,7 @@ def banner(tree, pretrained, tmp_path, *argv, expect=0):
         tree,
         "--init",
         pretrained[0],
-        "--steps",
-        1,
-        "--warmup",
-        1,
-        "--batch-tokens",
-        256,
+        "--steps 1 --warmup 1 --batch-tokens 256",
         *QUICK,
         "--task",
         *argv,
@@ -1069,17 +1001,7 @@ def test_an_official_fine_tuned_checkpoint_is_judged_as_it_comes(
     """Weights alone, under the authors' names, with nothing but --size and the task."""
     monkeypatch.chdir(tmp_path)
     cfg, runtime, _ = configured(
-        toy_tree,
-        "--task",
-        "vqa",
-        "--init",
-        pretrained[0],
-        "--steps",
-        3,
-        "--warmup",
-        1,
-        "--batch-tokens",
-        256,
+        toy_tree, "--task vqa", "--init", pretrained[0], "--steps 3 --warmup 1 --batch-tokens 256"
     )
     numbers = train.train(cfg, runtime)
     names = {

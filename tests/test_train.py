@@ -13,25 +13,19 @@ import pytest
 import torch
 
 import train
-from conftest import QUICK, ROOT, last_line, prepared_run, run, run_and_kill, same, weights
+from conftest import QUICK, ROOT, argv, last_line, prepared_run, run, run_and_kill, same, weights
 from model import read_checkpoint
 from train import UserError, alignment_weight, lr_at, make_config, parse
 
 
 def toy_run(toy_tree, pretrained, *more):
     return [
-        "--recipe",
-        "toy",
+        "--recipe toy",
         "--data",
         toy_tree,
         "--init",
         pretrained[0],
-        "--warmup",
-        2,
-        "--batch-tokens",
-        256,
-        "--candidates",
-        6,
+        "--warmup 2 --batch-tokens 256 --candidates 6",
         *QUICK,
         *more,
     ]
@@ -61,9 +55,7 @@ def test_pretraining_runs_every_task(pretrained):
 )
 def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = parse(
-        [*map(str, toy_run(toy_tree, pretrained, "--loss", loss, "--steps", 20, "--log-every", 1))]
-    )
+    cfg = parse(argv(*toy_run(toy_tree, pretrained, "--loss", loss, "--steps 20 --log-every 1")))
     runtime = train.setup_runtime(cfg)
     numbers = train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
@@ -183,18 +175,10 @@ def test_any_number_of_processes_has_the_same_batches(toy_tree, pretrained, tmp_
     args = toy_run(toy_tree, pretrained, "--loss", "cacr+wra", "--steps", 6, "--dropout", 0)
     if kind == "pretrain":
         args = [
-            "--recipe",
-            "toy-pretrain",
+            "--recipe toy-pretrain",
             "--data",
             toy_tree,
-            "--pretrain",
-            "mlm+itm+mrfr+mrckl+wra",
-            "--loss",
-            "cacr",
-            "--steps",
-            12,
-            "--warmup",
-            2,
+            "--pretrain mlm+itm+mrfr+mrckl+wra --loss cacr --steps 12 --warmup 2",
             *QUICK,
         ]
     if kind in ("vcr", "nlvr2"):  # several rows an example
@@ -205,10 +189,7 @@ def test_any_number_of_processes_has_the_same_batches(toy_tree, pretrained, tmp_
             toy_tree,
             "--init",
             pretrained[0],
-            "--steps",
-            6,
-            "--warmup",
-            2,
+            "--steps 6 --warmup 2",
             *QUICK,
         ]
     # few: one group at a time, so the second process has nothing to do
@@ -499,16 +480,12 @@ def test_nan_in_the_features_met_while_training(toy_tree, pretrained, tmp_path, 
     features.flush()
     done = run(
         tmp_path,
-        "--recipe",
-        "toy",
+        "--recipe toy",
         "--data",
         tree,
         "--init",
         pretrained[0],
-        "--steps",
-        2,
-        "--warmup",
-        1,
+        "--steps 2 --warmup 1",
         "--workers",
         workers,
         expect=1,
@@ -542,25 +519,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
     toy_tree, pretrained, tmp_path, monkeypatch, poison
 ):
     monkeypatch.chdir(tmp_path)
-    cfg = parse(
-        [
-            *map(
-                str,
-                toy_run(
-                    toy_tree,
-                    pretrained,
-                    "--loss",
-                    "cacr",
-                    "--steps",
-                    6,
-                    "--save-every",
-                    2,
-                    "--out",
-                    "run",
-                ),
-            )
-        ]
-    )
+    args = toy_run(toy_tree, pretrained, "--loss cacr --steps 6 --save-every 2 --out run")
+    cfg = parse(argv(*args))
     calls, real = [0], train.losses.ranking
 
     def ranking(scores, margin):
@@ -593,7 +553,7 @@ def test_full_disk_keeps_the_old_checkpoint(toy_tree, pretrained, tmp_path):
         "    real(*a)\ntrain.save_checkpoint = save\ntrain.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "train.py", *map(str, args)],
+        [sys.executable, "-c", code, "train.py", *argv(*args)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
