@@ -7,7 +7,7 @@ Letters: B pairs, N_L words, N_V regions, D_V width of a region feature, C regio
 boxes are x1 y1 x2 y2 in [0, 1].
 
     1. Errors and files     DataError  read_json  read_pickle  write_atomic  memory_mapped
-    2. Tokenizers           WordPiece (BERT, cased or uncased)  WordVectors (GloVe, for MAF)
+    2. Tokenizers           WordPiece (BERT, cased or uncased)
     3. Region stores        RegionStore  JoinedStore  PatchStore  CropStore
     4. Readers              one generator of Records a data set and nothing else; in this order:
          captions           coco_captions  karpathy_captions  winoground_examples
@@ -42,6 +42,7 @@ import zlib
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
+from sys import intern
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -109,30 +110,100 @@ def write_atomic(path, content):
 OFFICIAL = 'Fetch it from its official address into this place (README, "Full data").'
 
 
-def read_text(path, what, hint=OFFICIAL):
-    """A UTF-8 text file, whole; FILE.gz does as well as FILE."""
+@contextlib.contextmanager
+def open_text(path, what, hint=OFFICIAL):
+    """A UTF-8 text file, open; FILE.gz does as well as FILE."""
+    zipped = exists(path) and not Path(path).exists()
+    opener, path_there = (gzip.open, f"{path}.gz") if zipped else (open, need(path, what, hint))
     try:
-        if exists(path) and not Path(path).exists():
-            return gzip.decompress(Path(f"{path}.gz").read_bytes()).decode("utf-8")
-        return need(path, what, hint).read_text(encoding="utf-8")
+        with opener(path_there, "rt", encoding="utf-8") as file:
+            yield file
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         hint = f"{what}, in UTF-8. Fetch it again."
         raise DataError(f"{path} cannot be read as text: {error}", hint) from None
 
 
+def read_text(path, what, hint=OFFICIAL):
+    """A text file, whole: a small one"""
+    with open_text(path, what, hint) as file:
+        return file.read()
+
+
+def read_lines(path, what):
+    """Yields a text file's lines; the file is never in memory whole."""
+    with open_text(path, what) as file:
+        for line in file:
+            yield line.rstrip("\n")
+
+
 def read_json(path, what):
-    """A JSON file, whole."""
-    text = read_text(path, what)
+    """A JSON file, whole: a small one"""
     try:
-        return json.loads(text)
+        return json.loads(read_text(path, what))
     except json.JSONDecodeError as error:
-        size = f"{path} is not whole JSON ({len(text):,} characters): {error}"
-        raise DataError(size, hint=CUT_SHORT) from None
+        raise DataError(f"{path} is not whole JSON: {error}", hint=CUT_SHORT) from None
+
+
+# characters read at a time; no text or number in a file is so long
+PIECE, LONGEST = 1 << 22, 1 << 18
+
+
+def json_items(path, what, key=""):
+    """Yields the values of a JSON file's list, of the list `key` of its record, or (name, value) of
+    its record. The file is read a few megabytes at a time.
+    """
+    # unescaped quotes stand for no other thing, so a key is found without reading what is before it
+    opening = re.compile(rf'"{key}"\s*:\s*([\[{{])' if key else r"\A\s*([\[{])")
+    with open_text(path, what) as file:
+        text, passed, comma = file.read(PIECE), 0, None
+        while not (start := opening.search(text)):
+            piece = file.read(PIECE)
+            if not piece:
+                # the error that it is: no JSON, no such field, not a list
+                whole = read_json(path, what)
+                found = field(whole, key, path, list) if key else whole
+                raise DataError(f"{path} is {found!r:.60}", f"a list. {AGAIN}")
+            text = text[-LONGEST:] + piece
+        at, end = start.end(), {"[": "]", "{": "}"}[start[1]]
+        while True:
+            gap = re.compile(r"\s*(,?)\s*").match(text, at)
+            if text[gap.end() : gap.end() + 1] == end:
+                return
+            try:
+                value, stop = json_item(text, gap, comma, end == "}")
+            except json.JSONDecodeError as error:
+                piece = file.read(PIECE)
+                # most often the item goes on in the next piece
+                if not piece or error.pos < len(text) - LONGEST:
+                    found = f"{path} is not whole JSON at character {passed + error.pos:,}"
+                    raise DataError(f"{found}: {error.msg}", hint=CUT_SHORT) from None
+                text, at, passed = text[at:] + piece, 0, passed + at
+                continue
+            yield value
+            at, comma = stop, ","
+
+
+def json_item(text, gap, comma, named):
+    """(value or (name, value), where it ends) behind a gap that holds a comma, but for the first"""
+    decode, at, name = json.JSONDecoder().raw_decode, gap.end(), None
+    if comma and not gap[1]:
+        raise json.JSONDecodeError("no comma", text, at)
+    if named:
+        name, at = decode(text, at)
+        colon = re.compile(r"\s*:\s*").match(text, at)
+        if not colon:
+            raise json.JSONDecodeError("no colon", text, at)
+        at = colon.end()
+    value, at = decode(text, at)
+    if text[at : at + 1] in ("", ".", "e", "E"):
+        # a number that goes on
+        raise json.JSONDecodeError("it ends here", text, at)
+    return ((name, value) if named else value), at
 
 
 def read_json_lines(path, what):
     """Yields (file and line, record) of a file of one JSON record a line."""
-    for number, line in enumerate(read_text(path, what).splitlines(), 1):
+    for number, line in enumerate(read_lines(path, what), 1):
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
@@ -218,7 +289,24 @@ def memory_mapped(folder, key, build):
             meta = read_fresh_meta(folder, key)
             if meta is None:
                 meta = write_arrays(folder, key, build)
+    # what is built of these arrays is built of the same files
+    sources.update({str(folder.parent.parent / name): s for name, s in meta["sources"].items()})
     return load_arrays(folder), meta
+
+
+def kept(function):
+    """function(data, ...) -> list of texts, read from files of gigabytes: kept in DATA/index."""
+
+    @functools.wraps(function)
+    def read(data, *args):
+        def build():
+            return {"texts": np.array([x.encode() for x in function(data, *args)], "S")}, {}
+
+        name = "-".join([function.__name__, *map(str, args)])
+        arrays, _ = memory_mapped(Path(data) / "index" / name, [INDEX_VERSION], build)
+        return [text.decode() for text in arrays["texts"]]
+
+    return read
 
 
 def load_arrays(folder):
@@ -241,6 +329,7 @@ def read_fresh_meta(folder, key):
 
 def write_arrays(folder, key, build):
     """Build the arrays beside their place, then rename: a killed process leaves nothing half."""
+    outer = dict(sources)
     sources.clear()
     arrays, meta = build()
     beside = Path(f"{folder}.tmp")
@@ -254,6 +343,7 @@ def write_arrays(folder, key, build):
     tree = folder.parent.parent
     names = {os.path.relpath(name, tree): stamp for name, stamp in sources.items()}
     meta = meta | {"key": key, "sources": names}
+    sources.update(outer)
     (beside / "meta.json").write_text(json.dumps(meta))
     shutil.rmtree(folder, ignore_errors=True)
     # what others have mapped stays readable until they let go of it
@@ -367,81 +457,6 @@ class WordPiece:
             ids.append(self.ids[piece])
             start = end
         return ids
-
-
-def glove_file(data):
-    """GloVe's text file in DATA/glove: 6B or 840B, of 300 numbers."""
-    folder, names = Path(data) / "glove", ("glove.6B.300d.txt", "glove.840B.300d.txt")
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    hint = "Fetch one from GloVe's page, nlp.stanford.edu/projects/glove."
-    raise DataError(f"{folder} holds neither {' nor '.join(names)}", hint=hint)
-
-
-def glove(path, words):
-    """{word: (d,) float32} of those words that have a vector; of one that comes twice the first."""
-    # one pass that keeps no other line: the file has gigabytes
-    # bytes are compared, so that only lines that count are decoded
-    wanted, found, d = {w.encode(): w for w in words}, {}, None
-    path = need(path, "GloVe's vectors", "Fetch them from GloVe's page.")
-    how = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
-    with (
-        open(path, "rb", buffering=1 << 22) as file,
-        tqdm(total=path.stat().st_size, desc=path.name, **how) as bar,
-    ):
-        for number, line in enumerate(file, 1):
-            blanks = line.count(b" ")
-            d = d or blanks
-            where = f"{path}, line {number}"
-            if blanks < d:
-                numbers = f"{blanks} numbers where the first line has {d}"
-                raise DataError(f"{where}: {numbers}", hint=CUT_SHORT)
-            if number % 50_000 == 0:
-                bar.update(file.tell() - bar.n)
-            word = wanted.get(line[: line.index(b" ")])
-            # more blanks: a token of several words (840B has ". . ."), which nothing looks up
-            if word is None or word in found or blanks > d:
-                continue
-            try:
-                found[word] = np.array(line.split()[1:], np.float32)
-            except ValueError:
-                odd = f"{where}: {line[:60]!r}... holds something that is no number"
-                raise DataError(odd, hint=AGAIN) from None
-    return found
-
-
-class WordVectors:
-    """MAF's tokenizer: words -> rows of a table that begins as their GloVe vectors.
-
-    Row 0 is padding and row 1 unknown, both zero; then the words of `names` that GloVe has.
-    data: the data tree; without it the names are taken as they are.
-    """
-
-    pad = 0
-
-    def __init__(self, names, data=None):
-        self.names, self.vectors = list(names), None
-        if data:
-            vectors = glove(glove_file(data), {w for name in names for w in name.split()})
-            # a detector's name may be several words: the authors look it up whole and find nothing
-            self.names = [n for n in names if all(w in vectors for w in n.split())]
-            rows = [np.mean([vectors[w] for w in n.split()], axis=0) for n in self.names]
-            padding = np.zeros(len(next(iter(vectors.values()))))
-            self.vectors = np.stack([padding, padding, *rows]).astype(np.float32)
-        self.ids = {name: i + 2 for i, name in enumerate(self.names)}
-
-    def __len__(self):
-        return len(self.names) + 2
-
-    def __call__(self, text):
-        """ids of the words of a phrase, without punctuation; [unknown] if there is none"""
-        words = [strip_punctuation(word) for word in text.split()]
-        return [self.ids.get(word, 1) for word in words if word] or [1]
-
-    def fingerprint(self):
-        """What an index must be made again for"""
-        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
 
 
 def strip_punctuation(word):
@@ -1019,26 +1034,28 @@ class Record(NamedTuple):
     note: object = None
 
 
+COCO_FORMAT = "caption annotations in COCO's format"
+
+
 def caption_images(path):
-    """A captions file in COCO's format, and {image id: its record, with "stem" added}."""
-    whole, images = read_json(path, "caption annotations in COCO's format"), {}
-    where = f"{path}, images[]"
-    for record in field(whole, "images", path, list):
+    """{image id: (file stem, Flickr address)} of a captions file in COCO's format."""
+    where, images = f"{path}, images[]", {}
+    for record in json_items(path, COCO_FORMAT, "images"):
         stem = Path(field(record, "file_name", where, str)).stem
-        images[field(record, "id", where)] = {**record, "stem": stem}
-    return whole, images
+        images[field(record, "id", where)] = stem, record.get("flickr_url")
+    return images
 
 
 def read_captions(path):
     """Yields the Records of a captions file in COCO's format. Image id = file stem."""
-    whole, images = caption_images(path)
-    for a in field(whole, "annotations", path, list):
+    images = caption_images(path)
+    for a in json_items(path, COCO_FORMAT, "annotations"):
         where = f"{path}, annotation {a.get('id') if isinstance(a, dict) else a}"
         image = field(a, "image_id", where)
         if image not in images:
             found = f"{where} is about image {image}, which is not in the file's images list"
             raise DataError(found, hint=AGAIN)
-        yield Record(images[image]["stem"], field(a, "caption", where, str), str(a.get("id")))
+        yield Record(images[image][0], field(a, "caption", where, str), str(a.get("id")))
 
 
 def caption_file(data, split):
@@ -1053,27 +1070,36 @@ def coco_captions(data, split, stats):
 
 def own_captions(data, split, stats):
     """DATA/own/captions.json, in COCO's format; the last tenth is for validation."""
-    return split_off(read_captions(Path(data) / "own" / "captions.json"), split, 10)
+    path = Path(data) / "own" / "captions.json"
+    return split_off(lambda stats: read_captions(path), split, stats, 10)
 
 
-def karpathy_images(data, dataset):
-    """Karpathy's records of a data set's images, and the file's path."""
+def karpathy_images(data, dataset, *splits):
+    """Yields Karpathy's records of a data set's images, of these splits or of all."""
     path = Path(data) / dataset / f"dataset_{dataset}.json"
-    return field(read_json(path, f"Karpathy's split of {dataset}"), "images", path, list), path
+    for image in json_items(path, f"Karpathy's split of {dataset}", "images"):
+        if field(image, "split", path) in splits or not splits:
+            for name, kind in KARPATHY[dataset]:
+                field(image, name, path, kind)
+            yield image
+
+
+# what is read of them
+KARPATHY = {
+    "coco": (("filename", str), ("sentences", list), ("cocoid", int)),
+    "flickr30k": (("filename", str), ("sentences", list)),
+}
 
 
 def karpathy_captions(data, split, stats, dataset="coco"):
     """COCO or Flickr30k captions in Karpathy's split: train (COCO: with restval, as every paper),
     val, test. Of COCO the first five captions of an image. Image id = file stem.
     """
-    images, path = karpathy_images(data, dataset)
-    wanted = ("train", "restval") if split == "train" else (split,)
-    for image in images:
-        if field(image, "split", path) in wanted:
-            stem = Path(field(image, "filename", path, str)).stem
-            sentences = field(image, "sentences", path, list)
-            for s in sentences[:5] if dataset == "coco" else sentences:
-                yield Record(stem, field(s, "raw", path, str), str(s.get("sentid")))
+    for image in karpathy_images(data, dataset, split, *["restval"] * (split == "train")):
+        stem, sentences = Path(image["filename"]).stem, image["sentences"]
+        for s in sentences[:5] if dataset == "coco" else sentences:
+            text = field(s, "raw", f"{dataset}, {stem}", str)
+            yield Record(stem, text, str(s.get("sentid")))
 
 
 def winoground_examples(data, split, stats):
@@ -1130,9 +1156,8 @@ class HeldOut(NamedTuple):
 def held_out(data):
     """Of the files that are there: Karpathy's, RefCOCO's val and test, Flickr30k's photos."""
     data, coco_ids, counts = Path(data), set(), {}
-    karpathy = karpathy_images(data, "coco")[0]
     for split in ("val", "test"):
-        ids = {i["cocoid"] for i in karpathy if i["split"] == split}
+        ids = {i["cocoid"] for i in karpathy_images(data, "coco", split)}
         counts[f"Karpathy {split}"], coco_ids = len(ids), coco_ids | ids
     for name in REFER:
         if exists(data / "refer" / name / f"refs({REFER[name]}).p"):
@@ -1142,11 +1167,10 @@ def held_out(data):
             counts[f"NONE OF {name}: its files are missing, so its test images are trained on"] = 1
     photos = set()
     if exists(data / "flickr30k" / "dataset_flickr30k.json"):
-        photos = {Path(i["filename"]).stem for i in karpathy_images(data, "flickr30k")[0]}
+        photos = {Path(i["filename"]).stem for i in karpathy_images(data, "flickr30k")}
     tokens = data / "flickr30k" / "results_20130124.token"
     if exists(tokens):
-        lines = read_text(tokens, "Flickr30k's captions").splitlines()
-        photos |= {line.split(".jpg#")[0] for line in lines}
+        photos |= {line.split(".jpg#")[0] for line in read_lines(tokens, "Flickr30k's captions")}
     return HeldOut(coco_ids, photos, counts)
 
 
@@ -1159,31 +1183,32 @@ def coco_corpus(data, split, stats):
     stats.update({f"images held out, {name}": n for name, n in out.counts.items()})
     for part in ("train2014", "val2014"):
         images = {}
-        for number, record in caption_images(caption_file(data, part))[1].items():
+        for number, (stem, url) in caption_images(caption_file(data, part)).items():
             # COCO's images are Flickr's: some are Flickr30k's too
-            also = number not in out.coco and flickr_photo(record.get("flickr_url")) in out.photos
+            also = number not in out.coco and flickr_photo(url) in out.photos
             stats["images held out, also in Flickr30k"] += also
-            images[record["stem"]] = number not in out.coco and not also
+            images[stem] = number not in out.coco and not also
         yield from (r for r in coco_captions(data, part, stats) if images[r.image])
 
 
 def vg_images(data):
-    """Visual Genome's {image id: record}."""
-    path = Path(data) / "vg" / "image_data.json"
-    records = read_json(path, "Visual Genome's image_data.json")
-    images = {field(i, "image_id", path): i for i in records}
-    for number, record in images.items():
-        vg_box(record, f"{path}, image {number}", ("width", "height"))
+    """Visual Genome's {image id: {width, height, coco_id, flickr_id}}."""
+    path, images = Path(data) / "vg" / "image_data.json", {}
+    for record in json_items(path, "Visual Genome's image_data.json"):
+        where = f"{path}, image {field(record, 'image_id', path)}"
         # most images are not COCO's
-        record.setdefault("coco_id", None)
-        field(record, "coco_id", f"{path}, image {number}", OPTIONAL)
+        kept = {"coco_id": None, "flickr_id": None, **record}
+        field(kept, "coco_id", where, OPTIONAL)
+        vg_box(record, where, ("width", "height"))
+        names = "width", "height", "coco_id", "flickr_id"
+        images[record["image_id"]] = {name: kept[name] for name in names}
     return images
 
 
 def vg_items(data, name, key):
     """Yields (image, its records, where that is) of one of Visual Genome's files."""
     path = Path(data) / "vg" / f"{name}.json"
-    records = read_json(path, f"Visual Genome's {name}")
+    records = json_items(path, f"Visual Genome's {name}")
     for item in tqdm(records, desc=f"Visual Genome's {name}", disable=None, leave=False):
         image = field(item, "id" if "id" in (item or ()) else "image_id", path)
         where = f"{path}, image {image}"
@@ -1205,7 +1230,7 @@ def vg_split(data, split, stats):
     """Visual Genome's images of a split, {id: record}: val are those in Karpathy's COCO val."""
     images = vg_images(data)
     if split == "val":
-        validation = {i["cocoid"] for i in karpathy_images(data, "coco")[0] if i["split"] == "val"}
+        validation = {i["cocoid"] for i in karpathy_images(data, "coco", "val")}
         return {n: i for n, i in images.items() if i.get("coco_id") in validation}
     out, kept = held_out(data), {}
     for number, record in images.items():
@@ -1252,8 +1277,8 @@ def web_captions(path, columns, stats, out):
     """Records of a file of captions and addresses, columns in this order; image id = line from 0"""
     names = " and ".join(columns)
     # a broken line would shift the numbers of all images after it, so it is an error
-    text, caption = read_text(path, f"web captions, {names} a line"), columns.index("caption")
-    for number, line in enumerate(line for line in text.split("\n") if line):
+    lines, caption = read_lines(path, f"web captions, {names} a line"), columns.index("caption")
+    for number, line in enumerate(filter(None, lines)):
         row = line.split("\t")
         if len(row) != 2:
             found = f"{path}, line {number + 1} has {len(row)} columns: wanted 2, {names}"
@@ -1264,11 +1289,13 @@ def web_captions(path, columns, stats, out):
             yield Record(str(number), row[caption], str(number))
 
 
-def split_off(records, split, part=100):
-    """Of a corpus without a validation split the last hundredth, or another part, or all before."""
-    records = list(records)
-    cut = len(records) - max(1, len(records) // part)
-    return records[:cut] if split == "train" else records[cut:]
+def split_off(read, split, stats, part=100):
+    """Of a corpus without a validation split the last hundredth, or another part, or all before;
+    read(stats) yields its records.
+    """
+    total = sum(1 for _ in read(Counter()))
+    cut = total - max(1, total // part)
+    return islice(read(stats), cut) if split == "train" else islice(read(stats), cut, None)
 
 
 def cc3m_captions(data, split, stats):
@@ -1280,9 +1307,9 @@ def cc3m_captions(data, split, stats):
 
 def cc12m_captions(data, split, stats):
     """Conceptual 12M: address, caption, the other way round."""
-    path = Path(data) / "cc12m" / "cc12m.tsv"
-    records = web_captions(path, ("address", "caption"), stats, held_out(data))
-    return split_off(records, split)
+    path, out = Path(data) / "cc12m" / "cc12m.tsv", held_out(data)
+    columns = "address", "caption"
+    return split_off(lambda stats: web_captions(path, columns, stats, out), split, stats)
 
 
 def sbu_captions(data, split, stats):
@@ -1294,8 +1321,7 @@ def sbu_captions(data, split, stats):
         urls, captions = (field(record, n, whole, list) for n in ("image_urls", "captions"))
     else:
         paths = (folder / f"SBU_captioned_photo_dataset_{n}.txt" for n in ("urls", "captions"))
-        texts = (read_text(path, "SBU Captions, one a line") for path in paths)
-        urls, captions = (text.rstrip("\n").split("\n") for text in texts)
+        urls, captions = (list(read_lines(path, "SBU Captions, one a line")) for path in paths)
     if len(urls) != len(captions):
         found = f"{folder}: {len(urls):,} addresses and {len(captions):,} captions"
         raise DataError(found, "as many of either. Fetch both files again.")
@@ -1333,7 +1359,7 @@ class Answers(NamedTuple):
 def vqa_annotations(data, split):
     """Yields (record, path) of one of VQA v2's answer files."""
     path = Path(data) / "vqa2" / f"v2_mscoco_{split}_annotations.json"
-    for a in field(read_json(path, "VQA v2's answers"), "annotations", path, list):
+    for a in json_items(path, "VQA v2's answers", "annotations"):
         yield a, path
 
 
@@ -1349,12 +1375,13 @@ def vqa_questions(data, split, stats, answers=()):
         return
     path, known = Path(data) / "vqa2" / f"v2_OpenEnded_mscoco_{split}_questions.json", {}
     for a, where in () if split.startswith("test") else vqa_annotations(data, split):
-        given = [field(x, "answer", where, str) for x in field(a, "answers", where, list)]
+        # millions of answers are a few thousand words
+        given = [intern(field(x, "answer", where, str)) for x in field(a, "answers", where, list)]
         kinds = a.get("question_type", ""), a.get("answer_type", "")
         known[field(a, "question_id", where)] = Answers(given, *kinds)
     # test-dev's questions are about test2015's images
     images = split.replace("test-dev", "test")
-    for q in field(read_json(path, "VQA v2's questions"), "questions", path, list):
+    for q in json_items(path, "VQA v2's questions", "questions"):
         note = known.get(field(q, "question_id", path))
         target = None if note is None else soft_target(note.given, numbers)
         stats["questions without annotations"] += bool(known) and note is None
@@ -1384,7 +1411,7 @@ def vg_questions(data, stats, numbers, own_images=False, out=()):
     """
     images, stems = vg_images(data), {}
     if not own_images:
-        for record in karpathy_images(data, "coco")[0]:
+        for record in karpathy_images(data, "coco"):
             stems[record["cocoid"]] = Path(record["filename"]).stem
     left = "Visual Genome questions left out: image not in COCO, or held out, or answer not in the"
     for number, questions, where in vg_items(data, "question_answers", "qas"):
@@ -1537,7 +1564,7 @@ def referring_expressions(data, split, stats, dataset="refcoco"):
             yield Record(stem, " ".join(text), str(e.get("phraseId")), boxes=(box,))
         return
     path, boxes = folder / "instances.json", {}
-    for a in field(read_json(path, "COCO's instances"), "annotations", path, list):
+    for a in json_items(path, "COCO's instances", "annotations"):
         boxes[field(a, "id", path)] = tuple(field(a, "bbox", path, list))
     for ref in read_refs(data, dataset):
         if field(ref, "split", folder) != split:
@@ -1556,17 +1583,23 @@ def referring_expressions(data, split, stats, dataset="refcoco"):
 
 
 def gqa_records(data, split):
-    """GQA's {question id: record} as published; "train_all" is a folder of ten files."""
+    """Yields GQA's (question id, record) as published; "train_all" is a folder of ten files."""
     folder = Path(data) / "gqa"
     paths = [folder / f"{split}_questions.json"]
     if split == "train_all" and not exists(paths[0]):
         names = (f"train_all_questions_{i}.json" for i in range(10))
         paths = [folder / "train_all_questions" / name for name in names]
-    records = {}
     for path in paths:
-        for name, question in need_record(read_json(path, "GQA's questions"), path).items():
-            records[name] = need_record(question, f"{path}, question {name}")
-    return records
+        for name, question in gqa_items(path, "GQA's questions"):
+            yield name, need_record(question, f"{path}, question {name}")
+
+
+def gqa_items(path, what):
+    """Yields (name, value) of a file that is one record"""
+    for item in json_items(path, what):
+        if not isinstance(item, tuple):
+            raise DataError(f"{path}: a list", f"a record. {AGAIN}")
+        yield item
 
 
 def gqa_questions(data, split, stats, answers=(), pointers=True):
@@ -1580,15 +1613,16 @@ def gqa_questions(data, split, stats, answers=(), pointers=True):
     path = Path(data) / "gqa" / f"{split}_questions.json"
     graphs = Path(data) / "gqa" / f"{split.split('_')[0]}_sceneGraphs.json"
     if pointers and exists(graphs):
-        scenes = need_record(read_json(graphs, "GQA's scene graphs"), graphs)
+        # boxes alone: names and relations of all objects would take gigabytes
+        scenes = {name: scene_boxes(graph, graphs) for name, graph in gqa_items(graphs, "GQA")}
     unknown = "questions whose answer is not in the list, kept with an all-zero target"
-    for name, q in gqa_records(data, split).items():
+    for name, q in gqa_records(data, split):
         where, spans, target = f"{path}, question {name}", [], None
         image, text = field(q, "imageId", where, str), field(q, "question", where, str)
         if scenes is not None:
             notes = need_record(q.get("annotations", {}), where)
             words = need_record(notes.get("question", {}), where)
-            spans = pointed_spans(words, scenes.get(image, {"objects": {}}), where, stats)
+            spans = pointed_spans(words, scenes.get(image, {}), stats)
         if "answer" in q:
             answer = field(q, "answer", where, str)
             target = {numbers[answer]: 1.0} if answer in numbers else {}
@@ -1596,16 +1630,21 @@ def gqa_questions(data, split, stats, answers=(), pointers=True):
         yield Record(image, text, name, target, pointers=tuple(spans))
 
 
-def pointed_spans(words, graph, where, stats):
-    """[(first word, end word, box)] of {"first:end": object} and a scene graph."""
+def scene_boxes(graph, where):
+    """{object: its box inside the image, None if nothing is left of it} of a scene graph"""
+    vg_box(graph, where, ("width", "height"))
+    things = need_record(field(graph, "objects", where, dict), where).items()
+    return {o: clip_box(*vg_box(t, f"{where}, object {o}", "xywh"), graph) for o, t in things}
+
+
+def pointed_spans(words, boxes, stats):
+    """[(first word, end word, box)] of {"first:end": object} and scene_boxes."""
     spans = []
     for span, name in words.items():
-        thing = field(graph, "objects", where, dict).get(name)
-        sides = thing and vg_box(graph, where, ("width", "height"))
-        box = sides and clip_box(*vg_box(thing, f"{where}, object {name}", "xywh"), graph)
         first, _, end = span.partition(":")
-        stats["pointers left out: object not in the scene graph"] += thing is None
-        stats["pointers left out: a box of no area"] += thing is not None and box is None
+        stats["pointers left out: object not in the scene graph"] += name not in boxes
+        stats["pointers left out: a box of no area"] += boxes.get(name, ()) is None
+        box = boxes.get(name)
         spans += [(int(first), int(end or int(first) + 1), box)] if box else []
     return spans
 
@@ -1663,7 +1702,7 @@ def multitask_vg(data, split, stats, answers=(), gqa_split="train_balanced"):
     numbers, out = {answer: i for i, answer in enumerate(answers)}, set()
     # no image of the questions that are validated on
     if "val" not in gqa_split:
-        out = {q["imageId"] for q in gqa_records(data, "val_balanced").values()}
+        out = {q["imageId"] for _, q in gqa_records(data, "val_balanced")}
     yield from joined_descriptions(data, stats, out)
     yield from vg_questions(data, stats, numbers, True, out)
     for part in gqa_split.split("+"):
@@ -2274,9 +2313,9 @@ class BatchOptions(NamedTuple):
     # all texts of an example count in size, or, as VCR's authors count, one of its choices
     count_choices: bool = True
     answers: int = 0  # how many the task's head predicts, where several may be right
-    similarity: object = None  # WordSimilarity of the pointed words
+    similarity: object = None  # train.WordSimilarity of the pointed words
     soft_target: Callable = None  # losses.soft_alignment_target
-    phrase_input: Callable = None  # PhraseInput of the captions
+    phrase_input: Callable = None  # evaluate.PhraseInput of the captions
 
 
 class Batches:
@@ -2643,51 +2682,6 @@ def collate_negatives(index, rows, images):
     return {"negatives": negatives, "order": torch.from_numpy(place.reshape(rows.shape))}
 
 
-class WordSimilarity:
-    """What the detector calls regions, compared with words: cosines of GloVe vectors, made once
-    beside the data; 0 where either has no vector.
-
-    words: (W,) bytes; a name of several words ("traffic light") has the mean of their vectors
-    """
-
-    def __init__(self, data, words):
-        self.data, self.words = data, words
-        key = [INDEX_VERSION, hashlib.sha256(b"\n".join(words.tolist())).hexdigest()]
-        place = Path(data) / "index" / f"similarity-{key[1][:8]}"
-        self.tables, meta = memory_mapped(place, key, self.compare)
-        self.num_unknown = meta["unknown"]
-
-    def __reduce__(self):
-        return type(self), (self.data, np.array(self.words))
-
-    def compare(self):
-        """{cls_id, attr_id: (words, names) float16}"""
-        words = [word.decode() for word in self.words]
-        names = {"cls_id": "objects", "attr_id": "attributes"}
-        names = {k: [n.split() for n in detector_names(self.data, v)] for k, v in names.items()}
-        wanted = {*words, *(w for parts in names.values() for name in parts for w in name)}
-        exists(glove_file(self.data))
-        vectors = glove(glove_file(self.data), wanted)
-        zero = np.zeros(len(next(iter(vectors.values()), np.zeros(1))), np.float32)
-
-        def unit_means(phrases):
-            # a word without a vector is zero, similar to nothing
-            rows = np.stack([np.mean([vectors.get(w, zero) for w in p], axis=0) for p in phrases])
-            return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
-
-        rows, tables = unit_means([[w] for w in words]), {}
-        for column, parts in names.items():
-            tables[column] = (rows @ unit_means(parts).T).astype(np.float16)
-        return tables, {"unknown": sum(w not in vectors for w in words)}
-
-    def __call__(self, words, ids, column):
-        """(K, N_V) float32 of words (K,) and ids (K, N_V) of cls_id or attr_id, -1 unknown"""
-        table = self.tables[column]
-        check_names(ids, table.shape[1], column)
-        similarity = table[words[:, None], ids.clip(min=0)]
-        return np.where(ids < 0, 0, similarity).astype(np.float32)
-
-
 def collate_multitask(batches, rng, k, share, rows, images, match):
     """All of Kervadec's supervision in one batch, as LXMERT: masked words and regions, replaced
     images, answers, and pointers.
@@ -2774,42 +2768,6 @@ def aligned_words(batches, rows, images, match):
     keep = target.sum(dim=-1) > 0
     aligned = {"aligned": as_tensor(place)[keep], "aligned_row": as_tensor(row)[keep]}
     return aligned | {"alignment": target[keep]}
-
-
-class PhraseInput:
-    """MAF's input: captions as phrases, and what the detector says of regions"""
-
-    # the most certain of an image [authors' code]
-    MAX_REGIONS = 100
-
-    def __init__(self, data, index):
-        self.index, self.words = index, {}
-        for column, what in (("cls_id", "objects"), ("attr_id", "attributes")):
-            rows = [index.tokenizer.ids.get(name, 1) for name in detector_names(data, what)]
-            # an id of -1, unknown, finds the last
-            self.words[column] = np.array([*rows, 1])
-
-    def __call__(self, rows, images):
-        """Input for the phrases (b, Q, W) of texts and the regions (B, K) of images, and masks."""
-        index, store = self.index, self.index.store
-        tokens, real = index.text(rows)
-        number = index.text(rows, "types")[0]  # (b, N) of phrase
-        # a word's place in its phrase: its own less that of the phrase's first word
-        place = np.arange(real.shape[1]) - np.argmax(number[:, :, None] == number[:, None], axis=2)
-        row = np.repeat(np.arange(len(rows)), real.sum(axis=1))
-        shape = len(rows), number.max(initial=0) + 1, place[real].max(initial=0) + 1
-        phrases = np.zeros(shape, np.int64)
-        phrases[row, number[real], place[real]] = tokens[real]
-        region_mask = length_mask(store.n_regions(images))[:, : self.MAX_REGIONS]
-        most = region_mask.shape[1]
-        x = {"phrases": phrases, "place": np.flatnonzero(region_mask)}
-        x["features"] = store.read(images)[:, :most][region_mask]
-        for name, column in (("labels", "cls_id"), ("attributes", "attr_id")):
-            ids = store.read(images, column)[:, :most]
-            check_names(ids, len(self.words[column]) - 1, column)
-            x[name] = np.where(region_mask, self.words[column][ids], 0)
-        masks = {"word_mask": phrases > 0, "phrase_mask": (phrases > 0).any(axis=2)}
-        return as_tensors(masks | {"region_mask": region_mask}) | {"input": as_tensors(x)}
 
 
 def collate_phrases(batches, rng, k, share, rows):

@@ -5,7 +5,7 @@
     3. Downstream tasks   vqa_scores  vcr_scores  nlvr2_scores  gqa_scores ...   UNITER table 3;
                           Kervadec tables 1, 2; TASKS: the table of all tasks
     4. Word to region     word_to_region  pointing: words that point at regions   Kervadec sec. 7
-    5. Phrase grounding   grounding                                         MAF tables 1, 2, 5
+    5. Phrase grounding   WordVectors  PhraseInput: MAF's input; grounding  MAF tables 1, 2, 5
     6. Heat maps          pointing_games: is a text's heat map inside its box   AMC tables 1-5
     7. Figures            attention_figure  heat_figures  map_figures  grounding_figures
     8. Pictures and features in   pack: official feature files to a region store; extract: pictures;
@@ -48,13 +48,14 @@ import losses
 
 # data.py: errors and files, tokenizers, stores, readers, index
 from data import AGAIN, CUT_SHORT, DataError, need, read_json, write_atomic
-from data import WordPiece, WordVectors, detector_names, normalise_answer, strip_punctuation
+from data import WordPiece, check_names, detector_names, kept, normalise_answer
+from data import as_tensors, length_mask, strip_punctuation
 from data import COLUMNS, PER_IMAGE, PICTURES, PatchStore, RegionStore, Vision, read_picture
 from data import ENTAILMENT, REFER, VCR_WORDS, Record, exists, gqa_records, vg_answer, vg_items
 from data import entailment_pairs, entity_captions, gqa_questions, karpathy_captions, nlvr2_pairs
 from data import nlvr_presentations, referit_expressions, referring_expressions, vcr_choices
 from data import field, vg_images, vqa_annotations, vqa_questions, winoground_examples
-from data import PhraseInput, make_index, normalize_pixels, open_index, token_batches
+from data import make_index, normalize_pixels, open_index, token_batches
 from model import SIZES, Albef, CheckpointError, Lxmert, Maf, build, load_pretrained
 from model import detector_size, load_detector, read_checkpoint, resize_for_detector
 
@@ -671,8 +672,7 @@ def evaluate_gqa(run, task, split, submit=False, **scoring):
         return {"gqa/unanswerable": float(unanswered)}, rows
     folder, tier, questions = Path(run.data) / "gqa", split.split("_")[0], {}
     for part in split.split("+"):
-        records = gqa_records(run.data, part)
-        questions |= {k: q for k, q in records.items() if k in predictions}
+        questions |= {k: q for k, q in gqa_records(run.data, part) if k in predictions}
     paths = folder / f"eval/{tier}_choices.json", folder / f"{tier}_sceneGraphs.json"
     choices, scenes = (read_json(path, "GQA") if path.exists() else None for path in paths)
     attentions = None
@@ -744,6 +744,7 @@ class Task(NamedTuple):
     datasets: tuple = ("flickr30k", "coco")
 
 
+@kept
 def answer_list(data, minimum=9):
     """The answers that a VQA model predicts: trainval_label2ans.json if it is there, else by
     the published rule: the normalised most common answers of at least 9 questions of train2014
@@ -759,6 +760,7 @@ def answer_list(data, minimum=9):
     return sorted(answer for answer, n in count.items() if n >= minimum)
 
 
+@kept
 def gqa_answers(data):
     """GQA's answers: trainval_label2ans.json if it is there, else every answer of the balanced
     train and val questions (1,842).
@@ -766,10 +768,11 @@ def gqa_answers(data):
     path = Path(data) / "gqa" / "trainval_label2ans.json"
     if exists(path):
         return read_json(path, "the list of answers")
-    splits = [gqa_records(data, split) for split in ("train_balanced", "val_balanced")]
-    return sorted({q["answer"] for records in splits for q in records.values()})
+    splits = (gqa_records(data, split) for split in ("train_balanced", "val_balanced"))
+    return sorted({q["answer"] for records in splits for _, q in records})
 
 
+@kept
 def all_answers(data, minimum=9):
     """The answers of two-stream pre-training: lxmert/all_ans.json if it is there (9,500), else
     VQA's list, GQA's, and what Visual Genome's questions are answered with at least `minimum`
@@ -985,16 +988,14 @@ def downstream(run, split="", submit="", ablate=""):
     if submit and not task.submission:
         raise DataError(f"--submit: {name} has no test server's file")
     if submit:
-        write_rows(submit, rows, task.submission)
+        text = io.StringIO()
+        if task.submission == "csv":
+            csv.writer(text, lineterminator="\n").writerows(rows)
+        else:
+            json.dump(rows, text)
+        write_atomic(submit, text.getvalue())
         numbers["submission"] = submit
     return numbers
-
-
-def write_rows(path, rows, ending):
-    """A submission file: json, or csv"""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows) if ending == "csv" else None
-    write_atomic(path, text.getvalue() if ending == "csv" else json.dumps(rows))
 
 
 # 4. Word to region ------------------------------------------------------------------------------
@@ -1075,6 +1076,117 @@ def multitask_benchmarks(run):
 
 
 # 5. Phrase grounding ----------------------------------------------------------------------------
+
+
+def glove_file(data):
+    """GloVe's text file in DATA/glove: 6B or 840B, of 300 numbers."""
+    folder, names = Path(data) / "glove", ("glove.6B.300d.txt", "glove.840B.300d.txt")
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    hint = "Fetch one from GloVe's page, nlp.stanford.edu/projects/glove."
+    raise DataError(f"{folder} holds neither {' nor '.join(names)}", hint=hint)
+
+
+def glove(path, words):
+    """{word: (d,) float32} of those words that have a vector; of one that comes twice the first."""
+    # one pass that keeps no other line: the file has gigabytes
+    # bytes are compared, so that only lines that count are decoded
+    wanted, found, d = {w.encode(): w for w in words}, {}, None
+    path = need(path, "GloVe's vectors", "Fetch them from GloVe's page.")
+    how = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
+    with (
+        open(path, "rb", buffering=1 << 22) as file,
+        tqdm(total=path.stat().st_size, desc=path.name, **how) as bar,
+    ):
+        for number, line in enumerate(file, 1):
+            blanks = line.count(b" ")
+            d = d or blanks
+            where = f"{path}, line {number}"
+            if blanks < d:
+                numbers = f"{blanks} numbers where the first line has {d}"
+                raise DataError(f"{where}: {numbers}", hint=CUT_SHORT)
+            if number % 50_000 == 0:
+                bar.update(file.tell() - bar.n)
+            word = wanted.get(line[: line.index(b" ")])
+            # more blanks: a token of several words (840B has ". . ."), which nothing looks up
+            if word is None or word in found or blanks > d:
+                continue
+            try:
+                found[word] = np.array(line.split()[1:], np.float32)
+            except ValueError:
+                odd = f"{where}: {line[:60]!r}... holds something that is no number"
+                raise DataError(odd, hint=AGAIN) from None
+    return found
+
+
+class WordVectors:
+    """MAF's tokenizer: words -> rows of a table that begins as their GloVe vectors.
+
+    Row 0 is padding and row 1 unknown, both zero; then the words of `names` that GloVe has.
+    data: the data tree; without it the names are taken as they are.
+    """
+
+    pad = 0
+
+    def __init__(self, names, data=None):
+        self.names, self.vectors = list(names), None
+        if data:
+            vectors = glove(glove_file(data), {w for name in names for w in name.split()})
+            # a detector's name may be several words: the authors look it up whole and find nothing
+            self.names = [n for n in names if all(w in vectors for w in n.split())]
+            rows = [np.mean([vectors[w] for w in n.split()], axis=0) for n in self.names]
+            padding = np.zeros(len(next(iter(vectors.values()))))
+            self.vectors = np.stack([padding, padding, *rows]).astype(np.float32)
+        self.ids = {name: i + 2 for i, name in enumerate(self.names)}
+
+    def __len__(self):
+        return len(self.names) + 2
+
+    def __call__(self, text):
+        """ids of the words of a phrase, without punctuation; [unknown] if there is none"""
+        words = [strip_punctuation(word) for word in text.split()]
+        return [self.ids.get(word, 1) for word in words if word] or [1]
+
+    def fingerprint(self):
+        """What an index must be made again for"""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+
+
+class PhraseInput:
+    """MAF's input: captions as phrases, and what the detector says of regions"""
+
+    # the most certain of an image [authors' code]
+    MAX_REGIONS = 100
+
+    def __init__(self, data, index):
+        self.index, self.words = index, {}
+        for column, what in (("cls_id", "objects"), ("attr_id", "attributes")):
+            rows = [index.tokenizer.ids.get(name, 1) for name in detector_names(data, what)]
+            # an id of -1, unknown, finds the last
+            self.words[column] = np.array([*rows, 1])
+
+    def __call__(self, rows, images):
+        """Input for the phrases (b, Q, W) of texts and the regions (B, K) of images, and masks."""
+        index, store = self.index, self.index.store
+        tokens, real = index.text(rows)
+        number = index.text(rows, "types")[0]  # (b, N) of phrase
+        # a word's place in its phrase: its own less that of the phrase's first word
+        place = np.arange(real.shape[1]) - np.argmax(number[:, :, None] == number[:, None], axis=2)
+        row = np.repeat(np.arange(len(rows)), real.sum(axis=1))
+        shape = len(rows), number.max(initial=0) + 1, place[real].max(initial=0) + 1
+        phrases = np.zeros(shape, np.int64)
+        phrases[row, number[real], place[real]] = tokens[real]
+        region_mask = length_mask(store.n_regions(images))[:, : self.MAX_REGIONS]
+        most = region_mask.shape[1]
+        x = {"phrases": phrases, "place": np.flatnonzero(region_mask)}
+        x["features"] = store.read(images)[:, :most][region_mask]
+        for name, column in (("labels", "cls_id"), ("attributes", "attr_id")):
+            ids = store.read(images, column)[:, :most]
+            check_names(ids, len(self.words[column]) - 1, column)
+            x[name] = np.where(region_mask, self.words[column][ids], 0)
+        masks = {"word_mask": phrases > 0, "phrase_mask": (phrases > 0).any(axis=2)}
+        return as_tensors(masks | {"region_mask": region_mask}) | {"input": as_tensors(x)}
 
 
 def best_box(scores, boxes):

@@ -13,8 +13,7 @@ mask is bool, True = real; real entries come first.
     RegionEmbedding  feature + box (+ type)                                      UNITER sec. 3.1
     AveragedRegionEmbedding      LXMERT's
     PatchStem        pixels instead of features
-    answer_head  choice_head  region_head  TripletHead  PairHead  PairAttentionHead
-                     one for each downstream task                                UNITER sec. A.2
+    HEADS            one for each downstream task                                UNITER sec. A.2
     AlignmentDecoder which region a word stands for                            Kervadec eq. 11, 12
     Uniter           single stream and heads; forward() returns an Output     UNITER sec. 3.1, 3.2
     Lxmert           two streams and heads; same forward()                       Kervadec sec. 3
@@ -30,6 +29,7 @@ import json
 import math
 import pickle
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -365,62 +365,9 @@ class PairedPooledHead(nn.Sequential):
         return super().forward(rearrange(pooled, "(P two) D -> P (two D)", two=2))
 
 
-def answer_head(width, answers, **_):
-    """VQA, GQA, visual entailment: (B, A) logits, one for each answer."""
-    return PooledHead(*Transform(width, 2 * width), nn.Linear(2 * width, answers))
-
-
-def choice_head(width, **_):
-    """VCR: (B, 2) logits, wrong and right, of one choice. ReLU where the others have GELU
-    [authors' code].
-    """
-    hidden = 2 * width
-    first, last = nn.Linear(width, hidden), nn.Linear(hidden, 2)
-    return PooledHead(first, nn.ReLU(), nn.LayerNorm(hidden, EPS), last)
-
-
-def region_head(width, **_):
-    """Referring expressions: (B, N_V) scores, undefined in padding."""
-    return RegionsHead(nn.Linear(width, 1))
-
-
-def region_mlp_head(width, **_):
-    """The same with a hidden layer, as the released RefCOCO+ models."""
-    return RegionsHead(*Transform(width), nn.Linear(width, 1))
-
-
-class TripletHead(nn.Module):
-    """NLVR2 with both images in one sequence: (B, 2) logits, false and true."""
-
-    def __init__(self, width, **_):
-        super().__init__()
-        self.out = nn.Linear(width, 2)
-
-    def forward(self, x, mask, pooled, regions):
-        return self.out(pooled)
-
-
-class PairHead(nn.Module):
-    """NLVR2 with rows 2i, 2i + 1 = the sentence with the left and with the right image: (B/2, 2)
-    logits.
-    """
-
-    def __init__(self, width, **_):
-        super().__init__()
-        self.out = nn.Linear(2 * width, 2)
-
-    def forward(self, x, mask, pooled, regions):
-        return self.out(rearrange(pooled, "(P two) D -> P (two D)", two=2))
-
-
-def pair_mlp_head(width, **_):
-    """The same with a hidden layer: LXMERT's, which Kervadec et al. keep (sec. 6.2)."""
-    return PairedPooledHead(*Transform(2 * width), nn.Linear(2 * width, 2))
-
-
 class PairAttentionHead(nn.Module):
-    """NLVR2, "pair-biattn": as PairHead, but either row first attends to the other, and attention
-    pools it.                                                                      UNITER sec. 4.3
+    """NLVR2's rows 2i, 2i + 1: either row first attends to the other, and attention pools it.
+                                                                                   UNITER sec. 4.3
 
     a = relu(W [other seen from here ; own]),   pooled = sum_n softmax_n(relu(w a_n)) a_n
     """
@@ -447,14 +394,23 @@ class PairAttentionHead(nn.Module):
         return self.out(torch.cat(sides, dim=-1))
 
 
+# of a width D: the order in which their parts are made decides their first weights
 HEADS = {
-    "answers": answer_head,
-    "choice": choice_head,
-    "region": region_head,
-    "region-mlp": region_mlp_head,
-    "triplet": TripletHead,
-    "pair": PairHead,
-    "pair-mlp": pair_mlp_head,
+    # VQA, GQA, visual entailment: (B, A) logits, one for each answer
+    "answers": lambda D, answers, **_: PooledHead(*Transform(D, 2 * D), nn.Linear(2 * D, answers)),
+    # VCR: (B, 2) logits, wrong and right, of one choice; ReLU, not GELU [authors' code]
+    "choice": lambda D, **_: PooledHead(
+        nn.Linear(D, 2 * D), nn.ReLU(), nn.LayerNorm(2 * D, EPS), nn.Linear(2 * D, 2)
+    ),
+    # referring expressions: (B, N_V) scores, undefined in padding; as released for RefCOCO+
+    "region": lambda D, **_: RegionsHead(nn.Linear(D, 1)),
+    "region-mlp": lambda D, **_: RegionsHead(*Transform(D), nn.Linear(D, 1)),
+    # NLVR2: (B, 2) logits, false and true, of both images in one sequence
+    "triplet": lambda D, **_: PooledHead(OrderedDict(out=nn.Linear(D, 2))),
+    # ... of rows 2i, 2i + 1, the sentence with either image: (B/2, 2); with a hidden layer, as
+    # LXMERT and Kervadec et al. (sec. 6.2); where either row first attends to the other
+    "pair": lambda D, **_: PairedPooledHead(OrderedDict(out=nn.Linear(2 * D, 2))),
+    "pair-mlp": lambda D, **_: PairedPooledHead(*Transform(2 * D), nn.Linear(2 * D, 2)),
     "pair-biattn": PairAttentionHead,
 }
 
@@ -498,8 +454,8 @@ class Encoder(nn.Module):
         """Matching, ranking, the downstream task's head, the alignment decoder; and their start."""
         (width, heads, _, dropout), (head, answers, align) = self.sizes, self.head
         self.match, self.rank = nn.Linear(width, 2), nn.Linear(width, 1)
-        how = {"width": width, "heads": heads, "dropout": dropout, "answers": answers}
-        self.task_head = HEADS[head](**how) if head else None
+        how = {"heads": heads, "dropout": dropout, "answers": answers}
+        self.task_head = HEADS[head](width, **how) if head else None
         self.aligner = AlignmentDecoder(width) if align else None
         init_model(self, width)
 
@@ -1010,19 +966,6 @@ class Maf(nn.Module):
 
 # ------------ the bottom-up-attention detector (Anderson et al. 2018), to look with, not to train
 
-DETECTOR = dict(
-    stem=64,
-    res2=256,
-    bottleneck=64,
-    blocks=(3, 4, 23, 3),
-    hidden=512,
-    anchors=(64, 128, 256, 512),
-    ratios=(0.5, 1.0, 2.0),
-    classes=1600,
-    attributes=400,
-    embedding=256,
-    attr_hidden=512,
-)
 BGR_MEAN = 102.9801, 115.9465, 122.7717  # of 0 ... 255
 CLAMP = math.log(1000 / 16)  # of a box's growth
 
@@ -1078,6 +1021,7 @@ class Detector(nn.Module):
     """Faster R-CNN on a ResNet-101's fourth stage, with attributes: the published weights' names
     and shapes.                                                               Anderson et al. 2018
 
+    Sizes are the published ones:
     stem, res2, bottleneck  widths, the last two doubled from stage to stage
     blocks                  of res2 ... res5
     hidden                  of the proposal network
@@ -1088,17 +1032,17 @@ class Detector(nn.Module):
     def __init__(
         self,
         *,
-        stem,
-        res2,
-        bottleneck,
-        blocks,
-        hidden,
-        anchors,
-        ratios,
-        classes,
-        attributes,
-        embedding,
-        attr_hidden,
+        stem=64,
+        res2=256,
+        bottleneck=64,
+        blocks=(3, 4, 23, 3),
+        hidden=512,
+        anchors=(64, 128, 256, 512),
+        ratios=(0.5, 1.0, 2.0),
+        classes=1600,
+        attributes=400,
+        embedding=256,
+        attr_hidden=512,
     ):
         super().__init__()
         self.backbone = nn.ModuleDict(
@@ -1543,10 +1487,6 @@ MAF_RENAMES = [
     (r"^linear_f\.", "feature."),
 ]
 TIED = {
-    "text_encoder.cls.predictions.decoder.weight": "",
-    "text_encoder.cls.predictions.decoder.bias": "",
-    "text_encoder_m.cls.predictions.decoder.weight": "",
-    "text_encoder_m.cls.predictions.decoder.bias": "",
     "cls.predictions.decoder.weight": "text_embedding.word",
     "cls.predictions.decoder.bias": "word_bias",
     # second names of a tensor that we hold once
@@ -1706,7 +1646,7 @@ def load_pretrained(model, path, new_words=0):
     # state_dict() shares memory with the parameters: copying into it fills the model
     own, report, wrong = model.state_dict(), LoadReport([], [], [], [], []), []
     for name, tensor in read_tensors(path).items():
-        if re.sub(r"^module\.", "", name) in TIED:
+        if re.sub(r"^(module|text_encoder(_m)?)\.", "", name) in TIED:
             report.tied.append(name)
             continue
         ours = translate_name(name, model)

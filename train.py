@@ -36,13 +36,15 @@ import evaluate
 import losses
 
 # data.py: errors and files, readers, batches
-from data import DataError, WordVectors, detector_names, strip_punctuation, write_atomic
+from data import DataError, check_names, detector_names, kept, memory_mapped, write_atomic
+from data import INDEX_VERSION, exists, strip_punctuation
 from data import cc3m_captions, cc12m_captions, coco_corpus, own_captions, sbu_captions
 from data import vcr_choices, vg_crops, vg_descriptions, vg_triplets
 from data import entity_captions, karpathy_captions, multitask_coco, multitask_vg
-from data import HARDEST, Batches, MixedBatches, PhraseInput, WordSimilarity, collate_negatives
+from data import HARDEST, Batches, MixedBatches, collate_negatives
 from data import make_loader, mismatched_images, normalize_pixels
-from evaluate import TASKS, Run, ablate_modality, all_answers, load_wordpiece, open_task
+from evaluate import TASKS, PhraseInput, Run, WordVectors, ablate_modality, all_answers
+from evaluate import glove, glove_file, load_wordpiece, open_task
 from evaluate import to_device, vision_of
 from model import ALBEF_SIZES, SIZES, TWO_STREAM_LAYERS, CheckpointError, Maf, build
 from model import init_rank_from_match, load_pretrained, read_checkpoint
@@ -563,6 +565,51 @@ def setup_runtime(cfg):
 # 4. Data ----------------------------------------------------------------------------------------
 
 
+class WordSimilarity:
+    """What the detector calls regions, compared with words: cosines of GloVe vectors, made once
+    beside the data; 0 where either has no vector.
+
+    words: (W,) bytes; a name of several words ("traffic light") has the mean of their vectors
+    """
+
+    def __init__(self, data, words):
+        self.data, self.words = data, words
+        key = [INDEX_VERSION, hashlib.sha256(b"\n".join(words.tolist())).hexdigest()]
+        place = Path(data) / "index" / f"similarity-{key[1][:8]}"
+        self.tables, meta = memory_mapped(place, key, self.compare)
+        self.num_unknown = meta["unknown"]
+
+    def __reduce__(self):
+        return type(self), (self.data, np.array(self.words))
+
+    def compare(self):
+        """{cls_id, attr_id: (words, names) float16}"""
+        words = [word.decode() for word in self.words]
+        names = {"cls_id": "objects", "attr_id": "attributes"}
+        names = {k: [n.split() for n in detector_names(self.data, v)] for k, v in names.items()}
+        wanted = {*words, *(w for parts in names.values() for name in parts for w in name)}
+        exists(glove_file(self.data))
+        vectors = glove(glove_file(self.data), wanted)
+        zero = np.zeros(len(next(iter(vectors.values()), np.zeros(1))), np.float32)
+
+        def unit_means(phrases):
+            # a word without a vector is zero, similar to nothing
+            rows = np.stack([np.mean([vectors.get(w, zero) for w in p], axis=0) for p in phrases])
+            return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+        rows, tables = unit_means([[w] for w in words]), {}
+        for column, parts in names.items():
+            tables[column] = (rows @ unit_means(parts).T).astype(np.float16)
+        return tables, {"unknown": sum(w not in vectors for w in words)}
+
+    def __call__(self, words, ids, column):
+        """(K, N_V) float32 of words (K,) and ids (K, N_V) of cls_id or attr_id, -1 unknown"""
+        table = self.tables[column]
+        check_names(ids, table.shape[1], column)
+        similarity = table[words[:, None], ids.clip(min=0)]
+        return np.where(ids < 0, 0, similarity).astype(np.float32)
+
+
 class Streams(NamedTuple):
     """What a run learns from: see data.MixedBatches."""
 
@@ -577,14 +624,19 @@ def load_tokenizer(cfg):
     """BERT's word pieces; MAF: words of the phrases and of the detector that GloVe knows"""
     if "phrases" not in given_to(cfg):
         return load_wordpiece(cfg.data, cfg.cased, TASKS[vocabulary_task(cfg)].words)
-    words = {*detector_names(cfg.data, "objects")}
-    words |= {*detector_names(cfg.data, "attributes")}
+    return WordVectors(phrase_words(cfg.data), cfg.data)
+
+
+@kept
+def phrase_words(data):
+    """Words of Flickr30k Entities' phrases and the detector's names, sorted"""
+    words = {*detector_names(data, "objects"), *detector_names(data, "attributes")}
     # words of all splits: their vectors are GloVe's, and no label is read here
     for split in ("train", "val", "test"):
-        for record in entity_captions(cfg.data, split, Counter()):
+        for record in entity_captions(data, split, Counter()):
             for phrase in record.note[1]:
                 words |= {strip_punctuation(word) for word in phrase.words.split()}
-    return WordVectors(sorted(words - {""}), cfg.data)
+    return sorted(words - {""})
 
 
 def vocabulary_task(cfg):
@@ -1141,18 +1193,6 @@ def objective_task(cfg, model, batch):
     return {cfg.task: loss(out, batch, cfg.margin), **alignment(cfg, out, batch["input"])}
 
 
-OBJECTIVES = {
-    "mlm": objective_mlm,
-    "itm": objective_itm,
-    "rank": objective_rank,
-    "mrfr": objective_regions,
-    "mrc": objective_regions,
-    "mrckl": objective_regions,
-    "multitask": objective_multitask,
-    "maf": objective_maf,
-    "albef": objective_albef,
-    "examples": objective_task,
-}
 # what losses of one batch may be means over, besides "", its samples
 COUNTED = "", "mlm", "class", "attribute", "feature", "answers", "align", "heat"
 
@@ -1172,10 +1212,7 @@ class HardNegatives(NamedTuple):
 
 
 def mining_candidates(index, rng, n):
-    """Captions and images to score: n random other images for each caption, (T, n) twice.
-
-    UNITER sec. A.2
-    """
+    """(T, n) captions and random other images to score for each          UNITER sec. A.2"""
     captions = np.repeat(np.arange(len(index))[:, None], n, 1)
     images = mismatched_images(rng, index.images, index.image[captions.ravel()])
     return captions, images.reshape(captions.shape)
@@ -1205,10 +1242,7 @@ def add_mined(index, hard, batch):
 
 @torch.no_grad()
 def hardest_candidates(cfg, runtime, model, index, batch):
-    """Score the candidates and keep the hardest: the highest-scored mismatched pairs of each group.
-
-    IAIS code
-    """
+    """Score the candidates of each group and keep the highest-scored [IAIS's code]."""
     # without gradient, so that many more pairs fit at once than in training
     captions, images = batch.pop("candidates")
     how = {"batch_tokens": max(cfg.batch_tokens, 8192), "autocast": runtime.autocast}
@@ -1404,7 +1438,7 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
             batch = add_mined(streams[0].index, hard, batch)
         batch = prepare_batch(cfg, runtime, batch)
         with runtime.autocast():
-            terms = OBJECTIVES[batch["task"]](cfg, model, batch)
+            terms = OBJECTIVES[batch["task"]][0](cfg, model, batch)
         # so that any split over batches and processes gives the same sum
         loss = sum(
             value * weight.get(name, 1.0) * (count_of(batch, name) / total(name))
@@ -1434,7 +1468,9 @@ def check_finite(step, logged, norm, names):
     values = logged | {"the gradient's norm": norm}
     if not torch.stack([value.float() for value in values.values()]).isfinite().all():
         bad = (f"{name} = {v.item()}" for name, v in values.items() if not v.isfinite())
-        raise NonFinite(f"step {step}: {', '.join(bad)}\n  Samples: {few_names(names)}")
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        samples = f"{'; '.join(names[:8])}{more}"
+        raise NonFinite(f"step {step}: {', '.join(bad)}\n  Samples: {samples}")
 
 
 def total_counts(runtime, batches):
@@ -1459,11 +1495,6 @@ def prepare_batch(cfg, runtime, batch):
         batch |= {"keep_regions": TASKS[cfg.task].keep_regions}
         batch = ablate_modality(batch, cfg.ablate)
     return to_device(batch, runtime.device)
-
-
-def few_names(names, n=8):
-    """The first names of a list"""
-    return "; ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def all_reduce_gradients(runtime, model):
@@ -1499,7 +1530,7 @@ def validate(cfg, runtime, model, streams, samples=300):
             if name in TASKS:
                 task = name
             with runtime.autocast():
-                hits = HITS[batch["task"]](cfg, model, batch | {"of": task})
+                hits = OBJECTIVES[batch["task"]][1](cfg, model, batch | {"of": task})
             right, n, k = right + hits.float().sum(), n + len(hits), k + 1
         accuracy[f"val/{name}"] = 100 * right.item() / n
     model.train()
@@ -1567,16 +1598,18 @@ def hits_task(cfg, model, batch):
     return best == batch["target"]
 
 
-HITS = {
-    "mlm": hits_words,
-    "mrc": hits_classes,
-    "mrckl": hits_classes,
-    "mrfr": hits_features,
-    "itm": hits_matching,
-    "rank": hits_ranking,
-    "maf": hits_phrases,
-    "albef": hits_contrast,
-    "examples": hits_task,
+# of each kind of batch: what is trained on it, what is validated
+OBJECTIVES = {
+    "mlm": (objective_mlm, hits_words),
+    "itm": (objective_itm, hits_matching),
+    "rank": (objective_rank, hits_ranking),
+    "mrfr": (objective_regions, hits_features),
+    "mrc": (objective_regions, hits_classes),
+    "mrckl": (objective_regions, hits_classes),
+    "multitask": (objective_multitask, None),
+    "maf": (objective_maf, hits_phrases),
+    "albef": (objective_albef, hits_contrast),
+    "examples": (objective_task, hits_task),
 }
 
 

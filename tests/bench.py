@@ -45,7 +45,7 @@ import losses
 import model as model_parts
 import train
 from conftest import prepared_run
-from data import Batches, PatchStore, Record, RegionStore, WordPiece, glove, make_index
+from data import Batches, PatchStore, Record, RegionStore, WordPiece, make_index
 from data import normalize_pixels, token_batches
 from evaluate import StoreWriter
 from model import SIZES, Uniter, build
@@ -705,7 +705,7 @@ def detector_sizes():
     """The real detector's; --small: a narrow one"""
     narrow = dict(stem=8, res2=16, bottleneck=8, blocks=(1, 1, 1, 1), hidden=16, classes=10)
     narrow |= dict(attributes=5, embedding=8, attr_hidden=8)
-    return model_parts.DETECTOR | (narrow if SIZE == "toy" else {})
+    return narrow if SIZE == "toy" else {}
 
 
 def picture_size():
@@ -765,7 +765,7 @@ def bench_glove(found, folder):
             file.write(f"word{i} {numbers[i % 200]}\n")
     wanted = [f"word{i}" for i in range(0, lines, 100)]
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    assert len(glove(folder / "glove.txt", wanted)) == len(wanted)
+    assert len(evaluate.glove(folder / "glove.txt", wanted)) == len(wanted)
     found["glove_seconds"], found["glove_mib"] = (
         time.perf_counter() - start,
         (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,

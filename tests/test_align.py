@@ -59,7 +59,7 @@ def test_glove_keeps_the_words_asked_for(tmp_path):
         "the 1 2 3\n. . . 4 5 6\ncup 0.5 -1 2e-1\ncafé 7 8 9\ncup 9 9 9\n. 1 1 1\n",
         encoding="utf-8",
     )
-    found = data.glove(path, ["cup", "café", ".", "absent"])
+    found = evaluate.glove(path, ["cup", "café", ".", "absent"])
     assert set(found) == {"cup", "café", "."}
     np.testing.assert_allclose(found["cup"], [0.5, -1, 0.2])  # the first of two
     np.testing.assert_allclose(found["."], [1, 1, 1])  # not the token of three dots
@@ -76,7 +76,7 @@ def test_glove_keeps_the_words_asked_for(tmp_path):
 def test_glove_lines_that_cannot_be(tmp_path, line, told):
     (tmp_path / "glove.txt").write_text(f"the 1 2 3\n{line}\n")
     with pytest.raises(DataError, match=told):
-        data.glove(tmp_path / "glove.txt", ["cup"])
+        evaluate.glove(tmp_path / "glove.txt", ["cup"])
 
 
 SENTENCES = (
@@ -197,8 +197,8 @@ def test_gqa_pointers_mean_what_they_name(toy_tree):
             )
             seen[tuple(w in (thing["name"], thing["attributes"][0]) for w in said)] += 1
     assert seen[True, True] > 100 and seen[(False,)] > 20
-    by_id = data.gqa_records(toy_tree, "train_all")
-    balanced = data.gqa_records(toy_tree, "train_balanced")
+    by_id = dict(data.gqa_records(toy_tree, "train_all"))
+    balanced = dict(data.gqa_records(toy_tree, "train_balanced"))
     assert 0.4 < len(balanced) / len(by_id) < 0.8 and all(
         q["isBalanced"] for q in balanced.values()
     )
@@ -710,7 +710,7 @@ def test_evaluation_of_checkpoints(toy_tree, tmp_path, aligned):
     )
     sent = json.loads((tmp_path / "s.json").read_text())
     assert {r["questionId"] for r in sent} == set(
-        data.gqa_records(toy_tree, "testdev_all")
+        dict(data.gqa_records(toy_tree, "testdev_all"))
     ) and "gqa/accuracy" in rows.stdout
     assert (
         "pointing/accuracy"

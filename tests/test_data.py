@@ -756,3 +756,60 @@ def test_relative_boxes_stay_in_the_unit_square(tmp_path):
     store.check_rows()
     seen = store.relative_boxes(np.array([0]))
     assert seen.min() == 0 and seen.max() == 1
+
+
+# a comma, a brace and escaped quotes inside texts; numbers and words that a piece's end may cut
+RECORDS = [{"a": 'x, "}] y', "b": [1.5e3, None, True]}, 12345, "é\\u00e9", [], {}, -0.25, "z"]
+
+
+@pytest.mark.parametrize("piece", [16, 17, 23, 64, 1 << 20])
+def test_json_in_pieces_is_json(tmp_path, monkeypatch, piece):
+    """The same values whatever the size of what is read at a time."""
+    monkeypatch.setattr(data, "PIECE", piece)
+    path = tmp_path / "a.json"
+    named = {f"key {i}": value for i, value in enumerate(RECORDS)}
+    for blanks in (None, 1):
+        path.write_text(json.dumps(RECORDS, indent=blanks))
+        assert list(data.json_items(path, "x")) == RECORDS
+        path.write_text(json.dumps(named, indent=blanks))
+        assert dict(data.json_items(path, "x")) == named
+        whole = {"info": {"year": 1}, "images": [3, 4], "annotations": RECORDS, "end": 1}
+        path.write_text(json.dumps(whole, indent=blanks))
+        assert list(data.json_items(path, "x", "annotations")) == RECORDS
+        assert list(data.json_items(path, "x", "images")) == [3, 4]
+    for empty in ("[]", " [ \n]", "{}"):
+        path.write_text(empty)
+        assert not list(data.json_items(path, "x"))
+
+
+@pytest.mark.parametrize(
+    "text, key, match",
+    [
+        ("[1, 2", "", "not whole JSON at character 5"),
+        ("[1 2]", "", "no comma"),
+        ("[1,, 2]", "", "not whole JSON at character 3"),
+        ('{"a" 1}', "", "no colon"),
+        ('[{"a": 1, "b": }]', "", "not whole JSON at character 15"),
+        ("<html>", "", "not whole JSON"),
+        ("3", "", "a list"),
+        ('{"image": [], "info": 1}', "images", "no field 'images'.*\n.*Nearest: 'image'"),
+        ('{"images": 3}', "images", "images is 3"),
+    ],
+)
+def test_json_in_pieces_says_what_is_wrong(tmp_path, text, key, match):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(data.DataError, match=match):
+        list(data.json_items(path, "x", key))
+
+
+def test_a_broken_item_is_found_before_the_rest_is_read(tmp_path, monkeypatch):
+    """A file of gigabytes would else be read to its end, into memory."""
+    monkeypatch.setattr(data, "PIECE", 1 << 10)
+    monkeypatch.setattr(data, "LONGEST", 1 << 8)
+    (tmp_path / "a.json").write_text('[{"a": oh}, ' + "1, " * 100_000 + "1]")
+    seen, item = [], data.json_item
+    monkeypatch.setattr(data, "json_item", lambda *args: seen.append(len(args[0])) or item(*args))
+    with pytest.raises(data.DataError, match="at character 7"):
+        list(data.json_items(tmp_path / "a.json", "x"))
+    assert max(seen) <= 1 << 10

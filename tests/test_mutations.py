@@ -59,10 +59,10 @@ def store_of(name):
 def phrases(tree):
     """MAF's tokenizer and input"""
     names = data.detector_names(str(tree), "objects") + data.detector_names(str(tree), "attributes")
-    words = data.WordVectors(sorted(set(names)), str(tree))
+    words = evaluate.WordVectors(sorted(set(names)), str(tree))
     store = data.RegionStore(tree / "regions/flickr30k")
     index = data.open_index(str(tree), data.entity_captions, "val", store, words, layout="phrases")
-    data.PhraseInput(str(tree), index)(np.arange(4), index.image[:4])
+    evaluate.PhraseInput(str(tree), index)(np.arange(4), index.image[:4])
 
 
 vqa = functools.partial(data.vqa_questions, answers=ANSWERS)
