@@ -30,6 +30,7 @@ import gzip
 import hashlib
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -523,8 +524,11 @@ class RegionStore:
             if name not in self.arrays:
                 raise self.error(f"lacks {name}.npy")
         self.ids, self.wh, self.offsets, self.features, self.boxes = map(self.arrays.get, needed)
-        self.checked_features = np.zeros(len(self.ids), bool)
+        self.checked_features, self.files = np.zeros(len(self.ids), bool), {}
         self.check_columns()
+        for name in {"features", "cls_prob"} & self.arrays.keys():
+            # single rows are wanted, not the megabytes round them
+            self.arrays[name].base.madvise(mmap.MADV_RANDOM)
 
     def __reduce__(self):
         return type(self), (self.folder,)
@@ -638,11 +642,15 @@ class RegionStore:
 
     def read(self, images, column="features"):
         """Rows of these images side by side: (B, N_V, ...) padded with 0."""
-        # rows of an image lie side by side: one slice each, straight from the mapped file
         values, n = self.column(column), self.n_regions(images)
         out = np.zeros((len(n), n.max(initial=0), *values.shape[1:]), values.dtype)
-        for b, (start, k) in enumerate(zip(self.offsets[images], n)):
-            out[b, :k] = values[start : start + k]
+        if column not in self.files:
+            self.files[column] = open(values.filename, "rb", buffering=0)
+        file, row = self.files[column].fileno(), values.strides[0]
+        # rows of an image lie side by side: one read each; the mapped file would fetch them page by
+        # page, fifty times slower from a disk [tests/rehearse.py]
+        for b, (start, k) in enumerate(zip(self.offsets[images].tolist(), n)):
+            os.preadv(file, [out[b, :k]], values.offset + start * row)
         if column == "features" and not self.checked_features[images].all():
             # looked at once an image: nan and inf have an exponent of ones
             odd = ((out.view(np.uint16) & 0x7C00) == 0x7C00).any(axis=(1, 2))
@@ -651,6 +659,11 @@ class RegionStore:
                 raise self.error(f"holds nan or inf in the features of image {name}")
             self.checked_features[images] = True
         return out
+
+    def read_at(self, images, mask, column):
+        """(K, ...) the regions of these images at mask (B, N_V), and no others"""
+        row, region = np.nonzero(mask)
+        return self.column(column)[self.offsets[images][row] + region]
 
     def most_certain(self, images):
         """(B, D_V) the first region of each image"""
@@ -718,6 +731,9 @@ class JoinedStore(RegionStore):
 
     def read(self, images, column="features"):
         return self.join(images, [s.read(own[images], column) for s, own, _ in self.parts])
+
+    def read_at(self, images, mask, column):
+        return self.read(images, column)[mask]
 
     def relative_boxes(self, images):
         return self.join(images, [s.relative_boxes(own[images]) for s, own, _ in self.parts])
@@ -907,6 +923,9 @@ class PatchStore(RegionStore):
             return share.astype(np.float16)
         return share.argmax(-1) - 1 if column == "cls_id" else share.max(-1)
 
+    def read_at(self, images, mask, column):
+        return self.read(images, column)[mask]
+
     def colour_shares(self, x):
         """(B, N, 513) of the pixels x (B, N, p p, 3) of patches"""
         code = 1 + (x >> 5) @ np.array([64, 8, 1])  # (B, N, p p)
@@ -1078,17 +1097,9 @@ def karpathy_images(data, dataset, *splits):
     """Yields Karpathy's records of a data set's images, of these splits or of all."""
     path = Path(data) / dataset / f"dataset_{dataset}.json"
     for image in json_items(path, f"Karpathy's split of {dataset}", "images"):
-        if field(image, "split", path) in splits or not splits:
-            for name, kind in KARPATHY[dataset]:
-                field(image, name, path, kind)
+        field(image, "cocoid" if dataset == "coco" else "filename", path)
+        if not splits or field(image, "split", path) in splits:
             yield image
-
-
-# what is read of them
-KARPATHY = {
-    "coco": (("filename", str), ("sentences", list), ("cocoid", int)),
-    "flickr30k": (("filename", str), ("sentences", list)),
-}
 
 
 def karpathy_captions(data, split, stats, dataset="coco"):
@@ -1096,7 +1107,8 @@ def karpathy_captions(data, split, stats, dataset="coco"):
     val, test. Of COCO the first five captions of an image. Image id = file stem.
     """
     for image in karpathy_images(data, dataset, split, *["restval"] * (split == "train")):
-        stem, sentences = Path(image["filename"]).stem, image["sentences"]
+        stem = Path(field(image, "filename", f"Karpathy's {dataset}", str)).stem
+        sentences = field(image, "sentences", f"{dataset}, {stem}", list)
         for s in sentences[:5] if dataset == "coco" else sentences:
             text = field(s, "raw", f"{dataset}, {stem}", str)
             yield Record(stem, text, str(s.get("sentid")))
@@ -1412,7 +1424,7 @@ def vg_questions(data, stats, numbers, own_images=False, out=()):
     images, stems = vg_images(data), {}
     if not own_images:
         for record in karpathy_images(data, "coco"):
-            stems[record["cocoid"]] = Path(record["filename"]).stem
+            stems[record["cocoid"]] = Path(field(record, "filename", "Karpathy's coco", str)).stem
     left = "Visual Genome questions left out: image not in COCO, or held out, or answer not in the"
     for number, questions, where in vg_items(data, "question_answers", "qas"):
         image = "" if str(number) in out else str(number)
@@ -2597,7 +2609,7 @@ def collate_pairs(batches, rng, k, share, rows, images, match):
         if masks_regions:
             batch["counts"][""] = len(places)
         if task in ("mrc", "mrckl"):
-            probs = index.store.read(images, "cls_prob")[masked]
+            probs = index.store.read_at(images, masked, "cls_prob")
             batch["region_probs"] = torch.from_numpy(probs)
     return batch if u is None else add_boxed(batches, batch, rows, np.flatnonzero(match), u)
 
@@ -2718,8 +2730,8 @@ def collate_multitask(batches, rng, k, share, rows, images, match):
             "word_targets": text[masked_words],
             "masked_regions": np.flatnonzero(masked),
             "hidden_regions": np.zeros(0, np.int64),
-            "region_class": store.read(images, "cls_id")[masked].astype(np.int64),
-            "region_attribute": store.read(images, "attr_id")[masked].astype(np.int64),
+            "region_class": store.read_at(images, masked, "cls_id").astype(np.int64),
+            "region_attribute": store.read_at(images, masked, "attr_id").astype(np.int64),
             "answered": np.flatnonzero(answer >= 0),
             "answer": answer[answer >= 0],
         }
@@ -2910,17 +2922,18 @@ KINDS = {
 
 
 class MixedBatches(torch.utils.data.Dataset):
-    """Training step -> its batches. One stream is drawn for each step by its weight, the same on
-    all processes.
+    """Item -> a batch. One stream is drawn for each step by its weight, the same on all processes.
 
-    streams           list of Batches
+    streams           list of Batches, of one number of parts
     sampling_weights  how often each is drawn
     accumulate        batches of a step, all of its stream, each in the stream's parts
+    items             of a step; step n is items n * items to (n + 1) * items - 1
     """
 
     def __init__(self, streams, sampling_weights, steps, seed, accumulate=1):
         p = np.array(sampling_weights, float)
         self.streams, self.steps, self.accumulate = streams, steps, accumulate
+        self.items = accumulate * streams[0].parts
         rng = np.random.default_rng([seed, 0])
         # drawn ahead for all steps, so that a resumed run goes on with the same
         self.choice = rng.choice(len(streams), size=steps, p=p / p.sum())
@@ -2930,27 +2943,31 @@ class MixedBatches(torch.utils.data.Dataset):
             self.number[self.choice == s] = np.arange((self.choice == s).sum())
 
     def __len__(self):
-        return self.steps
+        return self.steps * self.items
 
-    def __getitem__(self, step):
-        stream, k = self.streams[self.choice[step]], self.number[step] * self.accumulate
-        numbers = range(int(k), int(k) + self.accumulate)
-        return [stream.part(n, j) for n in numbers for j in range(stream.parts)]
+    def __getitem__(self, item):
+        step, place = divmod(item, self.items)
+        stream = self.streams[self.choice[step]]
+        k, part = divmod(place, stream.parts)
+        return stream.part(int(self.number[step]) * self.accumulate + k, part)
 
 
 def make_loader(mixed, start, workers, pin_memory):
-    """Iterator over the steps from `start` on; workers keep ahead of the model if there are any."""
+    """Iterator over the steps from `start` on, each a list of batches; workers keep ahead of the
+    model if there are any.
+    """
     loader = torch.utils.data.DataLoader(
         mixed,
-        # an item of the data set is all batches of a step
+        # an item is one batch: a whole step would be hundreds of megabytes on their way at once
         batch_size=None,
-        sampler=range(start, len(mixed)),
+        sampler=range(start * mixed.items, len(mixed)),
         num_workers=workers,
         collate_fn=keep_batch,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
-    return iter(loader)
+    batches = iter(loader)
+    return iter(lambda: list(islice(batches, mixed.items)), [])
 
 
 def keep_batch(batch):

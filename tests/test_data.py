@@ -637,9 +637,33 @@ def test_loader_workers_make_the_same_batches(pairs, toy, method):
         collate_fn=data.keep_batch,
         multiprocessing_context=method,
     )
-    for ours, (theirs,) in zip((mixed[i] for i in range(6)), loader):
-        assert ours[0]["names"] == theirs["names"]
-        assert torch.equal(ours[0]["input"]["text"], theirs["input"]["text"])
+    for ours, theirs in zip((mixed[i] for i in range(6)), loader, strict=True):
+        assert ours["names"] == theirs["names"]
+        assert torch.equal(ours["input"]["text"], theirs["input"]["text"])
+
+
+def test_a_step_is_a_list_of_batches(pairs):
+    """All of its accumulated batches in all of their parts, also from the middle of a run on."""
+    streams = [Batches(task, pairs, 400, 0, parts=3) for task in ("mlm", "itm")]
+    mixed = data.MixedBatches(streams, [1, 2], 5, 0, accumulate=2)
+    steps = [[b["names"] for b in step] for step in data.make_loader(mixed, 0, 0, False)]
+    later = [[b["names"] for b in step] for step in data.make_loader(mixed, 3, 0, False)]
+    assert len(mixed) == 30 and list(map(len, steps)) == [6] * 5 and later == steps[3:]
+    for stream, number in ((0, 0), (1, 0)):
+        first = mixed.choice.tolist().index(stream)
+        whole = streams[stream].index.names(*streams[stream].whole(0)[:2])
+        assert sorted(name for part in steps[first][:3] for name in part) == sorted(whole)
+
+
+def test_single_regions_are_those_of_whole_images(toy):
+    """read_at() of each kind of store is read() where the mask is."""
+    store, images = RegionStore(toy / "regions/coco"), np.array([5, 0, 7])
+    joined = data.JoinedStore([(store, np.arange(9), 1), (store, np.arange(9)[::-1], 2)])
+    patches = data.PatchStore(toy, "coco", 64, 16)
+    for one in (store, joined, patches):
+        whole = one.read(images, "cls_prob")
+        mask = data.length_mask(one.n_regions(images)) & (np.arange(whole.shape[1]) % 3 == 1)
+        np.testing.assert_array_equal(one.read_at(images, mask, "cls_prob"), whole[mask])
 
 
 def test_an_index_is_made_again_when_a_source_changes(toy, tmp_path):

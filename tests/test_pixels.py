@@ -385,8 +385,8 @@ def test_web_captions(tmp_path):
     (tmp_path / "flickr30k/dataset_flickr30k.json").write_text(
         '{"images": [{"filename": "77.jpg"}]}'
     )
-    rows = [f"http://x.org/{i}.jpg\ta {i}\n" for i in range(4)]
-    rows.append("http://farm1.staticflickr.com/1/77_0a1b2c3d4e_z.jpg\tz\n")
+    rows = ["http://farm1.staticflickr.com/1/77_0a1b2c3d4e_z.jpg\tz\n"]
+    rows += [f"http://x.org/{i}.jpg\ta {i}\n" for i in range(4)]
     (tmp_path / "cc12m/cc12m.tsv").write_text("".join(rows))
     (train_texts, told), (val, _) = (
         read(data.cc12m_captions, tmp_path, s) for s in ("train", "val")
