@@ -149,12 +149,13 @@ def read_json(path, what):
 PIECE, LONGEST = 1 << 22, 1 << 18
 
 
-def json_items(path, what, key=""):
-    """Yields the values of a JSON file's list, of the list `key` of its record, or (name, value) of
-    its record. The file is read a few megabytes at a time.
+def json_items(path, what, key="", named=False):
+    """Yields the values of a JSON file's list, or of the list `key` of its record; named: (name,
+    value) of its record. The file is read a few megabytes at a time.
     """
     # unescaped quotes stand for no other thing, so a key is found without reading what is before it
-    opening = re.compile(rf'"{key}"\s*:\s*([\[{{])' if key else r"\A\s*([\[{])")
+    bracket, end = (r"\{", "}") if named else (r"\[", "]")
+    opening = re.compile((rf'"{key}"\s*:\s*' if key else r"\A\s*") + bracket)
     with open_text(path, what) as file:
         text, passed, comma = file.read(PIECE), 0, None
         while not (start := opening.search(text)):
@@ -163,15 +164,16 @@ def json_items(path, what, key=""):
                 # the error that it is: no JSON, no such field, not a list
                 whole = read_json(path, what)
                 found = field(whole, key, path, list) if key else whole
-                raise DataError(f"{path} is {found!r:.60}", f"a list. {AGAIN}")
+                wanted = f"{KIND_NAMES[dict if named else list]}. {AGAIN}"
+                raise DataError(f"{path} is {found!r:.60}", wanted)
             text = text[-LONGEST:] + piece
-        at, end = start.end(), {"[": "]", "{": "}"}[start[1]]
+        at = start.end()
         while True:
             gap = re.compile(r"\s*(,?)\s*").match(text, at)
             if text[gap.end() : gap.end() + 1] == end:
                 return
             try:
-                value, stop = json_item(text, gap, comma, end == "}")
+                value, stop = json_item(text, gap, comma, named)
             except json.JSONDecodeError as error:
                 piece = file.read(PIECE)
                 # most often the item goes on in the next piece
@@ -629,6 +631,10 @@ class RegionStore:
         images = np.asarray(images)
         return (self.offsets[images + 1] - self.offsets[images]).astype(np.int64)
 
+    def readable(self, images):
+        """(B,) bool: which images can be read; of features all"""
+        return np.ones(len(images), bool)
+
     def column(self, name):
         """One of the store's arrays, or an error where a converter had nothing to put there."""
         if name not in self.arrays:
@@ -715,6 +721,9 @@ class JoinedStore(RegionStore):
     def n_regions(self, images):
         return sum(store.n_regions(own[images]) for store, own, _ in self.parts)
 
+    def readable(self, images):
+        return np.all([store.readable(own[images]) for store, own, _ in self.parts], axis=0)
+
     def join(self, images, pieces):
         """pieces: one array (B, N, ...) a part; the real regions of each side by side"""
         counts = [store.n_regions(own[images]) for store, own, _ in self.parts]
@@ -747,21 +756,14 @@ class JoinedStore(RegionStore):
         return self.join(images, pieces)
 
 
-# Folders of each region store's pictures, in the data tree.
+# Folders of a region store's pictures in the data tree, where it is not NAME/images.
 PICTURES = {
     "coco": ("coco/train2014", "coco/val2014", "coco/test2015"),
     "flickr30k": ("flickr30k/flickr30k-images",),
     "vg": ("vg/VG_100K", "vg/VG_100K_2"),
-    "gqa": ("gqa/images",),
-    "winoground": ("winoground/images",),
-    "nlvr2": ("nlvr2/images",),
     "cc3m_train": ("cc3m/images",),
     "cc3m_val": ("cc3m/images",),
-    "cc12m": ("cc12m/images",),
-    "sbu": ("sbu/images",),
-    "refclef": ("refclef/images",),
     "nlvr": ("nlvr",),
-    "own": ("own/images",),
 }
 # of red, green, blue [ALBEF's code]
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -780,22 +782,25 @@ class Vision(NamedTuple):
         crops = name == "vg_crops"
         if self.regions and crops:
             raise DataError("--corpora crops is of pictures", "--vision patches")
-        if self.regions:
-            folder = Path(self.regions)
-            return vcr_store(folder) if name == "vcr" else RegionStore(folder / name)
-        return (CropStore if crops else PatchStore)(self.data, name, self.resolution, self.patch)
+        if not self.regions:
+            kind = CropStore if crops else PatchStore
+            return kind(self.data, name, self.resolution, self.patch)
+        if name != "vcr":
+            return RegionStore(Path(self.regions) / name)
+        # annotated boxes, then the detector's, of the images that both have
+        given, detected = (RegionStore(Path(self.regions) / n) for n in ("vcr_gt", "vcr_det"))
+        at = detected.finder()([name.decode() for name in given.ids])
+        return JoinedStore([(given, np.flatnonzero(at >= 0), 1), (detected, at[at >= 0], 1)])
 
 
-def vcr_store(regions):
-    """VCR's annotated boxes, then the detector's, of the images that both have."""
-    annotated, detected = (RegionStore(Path(regions) / name) for name in ("vcr_gt", "vcr_det"))
-    at = detected.finder()([name.decode() for name in annotated.ids])
-    return JoinedStore([(annotated, np.flatnonzero(at >= 0), 1), (detected, at[at >= 0], 1)])
+def picture_folders(data, name):
+    """Where a store's pictures are"""
+    return [Path(data) / place for place in PICTURES.get(name, (f"{name}/images",))]
 
 
 def walk_pictures(data, name):
     """Yields (image id, path) of a store's pictures, those in folders inside others too."""
-    for folder in (Path(data) / place for place in PICTURES.get(name, ())):
+    for folder in picture_folders(data, name):
         for at, _, files in os.walk(folder):
             # adding or removing a file changes its folder's time
             sources.setdefault(at, file_stamp(at))
@@ -836,6 +841,8 @@ class PatchStore(RegionStore):
         shape = len(self.ids), resolution, resolution, 3
         self.kept = np.zeros(shape, np.uint8) if math.prod(shape) <= self.KEPT else None
         self.known = np.zeros(len(self.ids), bool)
+        # pixels of the batch at hand; pictures that cannot be read
+        self.recent, self.broken = {}, set()
 
     def __reduce__(self):
         return type(self), self.args
@@ -846,7 +853,7 @@ class PatchStore(RegionStore):
         # a name that comes twice stands for the last: data sets have none
         found = dict(walk_pictures(data, name))
         if not found:
-            places = f"{', '.join(PICTURES.get(name, ())) or data} of {data}"
+            places = ", ".join(map(str, picture_folders(data, name)))
             wanted = ".jpg or .png files. Fetch them from the data set's own address."
             raise DataError(f"no pictures of {name} in {places}", wanted)
         names = sorted(found)
@@ -886,14 +893,27 @@ class PatchStore(RegionStore):
             turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return picture.size[::-1] if turned else picture.size
 
+    def readable(self, images):
+        """(B,) bool: which pictures can be read; what was read is kept for the next pixels()."""
+        self.recent, before = {}, self.recent
+        for i in set(np.asarray(images).tolist()) - self.broken:
+            try:
+                self.recent[i] = before[i] if i in before else self.pixels([i])[0]
+            except DataError:
+                # one of millions may not end a run
+                self.broken.add(i)
+        return np.array([i not in self.broken for i in images], bool)
+
     def pixels(self, images):
         """(B, R, R, 3) uint8"""
-        if self.kept is None:
-            return np.stack([self.load(i) for i in images])
-        for i in images[~self.known[images]]:
-            self.kept[i] = self.load(i)
-            self.known[i] = True
-        return self.kept[images]
+        found = []
+        for i in np.asarray(images).tolist():
+            x = self.kept[i] if self.known[i] else self.recent.get(i)
+            x = self.load(i) if x is None else x
+            if self.kept is not None:
+                self.kept[i], self.known[i] = x, True
+            found.append(x)
+        return np.stack(found)
 
     def load(self, image):
         """(R, R, 3) uint8 of one picture"""
@@ -1602,16 +1622,8 @@ def gqa_records(data, split):
         names = (f"train_all_questions_{i}.json" for i in range(10))
         paths = [folder / "train_all_questions" / name for name in names]
     for path in paths:
-        for name, question in gqa_items(path, "GQA's questions"):
+        for name, question in json_items(path, "GQA's questions", named=True):
             yield name, need_record(question, f"{path}, question {name}")
-
-
-def gqa_items(path, what):
-    """Yields (name, value) of a file that is one record"""
-    for item in json_items(path, what):
-        if not isinstance(item, tuple):
-            raise DataError(f"{path}: a list", f"a record. {AGAIN}")
-        yield item
 
 
 def gqa_questions(data, split, stats, answers=(), pointers=True):
@@ -1626,7 +1638,8 @@ def gqa_questions(data, split, stats, answers=(), pointers=True):
     graphs = Path(data) / "gqa" / f"{split.split('_')[0]}_sceneGraphs.json"
     if pointers and exists(graphs):
         # boxes alone: names and relations of all objects would take gigabytes
-        scenes = {name: scene_boxes(graph, graphs) for name, graph in gqa_items(graphs, "GQA")}
+        items = json_items(graphs, "GQA's scene graphs", named=True)
+        scenes = {name: scene_boxes(graph, graphs) for name, graph in items}
     unknown = "questions whose answer is not in the list, kept with an all-zero target"
     for name, q in gqa_records(data, split):
         where, spans, target = f"{path}, question {name}", [], None
@@ -2352,8 +2365,13 @@ class Batches:
         vars(self).update(BatchOptions(**options)._asdict())
         # the epoch at hand and its first batch's number
         self.epoch, self.first, self.columns, self.batches = -1, 0, (), []
-        if self.kind.check:
-            self.kind.check(self)
+        if task == "albef" and size > len(index):
+            # contrast needs whole batches
+            found = f"{index.name}: {len(index):,} texts for batches of {size}"
+            raise DataError(found, "at least one batch. Lower --batch-size.")
+        if task == "examples" and not len(answered_examples(index)):
+            found = f"{index.name}: no example with an answer to learn from"
+            raise DataError(found, hint="Choose a split that has answers.")
 
     def rng(self, *numbers):
         """Random numbers that belong to these numbers, this task and this data set alone."""
@@ -2398,8 +2416,26 @@ class Batches:
 
     def part(self, k, j):
         """Part j of this process's share of batch k: the same examples whatever the processes"""
-        share = slice(self.rank + self.world_size * j, None, self.world_size * self.parts)
-        return self.kind.collate(self, self.rng(k, 1), k, share, *self.whole(k))
+        columns, index = list(self.whole(k)), self.index
+        first, step = self.rank + self.world_size * j, self.world_size * self.parts
+        share = np.arange(first, len(columns[0]), step)
+        # what each example shows: its own column, or an image for each of its texts
+        rows = columns[0][:, None] if len(columns) == 1 else example_rows(index, columns[-1])
+        images = columns[1][:, None] if len(columns) == 3 else index.image[rows]
+        images = images[share]
+        ok = index.store.readable(images.ravel()).reshape(images.shape)
+        unreadable = sorted({index.store.image_id(i) for i in images[~ok]})
+        good = share[ok.all(axis=1)]
+        if not len(good) and len(share) == len(columns[0]):
+            found = f"none of the pictures of a batch can be read, for example {unreadable[0]}"
+            raise DataError(f"{index.store.folder}: {found}", hint=CUT_SHORT)
+        # others of the share stand in, since for contrast all processes need as many
+        for c, column in enumerate(columns if 0 < len(good) < len(share) else ()):
+            columns[c] = column.copy()
+            columns[c][share] = column[np.resize(good, len(share))]
+        share = share if len(good) else good
+        batch = self.kind.collate(self, self.rng(k, 1), k, share, *columns)
+        return batch | {"unreadable": unreadable}
 
     def __getitem__(self, k):
         return self.part(k, 0)
@@ -2841,14 +2877,6 @@ def collate_pictures(batches, rng, k, share, rows):
     return add_boxed(batches, batch, rows[own], range(len(own)), u[3, own], flip[own])
 
 
-def check_batch_fits(batches):
-    """Contrast needs whole batches."""
-    name, texts = batches.index.name, len(batches.index)
-    if batches.size > texts:
-        found = f"{name}: {texts:,} texts for batches of {batches.size}"
-        raise DataError(found, "at least one batch. Lower --batch-size.")
-
-
 def augment_picture(pixels, flip, factors, grey):
     """(R, R, 3) uint8, mirrored, with other brightness, contrast and colour, or grey"""
     picture = Image.fromarray(pixels[:, ::-1] if flip else pixels)
@@ -2887,13 +2915,6 @@ def example_batch(index, examples, answers=0):
     }
 
 
-def check_answered(batches):
-    """A task needs examples to learn from."""
-    if not len(answered_examples(batches.index)):
-        found = f"{batches.index.name}: no example with an answer to learn from"
-        raise DataError(found, hint="Choose a split that has answers.")
-
-
 class Kind(NamedTuple):
     """What the batches of a task are."""
 
@@ -2902,7 +2923,6 @@ class Kind(NamedTuple):
     collate: Callable  # (batches, rng, k, share of this part, *columns of a batch) -> dict
     cost: Callable = pair_cost  # (batches, *columns) -> words + regions of each
     unsorted: bool = False  # examples as they come, so many a batch: contrast among any lengths
-    check: Callable = None  # (batches): an error where they cannot be made
 
 
 KINDS = {
@@ -2914,8 +2934,8 @@ KINDS = {
     "rank": Kind(6, draw_matched, collate_ranking, group_cost),
     "multitask": Kind(15, draw_replaced_images, collate_multitask),
     "maf": Kind(16, draw_texts, collate_phrases, unsorted=True),
-    "albef": Kind(17, draw_texts, collate_pictures, unsorted=True, check=check_batch_fits),
-    "examples": Kind(20, draw_examples, collate_examples, example_cost, check=check_answered),
+    "albef": Kind(17, draw_texts, collate_pictures, unsorted=True),
+    "examples": Kind(20, draw_examples, collate_examples, example_cost),
 }
 
 # 7. Loader --------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -50,7 +51,7 @@ import losses
 from data import AGAIN, CUT_SHORT, DataError, need, read_json, write_atomic
 from data import WordPiece, check_names, detector_names, kept, normalise_answer
 from data import as_tensors, length_mask, strip_punctuation
-from data import COLUMNS, PER_IMAGE, PICTURES, PatchStore, RegionStore, Vision, read_picture
+from data import COLUMNS, PER_IMAGE, picture_folders, PatchStore, RegionStore, Vision, read_picture
 from data import ENTAILMENT, REFER, VCR_WORDS, Record, exists, gqa_records, vg_answer, vg_items
 from data import entailment_pairs, entity_captions, gqa_questions, karpathy_captions, nlvr2_pairs
 from data import nlvr_presentations, referit_expressions, referring_expressions, vcr_choices
@@ -70,7 +71,7 @@ class Run(NamedTuple):
     settings: dict  # train.py's settings
     sizes: dict  # of the model; answer_list: what its answers are called
     vision: Vision  # where it finds what it sees
-    autocast: Callable = contextlib.nullcontext
+    autocast: Callable = nullcontext
 
     @property
     def data(self):
@@ -120,28 +121,21 @@ def pair_scores(out, head):
 
 
 def score_pairs(
-    model,
-    index,
-    captions,
-    images,
-    head="rank",
-    batch_tokens=8192,
-    autocast=contextlib.nullcontext,
-    progress=None,
+    model, index, rows, images, head="rank", batch_tokens=8192, autocast=nullcontext, progress=None
 ):
-    """How well caption captions[k] fits image images[k]: (K,) float32 numpy; higher is better.
+    """How well caption rows[k] fits image images[k]: (K,) float32 numpy; higher is better.
 
     head  "rank": the ranking score; "match": the log-odds of matching (for models that were not
           fine-tuned by ranking)
     """
     device = next(model.parameters()).device
-    captions, images = np.asarray(captions), np.asarray(images)
-    scores = np.empty(len(captions), np.float32)
+    rows, images = np.asarray(rows), np.asarray(images)
+    scores = np.empty(len(rows), np.float32)
     hidden = None if progress else True
-    bar = tqdm(total=len(captions), desc=progress, unit=" pairs", disable=hidden, leave=False)
+    bar = tqdm(total=len(rows), desc=progress, unit=" pairs", disable=hidden, leave=False)
     with evaluating(model), bar:
         # pairs of similar length together: little padding is computed
-        for places, batch in index.in_chunks(captions, images, batch_tokens):
+        for places, batch in index.in_chunks(rows, images, batch_tokens):
             with autocast():
                 out = model(**to_device(batch, device), heads=(head,))
             scores[places] = pair_scores(out, head).cpu().numpy()
@@ -171,13 +165,7 @@ def score_matrix(path, shape):
 
 
 def score_all(
-    model,
-    index,
-    head="rank",
-    batch_tokens=8192,
-    autocast=contextlib.nullcontext,
-    keep=None,
-    progress="all pairs",
+    model, index, head="rank", batch_tokens=8192, autocast=nullcontext, keep=None, progress="pairs"
 ):
     """Every caption with every image: (T, I) float32, images in the order of index.images. Higher
     is better.
@@ -1511,7 +1499,7 @@ PANEL = 240  # pixels of a panel's width
 
 def find_picture(data, name, image_id):
     """The path of one picture of a store."""
-    folders = [Path(data) / place for place in PICTURES.get(name, ())]
+    folders = picture_folders(data, name)
     for folder in folders:
         for suffix in (".jpg", ".png", ".jpeg"):
             if (folder / f"{image_id}{suffix}").exists():

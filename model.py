@@ -139,10 +139,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x = norm(x + attention(x));  x = norm(x + fc2(gelu(fc1(x)))).
-
-    Vaswani et al. 2017, as BERT: norm comes last
-    """
+    """x = norm(x + attention(x));  x = norm(x + fc2(gelu(fc1(x)))): norm comes last, as in BERT"""
 
     def __init__(self, width, heads, mlp_dim, dropout):
         super().__init__()
@@ -792,25 +789,13 @@ class AlbefTowers(nn.Module):
     """
 
     def __init__(
-        self,
-        vocab,
-        *,
-        width,
-        layers,
-        fusion,
-        heads,
-        mlp_dim,
-        embed,
-        vision,
-        positions=512,
-        dropout=0.1,
-        resolution=256,
-        patch=16,
+        self, vocab, *, width, layers, fusion, heads, mlp_dim, embed, vision, dropout=0.1, **how
     ):
         super().__init__()
-        sizes = width, heads, mlp_dim, dropout
-        self.vision = Vit(resolution=resolution, patch=patch, **vision)
-        self.text_embedding = TextEmbedding(vocab, width, positions, 2, dropout)
+        sizes, positions = (width, heads, mlp_dim, dropout), how.pop("positions", 512)
+        # what is left of how: resolution, patch
+        self.vision = Vit(**vision, **how)
+        self.text_embedding = TextEmbedding(vocab, width, positions, dropout=dropout)
         self.text_layers = nn.ModuleList([Layer(*sizes) for _ in range(layers - fusion)])
         fused = [FusionLayer(*sizes, vision["width"]) for _ in range(fusion)]
         self.fusion_layers = nn.ModuleList(fused)
@@ -1129,26 +1114,15 @@ class Detector(nn.Module):
         return features, logits, head["attr_score"](hidden), head["bbox_pred"](features)
 
     @torch.inference_mode()
-    def forward(
-        self,
-        images,
-        sizes,
-        scales=None,
-        regions=(36, 36),
-        before=6000,
-        after=300,
-        overlap=0.7,
-        thresholds=(0.5, 0.6, 0.7),
-        confidence=0.0,
-    ):
+    def forward(self, images, sizes, scales=None, regions=(36, 36), proposing=None, **selecting):
         """[Detections] of images (B, 3, H, W) of heights and widths sizes (B, 2), padded right
         and below with 0.
 
         scales (B, 2): the picture's own height and width by these; regions: at least and at most
-            so many; before, after, overlap: see propose; thresholds, confidence: see select_boxes
+            so many; proposing: options of propose(); selecting: of select_boxes()
         """
         x = self.backbone_features(images)
-        proposals = self.propose(x, sizes, before, after, overlap)
+        proposals = self.propose(x, sizes, **proposing or {})
         counts = [len(p) for p in proposals]
         columns = [column.split(counts) for column in self.describe_regions(x, proposals)]
         found = []
@@ -1158,8 +1132,7 @@ class Detector(nn.Module):
             deltas = deltas.view(len(boxes), -1, 4)
             boxes = decode_boxes(boxes[:, None], deltas, (10.0, 10.0, 5.0, 5.0))
             boxes = clip_boxes(boxes, sizes[i].tolist())
-            how = regions, thresholds, confidence
-            keep, classes, threshold = select_boxes(boxes, probs, *how)
+            keep, classes, threshold = select_boxes(boxes, probs, regions, **selecting)
             conf, attr = attributes[keep, :-1].softmax(dim=1).max(dim=1)
             own = boxes[keep, classes] * (scales[i].flip(0).repeat(2) if scales is not None else 1)
             kinds = probs[keep].roll(1, dims=1), classes, probs[keep, classes], attr, conf
@@ -1167,7 +1140,7 @@ class Detector(nn.Module):
         return found
 
 
-def select_boxes(boxes, probs, regions, thresholds, confidence=0.0):
+def select_boxes(boxes, probs, regions, thresholds=(0.5, 0.6, 0.7), confidence=0.0):
     """Which proposals (K,), their classes (K,), and the overlap allowed: each offers its best
     class's box; non-maximum suppression across classes with the first threshold that leaves
     enough, cut to the most. Where none does, the last one's boxes, with threshold -1.

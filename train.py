@@ -762,7 +762,10 @@ def multitask_streams(cfg, runtime, run, share):
         if "pointers" in given_to(cfg) and "pointed" in index.arrays:
             similarity = WordSimilarity(cfg.data, index.arrays["pointed_words"])
             own = {"similarity": similarity, "soft_target": losses.soft_alignment_target}
-            print_pointers(runtime, index, similarity)
+            pieces, unknown = len(index.arrays["pointed"]), similarity.num_unknown
+            runtime.print_rank0(f"    {pieces:,} word pieces of them point at boxes")
+            of = f"{unknown:,} of {len(similarity.words):,} pointed words have no GloVe vector"
+            runtime.print_rank0(f"    {of}: of those only the place counts")
         own |= {"corpus": number, **how, **batch_size_of(cfg)}
         streams.append(Batches("multitask", index, **own))
     captions = run.index(karpathy_captions, "val", "coco", name="coco val")
@@ -773,16 +776,6 @@ def multitask_streams(cfg, runtime, run, share):
     # as if both stores were one data set
     weights = [len(stream.index) for stream in streams]
     return Streams(streams, weights, val, streams[0].index.store, answers)
-
-
-def print_pointers(runtime, index, similarity):
-    """How many words point at boxes"""
-    pointed = index.arrays["pointed"]
-    texts = len(np.unique(np.searchsorted(index.starts, pointed[:, 0], side="right")))
-    runtime.print_rank0(f"    {texts:,} of them point at boxes, by {len(pointed):,} word pieces")
-    if similarity.num_unknown:
-        unknown = f"{similarity.num_unknown:,} of {len(similarity.words):,} pointed words"
-        runtime.print_rank0(f"    {unknown} have no GloVe vector: only their place counts")
 
 
 def phrase_streams(cfg, runtime, run, share):
@@ -1197,11 +1190,15 @@ def objective_task(cfg, model, batch):
 COUNTED = "", "mlm", "class", "attribute", "feature", "answers", "align", "heat"
 
 
+def counted_as(name):
+    """What a loss is a mean over: a name of COUNTED"""
+    name = "heat" if name in LOSSES and LOSSES[name].given == "heat" else name
+    return name if name in COUNTED else ""
+
+
 def count_of(batch, name):
     """How many things a loss of a batch is a mean over"""
-    row = LOSSES.get(name)
-    counts, key = batch["counts"], row.given if row and row.given == "heat" else name
-    return counts.get(key, counts[""])
+    return batch["counts"].get(counted_as(name), batch["counts"][""])
 
 
 class HardNegatives(NamedTuple):
@@ -1366,9 +1363,8 @@ def lr_at(step, peak, warmup, steps, schedule="linear", decay=None):
 
 
 def alignment_weight(step, steps, schedule="exp"):
-    """exp(5 (t/T - 1)): the alignment losses come in late.
-
-    "exponential warm-up schedule", CACR sec. 4; IAIS code, which has the others
+    """exp(5 (t/T - 1)): the alignment losses come in late ("exponential warm-up schedule", CACR
+    sec. 4); IAIS's code has the others
     """
     t = step / steps
     if schedule == "exp":
@@ -1441,7 +1437,7 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
             terms = OBJECTIVES[batch["task"]][0](cfg, model, batch)
         # so that any split over batches and processes gives the same sum
         loss = sum(
-            value * weight.get(name, 1.0) * (count_of(batch, name) / total(name))
+            value * weight.get(name, 1.0) * (count_of(batch, name) / total[counted_as(name)])
             for name, value in terms.items()
         )
         loss.backward()
@@ -1474,19 +1470,13 @@ def check_finite(step, logged, norm, names):
 
 
 def total_counts(runtime, batches):
-    """(name of a loss) -> how many things its mean runs over, in all batches of all processes"""
+    """{name of COUNTED: how many there are in all batches of all processes}"""
     counts = [sum(count_of(b, name) for b in batches) for name in COUNTED]
     total = torch.tensor(counts, dtype=torch.float32, device=runtime.device)
     if runtime.world_size > 1:
         dist.all_reduce(total)
     # what nobody counted divides nothing
-    total = dict(zip(COUNTED, total.clamp(min=1)))
-
-    def of(name):
-        row = LOSSES.get(name)
-        return total.get("heat" if row and row.given == "heat" else name, total[""])
-
-    return of
+    return dict(zip(COUNTED, total.clamp(min=1)))
 
 
 def prepare_batch(cfg, runtime, batch):
@@ -1693,6 +1683,7 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
             check_finite(*unchecked)
         unchecked = step, logged, norm, names
         num_pairs += runtime.world_size * sum(len(b["names"]) for b in batches)
+        note_unreadable(cfg, batches)
         is_last = step == cfg.steps
         if step % cfg.save_every == 0 or is_last:
             check_finite(*unchecked)
@@ -1713,6 +1704,16 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
                 # untrained so far: a fine-tuning run finds it started as it should be
                 init_rank_from_match(model)
             save_checkpoint(Path(cfg.out) / "last.pt", cfg, model, optimizer, step, sizes)
+
+
+def note_unreadable(cfg, batches):
+    """Names of pictures that were left out, each once, to out/skipped.txt"""
+    path, names = Path(cfg.out) / "skipped.txt", {n for b in batches for n in b["unreadable"]}
+    known = set(path.read_text().split("\n")[:-1]) if names and path.exists() else set()
+    if names - known:
+        # one write: several processes may add to it
+        with open(path, "a") as file:
+            file.write("".join(f"{name}\n" for name in sorted(names - known)))
 
 
 class Log:
@@ -1793,6 +1794,10 @@ def finalize(cfg, runtime, run, log):
         evaluate.training_curve(log.path, figures / "curve.png")
         write_atomic(Path(cfg.out) / "done.json", json.dumps(numbers, indent=1))
         runtime.print_rank0(f"  {cfg.out}: last.pt, log.jsonl, done.json, figures/")
+        skipped = Path(cfg.out) / "skipped.txt"
+        if skipped.exists():
+            names = set(skipped.read_text().split("\n")[:-1])
+            runtime.print_rank0(f"  {len(names):,} pictures could not be read: {skipped}")
     runtime.barrier()
     return numbers
 

@@ -796,14 +796,14 @@ def test_json_in_pieces_is_json(tmp_path, monkeypatch, piece):
         path.write_text(json.dumps(RECORDS, indent=blanks))
         assert list(data.json_items(path, "x")) == RECORDS
         path.write_text(json.dumps(named, indent=blanks))
-        assert dict(data.json_items(path, "x")) == named
+        assert dict(data.json_items(path, "x", named=True)) == named
         whole = {"info": {"year": 1}, "images": [3, 4], "annotations": RECORDS, "end": 1}
         path.write_text(json.dumps(whole, indent=blanks))
         assert list(data.json_items(path, "x", "annotations")) == RECORDS
         assert list(data.json_items(path, "x", "images")) == [3, 4]
     for empty in ("[]", " [ \n]", "{}"):
         path.write_text(empty)
-        assert not list(data.json_items(path, "x"))
+        assert not list(data.json_items(path, "x", named=empty == "{}"))
 
 
 @pytest.mark.parametrize(
@@ -824,7 +824,7 @@ def test_json_in_pieces_says_what_is_wrong(tmp_path, text, key, match):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(data.DataError, match=match):
-        list(data.json_items(path, "x", key))
+        list(data.json_items(path, "x", key, named=text[:4] == '{"a"'))
 
 
 def test_a_broken_item_is_found_before_the_rest_is_read(tmp_path, monkeypatch):

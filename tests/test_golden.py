@@ -998,9 +998,11 @@ def test_detector_step_by_step():
             close(own.flatten(1), z["roi/boxes_all"][rows.numpy()], 5e-3)
     how = dict(
         regions=(c["min_detections"], c["max_detections"]),
-        before=c["rpn_pre_nms"],
-        after=c["rpn_post_nms"],
-        overlap=c["rpn_nms"],
+        proposing={
+            "before": c["rpn_pre_nms"],
+            "after": c["rpn_post_nms"],
+            "overlap": c["rpn_nms"],
+        },
         thresholds=c["nms_thresholds"],
     )
     whole = model(x, sizes, scales, **how)
