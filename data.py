@@ -1436,9 +1436,8 @@ def vg_answer(question, where):
 
 
 def vg_questions(data, stats, numbers, own_images=False, out=()):
-    """Yields Visual Genome's questions whose answer is in the list; target = {its number: 1}.
-
-    About COCO images, by COCO's names; own_images: about all images but those in `out`, by Visual
+    """Yields Visual Genome's questions whose answer is in the list; target = {its number: 1}. About
+    COCO images, by COCO's names; own_images: about all images but those in `out`, by Visual
     Genome's ids.
     """
     images, stems = vg_images(data), {}
@@ -1579,9 +1578,7 @@ def read_refs(data, name):
 
 def referring_expressions(data, split, stats, dataset="refcoco"):
     """RefCOCO, RefCOCO+, RefCOCOg; a Record is one sentence; boxes = the one that it means, x y w h
-    in pixels.
-
-    split: train, val, testA, testB (refcocog: test).
+    in pixels. split: train, val, testA, testB (refcocog: test).
     """
     folder = Path(data) / "refer" / dataset
     phrases = folder / f"annotation_{split}.json"
@@ -1628,10 +1625,8 @@ def gqa_records(data, split):
 
 def gqa_questions(data, split, stats, answers=(), pointers=True):
     """GQA's questions; target = {the answer's number: 1}, None in test. split: train_balanced,
-    val_all, testdev_all, ...
-
-    Where the split has scene graphs, the question's words point at the boxes of the objects that
-    they mean; pointers=False: they do not.
+    val_all, testdev_all, ... Where the split has scene graphs, the question's words point at the
+    boxes of the objects that they mean; pointers=False: they do not.
     """
     numbers, scenes = {answer: i for i, answer in enumerate(answers)}, None
     path = Path(data) / "gqa" / f"{split}_questions.json"
@@ -1676,9 +1671,7 @@ def pointed_spans(words, boxes, stats):
 
 def joined_descriptions(data, stats, out=()):
     """Yields Visual Genome's region descriptions in sentences of one, two or three, joined by
-    "and", with their boxes.                                                  Kervadec sec. 6.1
-
-    out: ids of images left out
+    "and", with their boxes [Kervadec sec. 6.1]; out: ids of images left out
     """
     images = vg_images(data)
     for image, regions, where in vg_items(data, "region_descriptions", "regions"):
@@ -1871,10 +1864,9 @@ def vg_boxed_texts(data, images, kinds):
 
 
 def places_of(name, boxes, image):
-    """Prompts of place for several boxes x y w h of one name: [(text, box)].
-
-    The leftmost is "dog on the left", then the rightmost, "top dog", "bottom dog"; in a corner of
-    the image (both coordinates of its middle in the outer thirds) "dog at the top left", ...
+    """Prompts of place for several boxes x y w h of one name: [(text, box)]. The leftmost is "dog
+    on the left", then the rightmost, "top dog", "bottom dog"; in a corner of the image (both
+    coordinates of its middle in the outer thirds) "dog at the top left", ...
     """
     if len(boxes) < 2:
         return []

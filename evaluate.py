@@ -48,10 +48,9 @@ from tqdm import tqdm
 import losses
 
 # data.py: errors and files, tokenizers, stores, readers, index
-from data import AGAIN, CUT_SHORT, DataError, need, read_json, write_atomic
-from data import WordPiece, check_names, detector_names, kept, normalise_answer
-from data import as_tensors, length_mask, strip_punctuation
-from data import COLUMNS, PER_IMAGE, picture_folders, PatchStore, RegionStore, Vision, read_picture
+from data import AGAIN, CUT_SHORT, DataError, as_tensors, length_mask, need, read_json, write_atomic
+from data import WordPiece, check_names, detector_names, kept, normalise_answer, strip_punctuation
+from data import COLUMNS, PER_IMAGE, PatchStore, RegionStore, Vision, picture_folders, read_picture
 from data import ENTAILMENT, REFER, VCR_WORDS, Record, exists, gqa_records, vg_answer, vg_items
 from data import entailment_pairs, entity_captions, gqa_questions, karpathy_captions, nlvr2_pairs
 from data import nlvr_presentations, referit_expressions, referring_expressions, vcr_choices
@@ -206,10 +205,8 @@ def score_all(
 
 def ablate_modality(batch, modality):
     """A control: the same batch without its words ("text") or without what the regions show and
-    where they are ("regions").
-
-    Words: [CLS] [SEP] stay. Regions: one remains, and all of them where regions are what is asked
-    for (batch["keep_regions"]).
+    where they are ("regions"). Words: [CLS] [SEP] stay. Regions: one remains, and all of them where
+    regions are what is asked for (batch["keep_regions"]).
     """
     x = dict(batch["input"])
     if modality == "text":
@@ -229,9 +226,8 @@ def ablate_modality(batch, modality):
 
 def predict(run, task, index, batch_tokens=8192, ablate=""):
     """What the task head says of each example: (E, answers), (E, choices), (E, 2) or (E, most
-    regions), -inf where there is no region.
-
-    ablate  "text" or "regions": a control that may not see them
+    regions), -inf where there is no region. ablate: "text" or "regions", a control that may not see
+    them
     """
     predicted, total = {}, len(index) // index.group
     bar = tqdm(total=total, desc=index.name, unit=" examples", disable=None, leave=False)
@@ -255,12 +251,9 @@ def predict(run, task, index, batch_tokens=8192, ablate=""):
 
 
 def winoground_scores(s):
-    """s (E, 2, 2): score of caption c with image i; returns text, image, group in percent and
-    each example's group hit.
-
-    text: each image prefers its caption; image: each caption prefers its image; group: both. A
-    tie is wrong.
-    Chance 25, 25, 16.67.   Thrush et al. 2022
+    """s (E, 2, 2): score of caption c with image i; returns text, image, group in percent and each
+    example's group hit. text: each image prefers its caption; image: each caption prefers its
+    image; group: both. A tie is wrong. Chance 25, 25, 16.67. Thrush et al. 2022
     """
     text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
     image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
@@ -332,10 +325,8 @@ def recall_in_folds(scores, column, size=1000, n=5):
 
 def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
     """{"retrieval/image/r1": percent, ...} over all images and captions of Karpathy's split;
-    scoring: see score_all.
-
-    Flickr30k: the 1K protocol. COCO: 5K, and "retrieval/1k/...": the mean over five consecutive
-    folds of 1,000 images.
+    scoring: see score_all. Flickr30k: the 1K protocol. COCO: 5K, and "retrieval/1k/...": the mean
+    over five consecutive folds of 1,000 images.
     """
     split, dataset = split or "test", dataset or run.settings.get("dataset") or "flickr30k"
     reader = functools.partial(karpathy_captions, dataset=dataset)
@@ -403,9 +394,8 @@ def evaluate_nlvr(run, task, split, submit=False, **scoring):
 
 def vqa_accuracy(answer, said):
     """0 ... 1: over the ten leave-one-out sets of nine people, the mean of min(1, people who said
-    so / 3); official clean-up.
-
-    The clean-up is left out where all ten said the same string, as the official evaluation does.
+    so / 3); official clean-up. The clean-up is left out where all ten said the same string, as the
+    official evaluation does.
     """
     said = [x.replace("\n", " ").replace("\t", " ").strip() for x in (*said,)]
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
@@ -645,7 +635,6 @@ def cell_overlap(start, end, m):
 
 def evaluate_gqa(run, task, split, submit=False, **scoring):
     """gqa_scores of a model over all questions of a split, and the rows of the submission file.
-
     grounding: where the split has scene graphs, of the [CLS] token's attention to the regions,
     shared out among the cells that each box covers.
     """
@@ -777,10 +766,8 @@ def all_answers(data, minimum=9):
 
 
 def box_overlap(a, b):
-    """Overlap over union of boxes x y w h, (..., 4) each.
-
-    Right edge x + w - 1, an overlap of one pixel counts as none, areas are w h: UNITER's and
-    ALBEF's evaluation code.
+    """Overlap over union of boxes x y w h, (..., 4) each. Right edge x + w - 1, an overlap of one
+    pixel counts as none, areas are w h: UNITER's and ALBEF's evaluation code.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     corner = np.maximum(a[..., :2], b[..., :2])
@@ -973,6 +960,7 @@ def downstream(run, split="", submit="", ablate=""):
     task = TASKS[name]
     split = split or task.validation
     numbers, rows = task.evaluate(run, task, split, bool(submit), ablate=ablate)
+    numbers = {f"{k}{trained_note(run, split)}": v for k, v in numbers.items()}
     if submit and not task.submission:
         raise DataError(f"--submit: {name} has no test server's file")
     if submit:
@@ -984,6 +972,12 @@ def downstream(run, split="", submit="", ablate=""):
         write_atomic(submit, text.getvalue())
         numbers["submission"] = submit
     return numbers
+
+
+def trained_note(run, split):
+    """What the names of numbers end in where they are of examples that were trained on"""
+    trained_on = (run.settings.get("split") or "").split("+")
+    return "_on_questions_trained_on" if split in trained_on else ""
 
 
 # 4. Word to region ------------------------------------------------------------------------------
@@ -1057,8 +1051,7 @@ def multitask_benchmarks(run):
     metrics = downstream(run._replace(settings=settings))
     # test-dev has no scene graphs, so what words point at is known of val alone
     if (Path(run.data) / "gqa" / "val_sceneGraphs.json").exists():
-        trained_on = "val" in (run.settings["split"] or "")
-        note = "_on_questions_trained_on" if trained_on else ""
+        note = trained_note(run, "val_balanced")
         metrics |= {f"{name}{note}": value for name, value in pointing(run).items()}
     return metrics
 
@@ -1179,7 +1172,6 @@ class PhraseInput:
 
 def best_box(scores, boxes):
     """The region of each phrase: the highest score; of equal ones the largest, then the first.
-
     scores (..., Q, K), boxes (..., K, 4) -> (..., Q)
     """
     # equal scores come from regions of one name: the largest is most often meant
@@ -1965,10 +1957,8 @@ def uniter_image_id(stem):
 
 def pack(sources, out, images=None):
     """Convert LXMERT's or BUTD's TSV files, or folders of UNITER's npz files, into one region
-    store. Streams; may be killed and restarted.
-
-    images: folder of the pictures, to read their sizes from (npz only; without it boxes stay
-    relative and wh is 1 x 1)
+    store. Streams; may be killed and restarted. images: folder of the pictures, to read their sizes
+    from (npz only; without it boxes stay relative and wh is 1 x 1)
     """
     paths = [need(s, "a .tsv file or a folder of .npz files", "Check the path.") for s in sources]
     sizes = picture_sizes(images) if images and any(p.is_dir() for p in paths) else {}
@@ -2025,9 +2015,8 @@ def picture_sizes(folder):
 
 def score_photo(run, photo, text, out, detector="", regions=(36, 36), sides=(800, 1333)):
     """How well a sentence fits a photo, where each of its words attends to, and the figure:
-    {"match", "rank" or nothing, "words": {word: [x1 y1 x2 y2]}, "figure"}.
-
-    A model of regions needs a detector's weights; one of patches, and ALBEF, only the photo.
+    {"match", "rank" or nothing, "words": {word: [x1 y1 x2 y2]}, "figure"}. A model of regions needs
+    a detector's weights; one of patches, and ALBEF, only the photo.
     """
     if isinstance(run.model, Maf):
         wanted = "  Wanted: a checkpoint of uniter, lxmert or albef"

@@ -216,10 +216,8 @@ class TextEmbedding(nn.Module):
 
 class PatchStem(nn.Module):
     """Patches (B, N, 3 p p), pixel by pixel, of a square picture, row by row -> (B, N, D): a few
-    small convolutions over the whole picture.
-
-    A single matrix, as a ViT has, learns shapes far slower from few pictures (README);
-    convolutions: Xiao et al. 2021.
+    small convolutions over the whole picture. A single matrix, as a ViT has, learns shapes far
+    slower from few pictures (README); convolutions: Xiao et al. 2021.
     """
 
     def __init__(self, patch, width):
@@ -863,9 +861,7 @@ class Albef(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum):
-        """teacher = momentum * teacher + (1 - momentum) * student; ALBEF does it before each
-        step.
-        """
+        """teacher = momentum * teacher + (1 - momentum) * student: before each step [ALBEF]"""
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         # one kernel for hundreds of tensors
         torch._foreach_lerp_(teacher, student, 1 - momentum)

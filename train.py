@@ -36,13 +36,13 @@ import evaluate
 import losses
 
 # data.py: errors and files, readers, batches
-from data import DataError, check_names, detector_names, kept, memory_mapped, write_atomic
-from data import INDEX_VERSION, exists, strip_punctuation
-from data import cc3m_captions, cc12m_captions, coco_corpus, own_captions, sbu_captions
-from data import vcr_choices, vg_crops, vg_descriptions, vg_triplets
-from data import entity_captions, karpathy_captions, multitask_coco, multitask_vg
-from data import HARDEST, Batches, MixedBatches, collate_negatives
-from data import make_loader, mismatched_images, normalize_pixels
+from data import INDEX_VERSION, DataError, check_names, detector_names, exists, kept, memory_mapped
+from data import strip_punctuation, write_atomic
+from data import cc3m_captions, cc12m_captions, coco_corpus, own_captions, sbu_captions, vg_crops
+from data import entity_captions, karpathy_captions, multitask_coco, multitask_vg, vcr_choices
+from data import vg_descriptions, vg_triplets
+from data import HARDEST, Batches, MixedBatches, collate_negatives, make_loader
+from data import mismatched_images, normalize_pixels
 from evaluate import TASKS, PhraseInput, Run, WordVectors, ablate_modality, all_answers
 from evaluate import glove, glove_file, load_wordpiece, open_task
 from evaluate import to_device, vision_of
@@ -743,10 +743,9 @@ def pretrain_streams(cfg, runtime, run, share):
 
 def multitask_streams(cfg, runtime, run, share):
     """LXMERT's and Kervadec's data: COCO's captions and VQA's questions; Visual Genome's joined
-    descriptions, its questions, and GQA's.
-
-    Each of the two region stores is a stream, drawn as often as it has texts. Left out: Karpathy's
-    val and test, and GQA's val where it is not learned from.
+    descriptions, its questions, and GQA's. Each of the two region stores is a stream, drawn as
+    often as it has texts. Left out: Karpathy's val and test, and GQA's val where it is not learned
+    from.
     """
     answers, streams = run.settings["answer_list"], []
     gqa_name, gqa = evaluate.MULTITASK_ANSWERS, TASKS[evaluate.MULTITASK_ANSWERS]

@@ -317,3 +317,12 @@ def test_a_batch_of_bad_pictures_is_an_error(toy_tree, tmp_path):
     index = data.make_index([data.Record(i, "a star", i) for i in "ab"], store, tokenizer)
     with pytest.raises(data.DataError, match="none of the pictures of a batch can be read"):
         data.Batches("mlm", index, 300, 0)[0]
+
+
+def test_numbers_of_what_was_trained_on_are_called_so(monkeypatch):
+    """The vqa recipe learns from val2014 too, as the authors: its number there is of no test."""
+    task = evaluate.TASKS["vqa"]._replace(evaluate=lambda *a, **how: ({"vqa/accuracy": 1.0}, None))
+    monkeypatch.setitem(evaluate.TASKS, "vqa", task)
+    for split, note in (("train2014", ""), ("train2014+val2014+vg", "_on_questions_trained_on")):
+        one = evaluate.Run(None, None, {"task": "vqa", "split": split}, {}, None)
+        assert evaluate.downstream(one) == {f"vqa/accuracy{note}": 1.0}
