@@ -23,6 +23,9 @@ pixels       (i) ALBEF-base, 8 pairs at 256 pixels: with AMC over without, in ti
              through decoding and augmentation; the toy loader over the toy model
 detector     (j) at its real size on 800 x 1,067 pixels: share of the time in non-maximum
              suppression and region pooling, the convolutions' rate over matmul's
+gpu          (k) on a GPU (--small: anywhere): a step of one GPU's batch of UNITER's pre-training,
+             base and large, and of matching with CACR: its share of the device's bf16 peak, how
+             often the host waits, memory, and hours of the recipe without its loader
 """
 
 import argparse
@@ -50,6 +53,7 @@ from data import normalize_pixels, token_batches
 from evaluate import StoreWriter
 from model import SIZES, Uniter, build
 from seeds import RESULTS, fill
+from test_full_size import Waits
 from toy import make_toy
 
 PAIRS, WORDS, REGIONS, D_V = 32, 20, 36, 2048
@@ -87,8 +91,8 @@ class Step:
     AdamW.
     """
 
-    def __init__(self, loss="none", bf16=False, size=None):
-        size = size or SIZE
+    def __init__(self, loss="none", bf16=False, size=None, pairs=None):
+        size, self.pairs = size or SIZE, pairs or PAIRS
         self.cfg = train.make_config("flickr30k", loss=loss, size=size, steps=1000, warmup=1)
         self.runtime = train.Runtime(DEVICE, 0, 1, bf16)
         torch.manual_seed(0)
@@ -97,23 +101,23 @@ class Step:
         )
         self.optimizer = train.build_optimizer(self.cfg, self.model)
         g = torch.Generator().manual_seed(0)
-        corner = torch.rand(PAIRS, REGIONS, 2, generator=g) / 2
-        ones = lambda n: torch.ones(PAIRS, n, dtype=torch.bool)
+        corner = torch.rand(self.pairs, REGIONS, 2, generator=g) / 2
+        ones = lambda n: torch.ones(self.pairs, n, dtype=torch.bool)
         batch = dict(
-            text=torch.randint(1000, 28996, (PAIRS, WORDS), generator=g),
+            text=torch.randint(1000, 28996, (self.pairs, WORDS), generator=g),
             text_mask=ones(WORDS),
-            regions=torch.rand(PAIRS, REGIONS, D_V, generator=g).half(),
+            regions=torch.rand(self.pairs, REGIONS, D_V, generator=g).half(),
             boxes=torch.cat([corner, corner + 0.4], -1),
             region_mask=ones(REGIONS),
             length=WORDS + REGIONS,
         )
         self.batch = {
             "task": "itm",
-            "names": ["x"] * PAIRS,
+            "names": ["x"] * self.pairs,
             "input": batch,
-            "match": torch.ones(PAIRS, dtype=torch.bool),
-            "matched": torch.arange(PAIRS),
-            "counts": {"": PAIRS},
+            "match": torch.ones(self.pairs, dtype=torch.bool),
+            "matched": torch.arange(self.pairs),
+            "counts": {"": self.pairs},
         }
 
     def __call__(self):
@@ -122,12 +126,12 @@ class Step:
     def flops(self):
         """Multiply-adds count two; backward costs twice the forward. Matrix products only."""
         D, L, N = self.model.pooler.in_features, len(self.model.layers), WORDS + REGIONS
-        tokens = PAIRS * N
+        tokens = self.pairs * N
         layer = (
             2 * tokens * (4 * D * D + 2 * D * self.model.layers[0].fc1.out_features)
-            + 4 * PAIRS * N * N * D
+            + 4 * self.pairs * N * N * D
         )
-        return 3 * (L * layer + 2 * PAIRS * REGIONS * D_V * D)
+        return 3 * (L * layer + 2 * self.pairs * REGIONS * D_V * D)
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -801,6 +805,44 @@ def bench_small(found, folder):
     )
 
 
+# dense bf16 operations a second, by their makers' data sheets
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# one GPU's batch of a recipe, and the loss on its matched pairs
+GPU_STEPS = {
+    "uniter-pretrain-all": "wra",
+    "uniter-pretrain-all-large": "wra",
+    "flickr30k": "cacr",
+}
+
+
+def bench_gpu(found, folder):
+    """Steps at the recipes' sizes; a CPU is measured against its own torch.matmul"""
+    on_gpu = DEVICE.type == "cuda"
+    if not on_gpu and SIZE != "toy":
+        print("gpu: there is none; gpu --small runs the same code on the CPU")
+        return
+    job, work = matmul_rate(torch.bfloat16 if on_gpu else torch.float32)
+    rate = work / seconds(job)[0]
+    name = torch.cuda.get_device_name() if on_gpu else ""
+    peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), rate)
+    for recipe, loss in GPU_STEPS.items():
+        cfg = train.make_config(recipe)
+        pairs = cfg.batch_tokens // (WORDS + REGIONS) if on_gpu else 4
+        step = Step(loss, on_gpu, None if SIZE == "toy" else cfg.size, pairs)
+        step()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with Waits() as waits:
+            step()
+        (spent,) = seconds(step, rounds=20, warm=3)
+        found[f"gpu_peak_share/{recipe}"] = step.flops() / spent / peak
+        found[f"gpu_waits/{recipe}"] = float(len(waits.found))
+        gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        found[f"gpu_gib/{recipe}"] = gib
+        batches = cfg.steps * cfg.accumulate
+        found[f"gpu_hours/{recipe}"] = batches * spent / 3600
+
+
 MEANING = {
     "fused_vs_written": ("(a) written-out / fused step", ">= 0.97"),
     "cacr": ("(b) step with cacr / without", "<= 1.03"),
@@ -836,6 +878,13 @@ MEANING = {
     "detector_conv_share": ("(j) the rest of the detector's rate / matmul's", ""),
     "detector_pictures_per_s": ("    its pictures a second", ""),
 }
+for recipe in GPU_STEPS:
+    MEANING |= {
+        f"gpu_peak_share/{recipe}": (f"(k) {recipe}: share of the bf16 peak", ">= 0.5"),
+        f"gpu_waits/{recipe}": ("    waits of the host in an update", "0"),
+        f"gpu_gib/{recipe}": ("    memory, GiB", ""),
+        f"gpu_hours/{recipe}": ("    hours of the recipe, without its loader", ""),
+    }
 
 
 PARTS = {
@@ -848,6 +897,7 @@ PARTS = {
     "glove": bench_glove,
     "pixels": bench_pixels,
     "detector": bench_detector,
+    "gpu": bench_gpu,
 }
 
 

@@ -5,7 +5,7 @@ python tests/rehearse.py tree --out DATA --scale 1     once, about 15 minutes an
 python tests/rehearse.py run --data DATA               every recipe: 3 updates, a validation, an
                                                        evaluation, each by a model of size tiny
 python tests/rehearse.py run --data DATA --recipe vqa  one of them
-python tests/rehearse.py table                         the table, from tests/rehearsal.json
+python tests/rehearse.py table                         the README's table, of what was found
 
 Texts are drawn from a list of words with each data set's mean length. Features are files without
 content (holes take no disk), pictures one JPEG under many names. What a run needs is measured: its
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import seeds
 import train
 from data import COLUMNS, PER_IMAGE, REFER, WordPiece
 
@@ -679,7 +680,6 @@ EPOCHS = {"kervadec": 20, "gqa": 4, "kervadec-nlvr2": 4, "albef": 30, "amc": 20,
 # a run of three updates: their length, and how often others are scored, is not what is rehearsed
 SHORT = "--size tiny --steps 3 --warmup 1 --eval-every 3 --save-every 3 --log-every 1 --init none"
 SHORT += " --precision fp32 --workers 1 --mine-pool 2"
-RESULTS = Path(__file__).resolve().parent / "rehearsal.json"
 
 
 def memory(pid="self"):
@@ -810,7 +810,7 @@ def rehearse(recipe, data, folder, most=2):
         shutil.rmtree(out, ignore_errors=True)
         if done.returncode or not to.exists():
             lines = done.stderr.strip().splitlines()
-            return {"error": [x for x in lines if "rror" in x][:2] or lines[-3:]}
+            raise SystemExit("\n".join([x for x in lines if "rror" in x][:2] or lines[-3:]))
         one = json.loads(to.read_text())
         if warm:
             one |= {"first_warm_s": one["first_s"], "first_s": found["first_s"]}
@@ -824,10 +824,40 @@ def run_all(data, recipes):
     folder = Path(data) / "rehearsal"
     folder.mkdir(exist_ok=True)
     for recipe in tqdm(recipes, "recipes"):
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        found[recipe] = rehearse(recipe, data, folder)
-        print(recipe, json.dumps(found[recipe]), flush=True)
-        RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        found = {k: round(v, 3) for k, v in rehearse(recipe, data, folder).items()}
+        print(recipe, json.dumps(found), flush=True)
+        results = json.loads(seeds.RESULTS.read_text())
+        results.setdefault("rehearsal", {})[recipe] = found
+        seeds.RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+
+
+def table(results):
+    """The rehearsal in the README: paper and ours, and what a user has to plan for"""
+    lines = [
+        "| recipe | batch, paper | ours an update | updates an epoch | epochs, paper | ours "
+        "| padding | first update s, cold | warm | GiB, all processes | rows a second |",
+        "|" + "---|" * 11,
+    ]
+    for recipe in [r for r in full_size() if r in results.get("rehearsal", {})]:
+        found, cfg = results["rehearsal"][recipe], train.make_config(recipe)
+        unit = "examples" if cfg.batch_size else "tokens"
+        size = (cfg.batch_size or cfg.batch_tokens) * cfg.accumulate * cfg.gpus
+        ours = found["examples"]
+        if not cfg.batch_size:
+            ours = f"{found['tokens'] * found['processes']:,.0f} tokens, {ours:,.0f}"
+        else:
+            ours = f"{ours:,.0f}"
+        # a process that stands for several GPUs holds all of their batches
+        held = found["processes"] * (found["private_mib"] - found["imports_mib"])
+        gib = (held + cfg.gpus * (found["imports_mib"] + 2 * found["worker_mib"])) / 1024
+        epochs = cfg.steps / found["updates_an_epoch"]
+        lines.append(
+            f"| `{recipe}` | {size:,} {unit} | {ours} examples | {found['updates_an_epoch']:,.0f} "
+            f"| {EPOCHS.get(recipe, '')} | {epochs:.1f} | {100 * found['padding']:.1f} % "
+            f"| {found['first_s']:.0f} | {found['first_warm_s']:.0f} | {gib:.1f} "
+            f"| {found['pairs_per_s']:,.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -847,8 +877,11 @@ def main(argv=None):
     add = commands.add_parser("run").add_argument
     add("--data", required=True, help="the tree")
     add("--recipe", nargs="+", default=full_size(), choices=full_size(), metavar="RECIPE")
+    commands.add_parser("table")
     args = parser.parse_args(argv)
-    if args.command == "tree":
+    if args.command == "table":
+        seeds.fill(rehearsal=table(json.loads(seeds.RESULTS.read_text())))
+    elif args.command == "tree":
         write_tree(args.out, args.scale, args.seed)
     else:
         run_all(args.data, args.recipe)

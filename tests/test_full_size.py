@@ -1,5 +1,6 @@
 """What the papers' recipes need beyond the toy world: their batches, features, checkpoints."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 import data
 import evaluate
 import model as parts
+import rehearse
 import train
 from conftest import QUICK, prepared_run, read, run, same, weights
 
@@ -326,3 +328,17 @@ def test_numbers_of_what_was_trained_on_are_called_so(monkeypatch):
     for split, note in (("train2014", ""), ("train2014+val2014+vg", "_on_questions_trained_on")):
         one = evaluate.Run(None, None, {"task": "vqa", "split": split}, {}, None)
         assert evaluate.downstream(one) == {f"vqa/accuracy{note}": 1.0}
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs(tmp_path, monkeypatch):
+    """On a tree of a thousandth of the true size: pre-training, a task, phrases, pictures."""
+    rehearse.write_tree(tmp_path / "tree", scale=0.002)
+    (tmp_path / "results.json").write_text("{}")
+    monkeypatch.setattr(rehearse.seeds, "RESULTS", tmp_path / "results.json")
+    recipes = ["uniter-pretrain-all", "vqa", "maf", "kervadec"]
+    rehearse.run_all(tmp_path / "tree", recipes)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found["rehearsal"]) == set(recipes)
+    assert found["rehearsal"]["maf"]["examples"] == 64
+    assert len(rehearse.table(found).splitlines()) == 2 + len(recipes)

@@ -17,6 +17,7 @@ import data
 import evaluate
 import losses
 import model
+import rehearse
 import seeds
 import tasks
 import toy
@@ -90,6 +91,7 @@ TABLES = {
     "maf_ablation": seeds.maf_ablation,
     "amc": seeds.amc_table,
     "patches": seeds.patches_table,
+    "rehearsal": rehearse.table,
 }
 
 
@@ -216,7 +218,9 @@ def test_every_part_of_the_bench_runs(part):
     assert json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "tests/toy", "tests/bench"])
+@pytest.mark.parametrize(
+    "script", ["train", "evaluate", "tests/toy", "tests/bench", "tests/rehearse"]
+)
 def test_help(script):
     command = [sys.executable, f"{script}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
