@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import shutil
 import os
 import subprocess
 import sys
@@ -837,3 +838,30 @@ def test_a_broken_item_is_found_before_the_rest_is_read(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="at character 7"):
         list(data.json_items(tmp_path / "a.json", "x"))
     assert max(seen) <= 1 << 10
+
+
+def test_what_is_made_of_kept_arrays_is_made_again_with_them(tmp_path):
+    """An index that reads a list kept beside the data: the list's files are its sources too, and
+    the files that it read before the list was made."""
+    (tmp_path / "own.txt").write_text("a")
+    (tmp_path / "list.txt").write_text("red blue")
+
+    @data.kept
+    def words(tree):
+        return data.read_text(tree / "list.txt", "words").split()
+
+    def build():
+        first = data.read_text(tmp_path / "own.txt", "a text")
+        return {"x": np.array([first, *words(tmp_path)])}, {}
+
+    made = lambda: data.memory_mapped(tmp_path / "index/outer", [1], build)[0]["x"].tolist()
+    for _ in range(2):
+        assert made() == ["a", "red", "blue"]
+    for name, text, wanted in (("list.txt", "green", ["a", "green"]), ("own.txt", "b", None)):
+        (tmp_path / name).write_text(text)
+        assert made() == (wanted or ["b", "green"])
+    # the list is fresh now, the outer one is not: its sources still count
+    shutil.rmtree(tmp_path / "index/outer")
+    assert made() == ["b", "green"]
+    (tmp_path / "list.txt").write_text("black")
+    assert made() == ["b", "black"]
