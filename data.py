@@ -2412,9 +2412,10 @@ class Batches:
         first, step = self.rank + self.world_size * j, self.world_size * self.parts
         share = np.arange(first, len(columns[0]), step)
         # what each example shows: its own column, or an image for each of its texts
-        rows = columns[0][:, None] if len(columns) == 1 else example_rows(index, columns[-1])
-        images = columns[1][:, None] if len(columns) == 3 else index.image[rows]
-        images = images[share]
+        if len(columns) == 3:
+            images = columns[1][share, None]
+        else:
+            images = index.image[example_rows(index, columns[-1][share])]
         ok = index.store.readable(images.ravel()).reshape(images.shape)
         unreadable = sorted({index.store.image_id(i) for i in images[~ok]})
         good = share[ok.all(axis=1)]
