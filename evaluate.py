@@ -757,7 +757,7 @@ def all_answers(data, minimum=9):
     """
     path = Path(data) / "lxmert" / "all_ans.json"
     if exists(path):
-        return [a["ans"] for a in read_json(path, "LXMERT's answers")]
+        return [field(a, "ans", path, str) for a in read_json(path, "LXMERT's answers")]
     count = Counter()
     for _, questions, where in vg_items(data, "question_answers", "qas"):
         count.update(vg_answer(q, where) for q in questions)
@@ -975,9 +975,9 @@ def downstream(run, split="", submit="", ablate=""):
 
 
 def trained_note(run, split):
-    """What the names of numbers end in where they are of examples that were trained on"""
-    trained_on = (run.settings.get("split") or "").split("+")
-    return "_on_questions_trained_on" if split in trained_on else ""
+    """How numbers are called whose examples were trained on (GQA's val_all holds val_balanced)"""
+    trained_on = {part.split("_")[0] for part in (run.settings.get("split") or "").split("+")}
+    return "_on_questions_trained_on" if split.split("_")[0] in trained_on else ""
 
 
 # 4. Word to region ------------------------------------------------------------------------------

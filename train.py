@@ -37,15 +37,13 @@ import losses
 
 # data.py: errors and files, readers, batches
 from data import INDEX_VERSION, DataError, check_names, detector_names, exists, kept, memory_mapped
-from data import strip_punctuation, write_atomic
 from data import cc3m_captions, cc12m_captions, coco_corpus, own_captions, sbu_captions, vg_crops
 from data import entity_captions, karpathy_captions, multitask_coco, multitask_vg, vcr_choices
 from data import vg_descriptions, vg_triplets
 from data import HARDEST, Batches, MixedBatches, collate_negatives, make_loader
-from data import mismatched_images, normalize_pixels
+from data import mismatched_images, normalize_pixels, strip_punctuation, write_atomic
 from evaluate import TASKS, PhraseInput, Run, WordVectors, ablate_modality, all_answers
-from evaluate import glove, glove_file, load_wordpiece, open_task
-from evaluate import to_device, vision_of
+from evaluate import glove, glove_file, load_wordpiece, open_task, to_device, vision_of
 from model import ALBEF_SIZES, SIZES, TWO_STREAM_LAYERS, CheckpointError, Maf, build
 from model import init_rank_from_match, load_pretrained, read_checkpoint
 
@@ -761,10 +759,9 @@ def multitask_streams(cfg, runtime, run, share):
         if "pointers" in given_to(cfg) and "pointed" in index.arrays:
             similarity = WordSimilarity(cfg.data, index.arrays["pointed_words"])
             own = {"similarity": similarity, "soft_target": losses.soft_alignment_target}
-            pieces, unknown = len(index.arrays["pointed"]), similarity.num_unknown
-            runtime.print_rank0(f"    {pieces:,} word pieces of them point at boxes")
-            of = f"{unknown:,} of {len(similarity.words):,} pointed words have no GloVe vector"
-            runtime.print_rank0(f"    {of}: of those only the place counts")
+            runtime.print_rank0(f"    {len(index.arrays['pointed']):,} word pieces point at boxes")
+            unknown = f"{similarity.num_unknown:,} of {len(similarity.words):,} pointed words"
+            runtime.print_rank0(f"    {unknown} have no GloVe vector: only their place counts")
         own |= {"corpus": number, **how, **batch_size_of(cfg)}
         streams.append(Batches("multitask", index, **own))
     captions = run.index(karpathy_captions, "val", "coco", name="coco val")

@@ -865,3 +865,19 @@ def test_what_is_made_of_kept_arrays_is_made_again_with_them(tmp_path):
     assert made() == ["b", "green"]
     (tmp_path / "list.txt").write_text("black")
     assert made() == ["b", "black"]
+
+
+def test_a_store_that_shrinks_is_an_error(toy, tmp_path):
+    """Rows that are gone are no zeros."""
+    shutil.copytree(toy / "regions/winoground", tmp_path / "store")
+    store = RegionStore(tmp_path / "store")
+    os.truncate(tmp_path / "store/boxes.npy", 200)
+    with pytest.raises(DataError, match="has lost rows of boxes.npy"):
+        store.read(np.array([len(store) - 1]), "boxes")
+
+
+def test_a_list_of_answers_that_holds_numbers_is_one_clear_error(tmp_path):
+    (tmp_path / "vqa2").mkdir()
+    (tmp_path / "vqa2/trainval_label2ans.json").write_text('["yes", 3]')
+    with pytest.raises(DataError, match="entry is 3\n  Wanted: a text"):
+        evaluate.answer_list(tmp_path)

@@ -328,6 +328,9 @@ def test_numbers_of_what_was_trained_on_are_called_so(monkeypatch):
     for split, note in (("train2014", ""), ("train2014+val2014+vg", "_on_questions_trained_on")):
         one = evaluate.Run(None, None, {"task": "vqa", "split": split}, {}, None)
         assert evaluate.downstream(one) == {f"vqa/accuracy{note}": 1.0}
+    # val_all holds the questions of val_balanced
+    one = evaluate.Run(None, None, {"split": "train_all+val_all"}, {}, None)
+    assert evaluate.trained_note(one, "val_balanced") and not evaluate.trained_note(one, "testdev")
 
 
 @pytest.mark.slow
