@@ -18,11 +18,11 @@ boxes are x1 y1 x2 y2 in [0, 1].
          alignment          joined_descriptions  entity_captions  vg_triplets  referit_expressions
     5. Index                Index  open_index  make_index: records, tokenized, memory-mapped
     6. Batches              Batches: the planner. KINDS: what a batch of each task holds
-    7. Loader               MixedBatches  make_loader
 """
 
 import array
 import contextlib
+import copy
 import difflib
 import fcntl
 import functools
@@ -802,14 +802,21 @@ def picture_folders(data, name):
 
 
 def walk_pictures(data, name):
-    """Yields (image id, path) of a store's pictures, those in folders inside others too."""
-    for folder in picture_folders(data, name):
-        for at, _, files in os.walk(folder):
-            # adding or removing a file changes its folder's time
-            sources.setdefault(at, file_stamp(at))
-            for file in files:
-                if file.lower().endswith((".jpg", ".jpeg", ".png")):
-                    yield file.rsplit(".", 1)[0].removeprefix(f"{name}_"), os.path.join(at, file)
+    """Yields (image id, path in the tree) of a store's pictures, those in inner folders too."""
+    folders = [str(folder) for folder in picture_folders(data, name) if folder.is_dir()]
+    while folders:
+        folder = folders.pop()
+        # adding or removing a file changes its folder's time
+        sources.setdefault(folder, file_stamp(folder))
+        below = os.path.relpath(folder, data)
+        # entry by entry: a folder may hold ten million
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                stem, end = os.path.splitext(entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif end.lower() in (".jpg", ".jpeg", ".png"):
+                    yield stem.removeprefix(f"{name}_"), f"{below}/{entry.name}"
 
 
 class PatchStore(RegionStore):
@@ -831,7 +838,7 @@ class PatchStore(RegionStore):
         self.args = data, name, resolution, patch
         self.folder = f"{data}, pictures of {name}"
         place = Path(data) / "index" / f"pictures-{name}"
-        arrays, self.meta = memory_mapped(place, [type(self).__name__, 1], self.list_pictures)
+        arrays, self.meta = memory_mapped(place, [type(self).__name__, 2], self.list_pictures)
         if patch < 1 or resolution % patch:
             found = f"pictures of {resolution} pixels do not divide into patches of {patch}"
             raise DataError(found, "--resolution a multiple of --patch")
@@ -853,15 +860,19 @@ class PatchStore(RegionStore):
     def list_pictures(self):
         """Arrays of the pictures' names and paths, and what was counted."""
         data, name = self.args[:2]
-        # a name that comes twice stands for the last: data sets have none
-        found = dict(walk_pictures(data, name))
-        if not found:
+        walk, pieces = walk_pictures(data, name), []
+        # in pieces: Python objects for ten million names would take gigabytes
+        while piece := list(islice(walk, 100_000)):
+            pieces.append([np.array([x.encode() for x in column]) for column in zip(*piece)])
+        if not pieces:
             places = ", ".join(map(str, picture_folders(data, name)))
             wanted = ".jpg or .png files. Fetch them from the data set's own address."
             raise DataError(f"no pictures of {name} in {places}", wanted)
-        names = sorted(found)
-        paths = [os.path.relpath(found[i], data).encode() for i in names]
-        return {"ids": np.array([i.encode() for i in names]), "paths": np.array(paths)}, {}
+        ids, paths = (np.concatenate(column) for column in zip(*pieces))
+        # by name and path: of a name that comes twice, which no data set has, the last stays
+        order = np.lexsort([paths, ids])
+        order = order[np.append(ids[order[1:]] != ids[order[:-1]], True)]
+        return {"ids": ids[order], "paths": paths[order]}, {}
 
     def __str__(self):
         size = f"{self.resolution} x {self.resolution} in patches of {self.patch}"
@@ -973,7 +984,7 @@ class CropStore(PatchStore):
             if str(name) in pictures and record and clip_box(*box, record):
                 rng = np.random.default_rng([int(name), number])
                 ids.append(f"{name}/{number}".encode())
-                paths.append(os.path.relpath(pictures[str(name)], data).encode())
+                paths.append(pictures[str(name)].encode())
                 windows.append(crop_window(rng, box, record))
         if not ids:
             raise DataError(f"no pictures of Visual Genome's regions in {data}/vg")
@@ -2219,22 +2230,29 @@ class Index:
             out[mask] = np.concatenate(pieces)
         return out, mask
 
+    def words(self, rows):
+        """The texts' share of the model's input"""
+        text, text_mask = self.text(rows)
+        words = {"text": text, "text_mask": text_mask}
+        if self.types is not None:
+            words["text_type"] = self.text(rows, "types")[0]
+        return as_tensors(words)
+
+    def seen(self, images):
+        """The images' share of the model's input"""
+        seen = {"regions": self.store.read(images), "boxes": self.store.relative_boxes(images)}
+        seen["region_mask"] = length_mask(self.store.n_regions(images))
+        if isinstance(self.store, JoinedStore):
+            seen["region_type"] = self.store.region_types(images)
+        return as_tensors(seen)
+
     def batch(self, rows, images, text=None):
         """The model's input for these pairs; text = ids to use instead, e.g. masked ones."""
-        ids, text_mask = self.text(rows)
-        batch = {
-            "text": ids if text is None else text,
-            "text_mask": text_mask,
-            "regions": self.store.read(images),
-            "boxes": self.store.relative_boxes(images),
-            "region_mask": length_mask(self.store.n_regions(images)),
-        }
-        if self.types is not None:
-            batch["text_type"] = self.text(rows, "types")[0]
-        if isinstance(self.store, JoinedStore):
-            batch["region_type"] = self.store.region_types(images)
+        batch = self.words(rows) | self.seen(images)
+        if text is not None:
+            batch["text"] = torch.from_numpy(text)
         # counted here: a GPU would have to be waited for
-        return as_tensors(batch) | {"length": int(self.length(rows, images).max())}
+        return batch | {"length": int(self.length(rows, images).max())}
 
     def boxes_of(self, row):
         """(n, 4) boxes that a text describes"""
@@ -2280,17 +2298,58 @@ class Index:
         for chunk in token_batches(length[order], batch_tokens):
             yield order[chunk], self.batch(rows[order[chunk]], images[order[chunk]])
 
-    def examples_in_chunks(self, batch_tokens, answers=0):
-        """All examples in batches of similar length: yields (examples, batch)."""
+    def example_chunks(self, batch_tokens):
+        """[numbers of examples]: all of them in batches of similar length"""
         length = example_length(self, np.arange(len(self) // self.group))
         order = np.argsort(length, kind="stable")
-        for chunk in token_batches(length[order] * self.group, batch_tokens):
-            yield order[chunk], example_batch(self, order[chunk], answers)
+        return [order[chunk] for chunk in token_batches(length[order] * self.group, batch_tokens)]
 
 
 def as_tensors(arrays):
     """{name: tensor} that shares the arrays' memory"""
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
+class Pool:
+    """The texts and images of many pairs (G, K), each once, where the model is: what an Index is
+    to all of them. Pairs are put together there, so that nothing is read or sent twice.
+
+    rows, images  (G, K) the pairs, as numbers in here
+    """
+
+    in_chunks = Index.in_chunks
+
+    def __init__(self, index, rows, images):
+        texts, self.rows = np.unique(rows, return_inverse=True)
+        shown, self.images = np.unique(images, return_inverse=True)
+        self.rows, self.images = self.rows.reshape(rows.shape), self.images.reshape(rows.shape)
+        self.words, self.seen = index.words(texts), index.seen(shown)
+        self.n_words, self.n_regions = index.n_words(texts), index.store.n_regions(shown)
+
+    def apply(self, function):
+        """The same pool, its tensors as the function leaves them."""
+        new = copy.copy(self)
+        new.words, new.seen = function(self.words), function(self.seen)
+        return new
+
+    def pin_memory(self):
+        """Asked for by the loader"""
+        return self.apply(lambda part: {name: x.pin_memory() for name, x in part.items()})
+
+    def length(self, rows, images):
+        """(B,) words + regions of these pairs"""
+        return self.n_words[rows] + self.n_regions[images]
+
+    def batch(self, rows, images):
+        """The model's input for these pairs, as wide as the longest of them"""
+        batch = {"length": int(self.length(rows, images).max())}
+        both = (self.words, rows, self.n_words), (self.seen, images, self.n_regions)
+        for part, which, lengths in both:
+            for name, x in part.items():
+                # cut first, so that no padding is copied
+                at = torch.from_numpy(which).to(x.device, non_blocking=True)
+                batch[name] = x[:, : lengths[which].max()][at]
+        return batch
 
 
 # 6. Batches -------------------------------------------------------------------------------------
@@ -2681,8 +2740,8 @@ def collate_ranking(batches, rng, k, share, rows, images, match):
     """Groups of one matched pair and its mismatched ones, for the ranking loss.
 
     "positive": batch of the G matched pairs; "negatives": list of batches of similar length;
-    "order": (G, K) their places in the list of all negatives. Where the model chooses: "candidates"
-    = (rows, images), both (G, candidates), or "random", from which add_mined() goes on.
+    "order": (G, K) their places in the list of all negatives. Where the model chooses:
+    "candidates", a Pool of (G, candidates), or "random", from which add_mined() goes on.
     """
     index, K = batches.index, batches.candidates or batches.negatives
     with_images = (k % 2 == 0) * K if batches.alternate else (K + 1) // 2
@@ -2702,7 +2761,7 @@ def collate_ranking(batches, rng, k, share, rows, images, match):
     batch["anchor"] = ("text", "image")[k % 2] if batches.alternate else "both"
     batch["positive"] = index.batch(rows, images)
     if batches.candidates:
-        return batch | {"candidates": (wrong_rows, wrong_images)}
+        return batch | {"candidates": Pool(index, wrong_rows, wrong_images)}
     if batches.mined:
         # the tables are with the model: add_mined() goes on there
         return batch | {"random": (rows, images, wrong_rows, wrong_images, pick)}
@@ -2933,59 +2992,3 @@ KINDS = {
     "albef": Kind(17, draw_texts, collate_pictures, unsorted=True),
     "examples": Kind(20, draw_examples, collate_examples, example_cost),
 }
-
-# 7. Loader --------------------------------------------------------------------------------------
-
-
-class MixedBatches(torch.utils.data.Dataset):
-    """Item -> a batch. One stream is drawn for each step by its weight, the same on all processes.
-
-    streams           list of Batches, of one number of parts
-    sampling_weights  how often each is drawn
-    accumulate        batches of a step, all of its stream, each in the stream's parts
-    items             of a step; step n is items n * items to (n + 1) * items - 1
-    """
-
-    def __init__(self, streams, sampling_weights, steps, seed, accumulate=1):
-        p = np.array(sampling_weights, float)
-        self.streams, self.steps, self.accumulate = streams, steps, accumulate
-        self.items = accumulate * streams[0].parts
-        rng = np.random.default_rng([seed, 0])
-        # drawn ahead for all steps, so that a resumed run goes on with the same
-        self.choice = rng.choice(len(streams), size=steps, p=p / p.sum())
-        # how often the step's stream was drawn before
-        self.number = np.zeros(steps, np.int64)
-        for s in range(len(streams)):
-            self.number[self.choice == s] = np.arange((self.choice == s).sum())
-
-    def __len__(self):
-        return self.steps * self.items
-
-    def __getitem__(self, item):
-        step, place = divmod(item, self.items)
-        stream = self.streams[self.choice[step]]
-        k, part = divmod(place, stream.parts)
-        return stream.part(int(self.number[step]) * self.accumulate + k, part)
-
-
-def make_loader(mixed, start, workers, pin_memory):
-    """Iterator over the steps from `start` on, each a list of batches; workers keep ahead of the
-    model if there are any.
-    """
-    loader = torch.utils.data.DataLoader(
-        mixed,
-        # an item is one batch: a whole step would be hundreds of megabytes on their way at once
-        batch_size=None,
-        sampler=range(start * mixed.items, len(mixed)),
-        num_workers=workers,
-        collate_fn=keep_batch,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-    )
-    batches = iter(loader)
-    return iter(lambda: list(islice(batches, mixed.items)), [])
-
-
-def keep_batch(batch):
-    """Batches are whole already: the loader only carries them."""
-    return batch

@@ -36,11 +36,13 @@ import tempfile
 import zipfile
 from collections import Counter
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -55,7 +57,7 @@ from data import ENTAILMENT, REFER, VCR_WORDS, Record, exists, gqa_records, vg_a
 from data import entailment_pairs, entity_captions, gqa_questions, karpathy_captions, nlvr2_pairs
 from data import nlvr_presentations, referit_expressions, referring_expressions, vcr_choices
 from data import field, vg_images, vqa_annotations, vqa_questions, winoground_examples
-from data import make_index, normalize_pixels, open_index, token_batches
+from data import example_batch, make_index, normalize_pixels, open_index, token_batches
 from model import SIZES, Albef, CheckpointError, Lxmert, Maf, build, load_pretrained
 from model import detector_size, load_detector, read_checkpoint, resize_for_detector
 
@@ -90,6 +92,38 @@ class Run(NamedTuple):
         how = {"max_words": self.settings.get("max_words", 60)}
         how["skip_missing"] = bool(self.settings.get("skip_missing"))
         return open_index(self.data, reader, split, store, self.tokenizer, **how | options)
+
+
+def join_processes():
+    """The device of this process, which is alone or one of several that torchrun started."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # a process may make an index for an hour while the others wait
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return device
+
+
+def shared_out(items):
+    """This process's share of what all processes evaluate together: every n-th"""
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
+def gathered(found):
+    """[what each process has found], in all of them"""
+    parts = [found]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
+    return parts
+
+
+def is_main():
+    """Does this process write?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def to_device(batch, device):
@@ -129,16 +163,19 @@ def score_pairs(
     """
     device = next(model.parameters()).device
     rows, images = np.asarray(rows), np.asarray(images)
-    scores = np.empty(len(rows), np.float32)
-    hidden = None if progress else True
+    order, found, hidden = [], [], None if progress else True
     bar = tqdm(total=len(rows), desc=progress, unit=" pairs", disable=hidden, leave=False)
     with evaluating(model), bar:
         # pairs of similar length together: little padding is computed
         for places, batch in index.in_chunks(rows, images, batch_tokens):
             with autocast():
                 out = model(**to_device(batch, device), heads=(head,))
-            scores[places] = pair_scores(out, head).cpu().numpy()
+            order.append(places)
+            found.append(pair_scores(out, head))
             bar.update(len(places))
+        scores = np.empty(len(rows), np.float32)
+        # fetched once: nothing waits for the device between batches
+        scores[np.concatenate(order)] = torch.cat(found).cpu().numpy()
     return scores
 
 
@@ -148,13 +185,15 @@ def score_matrix(path, shape):
         return np.full(shape, np.nan, np.float32)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    if not path.exists() and is_main():
         # a whole file before the first column
         fresh = np.lib.format.open_memmap(f"{path}.tmp", "w+", np.float32, shape)
         # nan marks what nobody has scored yet
         fresh[:] = np.nan
         fresh.flush()
         os.replace(f"{path}.tmp", path)
+    # the others wait for it
+    gathered(None)
     scores = np.load(path, mmap_mode="r+")
     if scores.shape != shape:
         (T, I), (wanted_T, wanted_I) = scores.shape, shape
@@ -171,8 +210,8 @@ def score_all(
 
     Memory for this one matrix and one batch: an image's features are read once, and go to the
     device once for all captions.
-    keep   a file for the matrix: columns that a killed run had finished are not made again; it is
-           left there, whole, at the end
+    keep   a file for the matrix, which all processes of a machine write: columns that a killed run
+           had finished are not made again; it is left there, whole, at the end
     """
     device, T, I = next(model.parameters()).device, len(index), len(index.images)
     scores, n_words = score_matrix(keep, (T, I)), index.n_words(np.arange(T))
@@ -181,9 +220,10 @@ def score_all(
     text, text_mask = (torch.from_numpy(x[order]).to(device) for x in index.text(np.arange(T)))
     n_words = n_words[order]
     # a column is written whole, so a column with a nan has to be made
-    todo = [i for i in range(I) if np.isnan(scores[:, i]).any()]
-    title = f"{progress}: {T:,} captions x {I:,} images"
-    bar = tqdm(todo, title, I, initial=I - len(todo), unit=" images", disable=None, leave=False)
+    own = shared_out(range(I))
+    todo = [i for i in own if np.isnan(scores[:, i]).any()]
+    title, initial = f"{progress}: {T:,} captions x {I:,} images", len(own) - len(todo)
+    bar = tqdm(todo, title, len(own), initial=initial, unit=" images", disable=None, leave=False)
     with evaluating(model):
         for i in bar:
             batch = index.batch(np.array([0]), index.images[i : i + 1])
@@ -200,6 +240,9 @@ def score_all(
             scores[order, i] = torch.cat(column).cpu().numpy()
     if keep is not None:
         scores.flush()
+    for columns in gathered({i: scores[:, i] for i in own if keep is None}):
+        for i, column in columns.items():
+            scores[:, i] = column
     return scores
 
 
@@ -224,27 +267,28 @@ def ablate_modality(batch, modality):
     return batch | {"input": x}
 
 
-def predict(run, task, index, batch_tokens=8192, ablate=""):
-    """What the task head says of each example: (E, answers), (E, choices), (E, 2) or (E, most
-    regions), -inf where there is no region. ablate: "text" or "regions", a control that may not see
-    them
+def predict(run, task, index, batch_tokens=8192, ablate="", whole=False):
+    """(E,) the best answer, choice or region of each example by the task's head. All processes call
+    it together and share the examples out.
+
+    ablate  "text" or "regions", a control that may not see them
+    whole   instead (E, choices), what the head says of each: of all answers to a million questions
+            that would be gigabytes
     """
-    predicted, total = {}, len(index) // index.group
+    chunks, found = shared_out(index.example_chunks(batch_tokens)), {}
+    total = sum(map(len, chunks))
     bar = tqdm(total=total, desc=index.name, unit=" examples", disable=None, leave=False)
     with evaluating(run.model), bar:
-        for examples, batch in index.examples_in_chunks(batch_tokens):
-            batch |= {"keep_regions": task.keep_regions}
+        for examples in chunks:
+            batch = example_batch(index, examples) | {"keep_regions": task.keep_regions}
             batch = to_device(ablate_modality(batch, ablate) if ablate else batch, run.device)
             with run.autocast():
                 out = run.model(**batch["input"], heads=(task.output,))
-            scores = task.scores(out, batch, index.group).float()
-            predicted.update(zip(examples.tolist(), scores.cpu().numpy()))
+            scores = task.scores(out, batch, index.group).float().cpu().numpy()
+            found.update(zip(examples.tolist(), scores if whole else scores.argmax(axis=1)))
             bar.update(len(examples))
-    # examples of fewer regions or choices than others end in -inf, which no argmax takes
-    out = np.full((len(predicted), max(map(len, predicted.values()))), -np.inf, np.float32)
-    for e, row in predicted.items():
-        out[e, : len(row)] = row
-    return out
+    found = dict(chain.from_iterable(part.items() for part in gathered(found)))
+    return np.stack([found[example] for example in range(len(found))])
 
 
 # 2. Winoground and retrieval --------------------------------------------------------------------
@@ -346,11 +390,6 @@ def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
 # 3. Downstream tasks ----------------------------------------------------------------------------
 
 
-def is_right(scores, target):
-    """(E,) bool: answered right; an example without an answer is wrong, whatever is predicted"""
-    return scores.argmax(axis=1) == target
-
-
 def official_notes(run, task, split):
     """[(id, what the official evaluation needs to know)] of a split's examples, read again."""
     reader, stats = task.reader(run.settings), Counter()
@@ -365,8 +404,9 @@ def official_notes(run, task, split):
 def evaluate_classes(run, task, split, submit=False, **scoring):
     """Accuracy in percent, the majority class's, and each class's: for tasks of one right class."""
     index = open_task(run, run.settings["task"], split)
-    scores, target = predict(run, task, index, **scoring), index.target_numbers(examples_of(index))
-    name, hit = run.settings["task"], is_right(scores, target)
+    target, name = index.target_numbers(examples_of(index)), run.settings["task"]
+    # an example without an answer is wrong, whatever is predicted
+    hit = predict(run, task, index, **scoring) == target
     metrics = {"accuracy": 100 * hit.mean()}
     # what a model would get that has learned the labels' frequencies alone
     metrics["majority"] = 100 * np.bincount(target[target >= 0]).max() / len(target)
@@ -385,7 +425,7 @@ def evaluate_nlvr(run, task, split, submit=False, **scoring):
     """NLVR v1, percent: all six orders of the boxes; as given; the majority's answer"""
     index = open_task(run, run.settings["task"], split)
     labels = index.target_numbers(examples_of(index))
-    right = predict(run, task, index, **scoring).argmax(axis=1) == labels
+    right = predict(run, task, index, **scoring) == labels
     majority = 100 * max(labels.mean(), 1 - labels.mean())
     # the first of six orders is the presentation as given
     metrics = {"accuracy": 100 * right.mean(), "accuracy/as_given": 100 * right[::6].mean()}
@@ -422,7 +462,7 @@ def evaluate_vqa(run, task, split, submit=False, **scoring):
     question best. Also the rows of the submission file.
     """
     index = open_task(run, run.settings["task"], split)
-    best = predict(run, task, index, **scoring).argmax(axis=1)
+    best = predict(run, task, index, **scoring)
     answers = {index.id(e): run.sizes["answer_list"][i] for e, i in enumerate(best)}
     rows = [{"question_id": int(q), "answer": a} for q, a in answers.items()]
     notes = [r for r in official_notes(run, task, split) if r.note and r.id in answers]
@@ -445,13 +485,13 @@ def evaluate_vcr(run, task, split, submit=False, **scoring):
     leaderboard: annot_id, four answers, and four reasons given each answer, as probabilities.
     """
     # the server wants a rationale for each of the four answers, right or not
-    parts, scores, hits = ("qa", "all" if submit else "qar"), {}, {}
+    parts, scores, hits = ("qa", "all" if submit else "qar"), {}, []
     for part in parts:
         group = 16 if part == "all" else 4
         reader = functools.partial(vcr_choices, parts=(part,))
         one = run.index(reader, split, task.store, group=group, name=f"VCR {split} {part}")
-        scores[part] = predict(run, task, one, **scoring)
-        hits[part] = is_right(scores[part], one.target_numbers(examples_of(one)))
+        scores[part] = predict(run, task, one, whole=True, **scoring)
+        hits.append(scores[part].argmax(axis=1) == one.target_numbers(examples_of(one)))
         names = [one.id(row) for row in range(0, len(one), group)]
     if submit:
         head = ["annot_id", *(f"answer_{i}" for i in range(4))]
@@ -463,7 +503,7 @@ def evaluate_vcr(run, task, split, submit=False, **scoring):
             rows.append([name.split("/")[0], *map(float, a), *map(float, r.ravel())])
         return {}, rows
     # Q->AR asks for both, the rationale given the right answer
-    answer, reason = hits["qa"], hits["qar"]
+    answer, reason = hits
     metrics = {"q_a": answer, "qa_r": reason, "q_ar": answer & reason}
     return {f"vcr/{k}": 100 * v.mean() for k, v in metrics.items()} | {"vcr/chance": 25.0}, None
 
@@ -485,7 +525,7 @@ def nlvr2_scores(answers, ids, labels):
 def evaluate_nlvr2(run, task, split, submit=False, **scoring):
     """Accuracy, consistency, majority; an example without features counts as wrong"""
     index = open_task(run, run.settings["task"], split)
-    answers = predict(run, task, index, **scoring).argmax(axis=1)
+    answers = predict(run, task, index, **scoring)
     ids = [index.id(row) for row in range(0, len(index), index.group)]
     target, metrics = index.target_numbers(examples_of(index)), {}
     if (target >= 0).all():
@@ -507,7 +547,7 @@ def evaluate_referring(run, task, split, submit=False, **scoring):
             continue
         reader = task.reader(run.settings)
         index = run.index(reader, split, f"refcoco_{kind}", label=matching_region)
-        best, store = predict(run, task, index, **scoring).argmax(axis=1), index.store
+        best, store = predict(run, task, index, **scoring), index.store
         boxes, n = store.read(index.image, "boxes"), store.n_regions(index.image)
         boxes[..., 2:] -= boxes[..., :2]
         # any region that overlaps enough counts, not only the one trained on
@@ -640,7 +680,7 @@ def evaluate_gqa(run, task, split, submit=False, **scoring):
     """
     index = open_task(run, run.settings["task"], split)
     # exact strings count in GQA, so the number becomes its answer at once
-    best, names = predict(run, task, index, **scoring).argmax(axis=1), run.sizes["answer_list"]
+    best, names = predict(run, task, index, **scoring), run.sizes["answer_list"]
     predictions = {index.id(e): names[i] for e, i in enumerate(best)}
     rows = [{"questionId": k, "prediction": a} for k, a in predictions.items()]
     # a test split: only the server knows
@@ -657,9 +697,10 @@ def evaluate_gqa(run, task, split, submit=False, **scoring):
         # maps are explicit attention: made only for the questions that are scored
         balanced = [e for e in range(len(index)) if questions[index.id(e)]["isBalanced"]]
         attentions = {}
-        for examples, batch, P in word_to_region(run, index, balanced):
+        for examples, batch, P in word_to_region(run, index, shared_out(balanced)):
             for e, row, boxes in zip(examples, P[:, 0], batch["boxes"]):
                 attentions[index.id(e)] = cell_map(row, boxes)
+        attentions = dict(chain.from_iterable(part.items() for part in gathered(attentions)))
     metrics = gqa_scores(questions, predictions, choices, scenes, attentions)
     kept = {}
     for k, v in metrics.items():
@@ -969,7 +1010,8 @@ def downstream(run, split="", submit="", ablate=""):
             csv.writer(text, lineterminator="\n").writerows(rows)
         else:
             json.dump(rows, text)
-        write_atomic(submit, text.getvalue())
+        if is_main():
+            write_atomic(submit, text.getvalue())
         numbers["submission"] = submit
     return numbers
 
@@ -1013,9 +1055,9 @@ def pointing(run, split=""):
 
 def pointing_scores(run, index):
     """pointing of these texts"""
-    hits, chance = [], []
+    found = []
     pointed = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
-    for captions, batch, P in word_to_region(run, index, np.unique(pointed)):
+    for captions, batch, P in word_to_region(run, index, shared_out(np.unique(pointed))):
         place, _, box, row = index.pointers(captions)
         # pointers are in pixels, regions in [0, 1]
         wh = np.tile(index.store.wh[index.image[captions]], 2)[row].astype(np.float32)
@@ -1031,9 +1073,10 @@ def pointing_scores(run, index):
         strongest = P.reshape(-1, P.shape[-1])[place].argmax(axis=1)
         # words whose box no region covers tell nothing about attention
         possible = right.any(axis=1)
-        hits.append(right[np.arange(len(row)), strongest][possible])
-        chance.append((right.sum(1) / batch["region_mask"][row].sum(1))[possible])
-    hits, chance = np.concatenate(hits), np.concatenate(chance)
+        chance = right.sum(1) / batch["region_mask"][row].sum(1)
+        hit = right[np.arange(len(row)), strongest]
+        found.append(np.stack([hit, chance])[:, possible])
+    hits, chance = np.concatenate(list(chain.from_iterable(gathered(found))), axis=1)
     return {
         "pointing/accuracy": float(100 * hits.mean()),
         "pointing/chance": float(100 * chance.mean()),
@@ -1099,6 +1142,12 @@ def glove(path, words):
                 odd = f"{where}: {line[:60]!r}... holds something that is no number"
                 raise DataError(odd, hint=AGAIN) from None
     return found
+
+
+def glove_words(path):
+    """All words of GloVe's file, in its order"""
+    with open(path, "rb") as file:
+        return [line.split(b" ", 1)[0].decode() for line in file]
 
 
 class WordVectors:
@@ -1446,8 +1495,8 @@ def pointing_games(run, sets=POINTING_SETS):
     detected = RegionStore(folder) if folder.exists() else None
     find = detected.finder() if detected else None
     for name, (store, records) in pointing_sets(data, sets).items():
-        hits = {}
-        maps = heat_maps_of(run, records, run.vision.open(store), name=f"pointing, {name}")
+        hits, own = {}, shared_out(records)
+        maps = heat_maps_of(run, own, run.vision.open(store), name=f"pointing, {name}")
         for record, image, A in maps:
             x, y = hottest(A)
             boxes = np.array(record.boxes, float)
@@ -1473,7 +1522,9 @@ def pointing_games(run, sets=POINTING_SETS):
                     scored["/boxes"] = box_overlap(best, boxes[0]) >= 0.5
             for key, value in scored.items():
                 hits.setdefault(key, []).append(value)
-        for key, values in hits.items():
+        parts = gathered(hits)
+        for key in chain.from_iterable(parts):
+            values = list(chain.from_iterable(part.get(key, ()) for part in parts))
             metrics[f"pointing/{name}{key}"] = float(100 * np.mean(values))
     return metrics
 
@@ -2261,10 +2312,16 @@ def load_run(path, data, regions="", size=None, official=None):
     settings = dict(saved.config) if saved else {"cased": True, **official}
     settings |= {"data": str(data), "regions": str(regions or Path(data) / "regions")}
     vision = vision_of(settings)
-    if saved and saved.sizes.get("model") == "maf":
-        words, sizes = WordVectors(saved.sizes["words"]), saved.sizes
+    sizes = saved.sizes if saved else settings
+    # MAF's
+    if "inputs" in sizes:
+        # the authors' table has all of GloVe, in the file's order
+        words = WordVectors(sizes["words"] if saved else glove_words(glove_file(data)))
         model = Maf(len(words), sizes["width"], sizes["features"], sizes["inputs"])
-        model.load_state_dict(saved.model)
+        if saved:
+            model.load_state_dict(saved.model)
+        else:
+            print(f"{path}: {load_pretrained(model, path)}", file=sys.stderr)
         return Run(model, words, settings, sizes, vision)
     task = TASKS[settings["task"]]
     # words that this model was given beyond the vocabulary file
@@ -2274,7 +2331,9 @@ def load_run(path, data, regions="", size=None, official=None):
         answers = task.answers(data)
         sizes = {"vocab": len(tokenizer), "types": task.type_rows, "head": task.head(settings)}
         sizes |= {"answers": len(answers)}
-        sizes |= OFFICIAL[settings["model"]].get("sizes", {})
+        sizes |= {
+            name: settings[name] for name in ("classes", "resolution", "patch") if name in settings
+        }
         model = build(settings["model"], size, **sizes)
         print(f"{path}: {load_pretrained(model, path, len(new_words))}", file=sys.stderr)
         settings["answer_list"] = answers
@@ -2334,8 +2393,8 @@ def make_parser():
     sides = "the shorter side, and the longer at most, are resized to these (default: 800 1333)"
     add("--sides", type=int, nargs=2, default=(800, 1333), help=sides)
     add = parser.add_argument_group("official checkpoints").add_argument
-    add("--size", choices=tuple(SIZES), help="its size")
-    add("--model", default="uniter", choices=("uniter", "lxmert"))
+    add("--size", choices=tuple(SIZES), help="its size (UNITER: base or large; others: base)")
+    add("--model", default="uniter", choices=tuple(OFFICIAL), help="albef: AMC's too")
     pairs = "triplet", "pair", "pair-mlp", "pair-biattn"
     add("--nlvr2-head", default="pair-biattn", choices=pairs)
     add("--mlp", action="store_true", help="RefCOCO+, whose head has two layers")
@@ -2346,7 +2405,7 @@ TASK_HELP = (
     "pointing: do words attend where GQA's annotation points, or heat maps lie inside boxes; "
     "grounding: MAF; figures: attention, heat maps or grounded phrases, training curve"
 )
-CKPT_HELP = "a last.pt of train.py, or an official checkpoint with --size; figures compares several"
+CKPT_HELP = "a last.pt of train.py, or an official checkpoint (see below); figures compares several"
 DATASET_HELP = (
     "retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog; pointing: flickr30k, "
     "refcoco+ or referit (default: the run's, or all)"
@@ -2402,7 +2461,10 @@ def main(argv=None):
         sys.exit(f"evaluate.py: error: {error}")
     digits = 4 if args.image else 2
     rounded = {k: round(v, digits) if isinstance(v, float) else v for k, v in numbers.items()}
-    print(json.dumps(rounded))
+    if is_main():
+        print(json.dumps(rounded))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def run_extract(args):
@@ -2420,17 +2482,17 @@ def run_benchmark(args):
     name = name if name in TASKS else "retrieval"
     official = {
         "model": args.model,
-        "cased": OFFICIAL[args.model]["cased"],
         "task": name,
         "nlvr2_head": args.nlvr2_head,
         "head": "region-mlp" if args.mlp else "",
         "max_words": TASKS[name].max_words,
         "dataset": args.dataset or TASKS[name].datasets[0],
+        **OFFICIAL[args.model],
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runs = {}
+    size = args.size or official.get("size")
+    device, runs = join_processes(), {}
     for path in args.ckpt:
-        run = load_run(path, args.data, args.regions, args.size, official)
+        run = load_run(path, args.data, args.regions, size, official)
         run.settings["skip_missing"] = args.skip_missing
         # a run is called by its folder in figures
         runs[Path(path).parent.name or path] = run._replace(model=run.model.to(device))
@@ -2503,8 +2565,26 @@ BENCHMARKS = {
     "grounding": lambda runs, args: grounding(next(iter(runs.values())), args.split),
     "figures": draw_figures,
 }
-# what official checkpoints are like; LXMERT's detector classes come without the background
-OFFICIAL = {"uniter": {"cased": True}, "lxmert": {"cased": False, "sizes": {"classes": 1600}}}
+# what official checkpoints are like, with their size where there is one; classes that LXMERT's
+# detector knows come without the background
+OFFICIAL = {
+    "uniter": {"cased": True},
+    "lxmert": {"size": "base", "cased": False, "classes": 1600},
+    "albef": {
+        "size": "base",
+        "cased": False,
+        "vision": "patches",
+        "resolution": 256,
+        "patch": 16,
+    },
+    "maf": {
+        "size": "base",
+        "phrase_pooling": "attention",
+        "inputs": ("label", "feature"),
+        "width": 300,
+        "features": 2048,
+    },
+}
 
 if __name__ == "__main__":
     main()

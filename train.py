@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import difflib
 import functools
 import hashlib
@@ -24,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -40,10 +40,11 @@ from data import INDEX_VERSION, DataError, check_names, detector_names, exists, 
 from data import cc3m_captions, cc12m_captions, coco_corpus, own_captions, sbu_captions, vg_crops
 from data import entity_captions, karpathy_captions, multitask_coco, multitask_vg, vcr_choices
 from data import vg_descriptions, vg_triplets
-from data import HARDEST, Batches, MixedBatches, collate_negatives, make_loader
-from data import mismatched_images, normalize_pixels, strip_punctuation, write_atomic
+from data import HARDEST, Batches, collate_negatives, mismatched_images, normalize_pixels
+from data import strip_punctuation, write_atomic
 from evaluate import TASKS, PhraseInput, Run, WordVectors, ablate_modality, all_answers
-from evaluate import glove, glove_file, load_wordpiece, open_task, to_device, vision_of
+from evaluate import gathered, glove, glove_file, join_processes, load_wordpiece, open_task
+from evaluate import to_device, vision_of
 from model import ALBEF_SIZES, SIZES, TWO_STREAM_LAYERS, CheckpointError, Maf, build
 from model import init_rank_from_match, load_pretrained, read_checkpoint
 
@@ -437,6 +438,8 @@ def check_model(cfg):
         raise UserError(
             f"--batch-size {cfg.batch_size}: with a single pair there is no negative", "at least 2"
         )
+    if cfg.compile and (cfg.is_albef or "heat" in given_to(cfg)):
+        raise UserError("--compile: heat maps need second derivatives, which compiled code lacks")
     row = TASKS[cfg.task]
     if cfg.vision == "patches" and row.needs_boxes:
         why = "it is about a detector's boxes"
@@ -542,20 +545,14 @@ def keep_memory():
 
 def setup_runtime(cfg):
     """One process, or one of several that torchrun started."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device, native = join_processes(), native_bf16()
+    if device.type == "cuda":
         # TF32 for what stays in float32
         torch.set_float32_matmul_precision("high")
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        device, native = torch.device("cpu"), native_bf16()
         keep_memory()
-    if world_size > 1 and not dist.is_initialized():
-        # a process may make an index for an hour while the others wait
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and native
     return Runtime(device, rank, world_size, bf16)
 
@@ -609,7 +606,7 @@ class WordSimilarity:
 
 
 class Streams(NamedTuple):
-    """What a run learns from: see data.MixedBatches."""
+    """What a run learns from: see MixedBatches."""
 
     train: list
     weights: list
@@ -792,6 +789,60 @@ STREAMS = {
     "retrieval": retrieval_streams,
     "grounding": phrase_streams,
 }
+
+
+class MixedBatches(torch.utils.data.Dataset):
+    """Item -> a batch. One stream is drawn for each step by its weight, the same on all processes.
+
+    streams           list of Batches, of one number of parts
+    sampling_weights  how often each is drawn
+    accumulate        batches of a step, all of its stream, each in the stream's parts
+    items             of a step; step n is items n * items to (n + 1) * items - 1
+    """
+
+    def __init__(self, streams, sampling_weights, steps, seed, accumulate=1):
+        p = np.array(sampling_weights, float)
+        self.streams, self.steps, self.accumulate = streams, steps, accumulate
+        self.items = accumulate * streams[0].parts
+        rng = np.random.default_rng([seed, 0])
+        # drawn ahead for all steps, so that a resumed run goes on with the same
+        self.choice = rng.choice(len(streams), size=steps, p=p / p.sum())
+        # how often the step's stream was drawn before
+        self.number = np.zeros(steps, np.int64)
+        for s in range(len(streams)):
+            self.number[self.choice == s] = np.arange((self.choice == s).sum())
+
+    def __len__(self):
+        return self.steps * self.items
+
+    def __getitem__(self, item):
+        step, place = divmod(item, self.items)
+        stream = self.streams[self.choice[step]]
+        k, part = divmod(place, stream.parts)
+        return stream.part(int(self.number[step]) * self.accumulate + k, part)
+
+
+def make_loader(mixed, start, workers, pin_memory):
+    """Iterator over the steps from `start` on, each a list of batches; workers keep ahead of the
+    model if there are any.
+    """
+    loader = torch.utils.data.DataLoader(
+        mixed,
+        # an item is one batch: a whole step would be hundreds of megabytes on their way at once
+        batch_size=None,
+        sampler=range(start * mixed.items, len(mixed)),
+        num_workers=workers,
+        collate_fn=keep_batch,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )
+    batches = iter(loader)
+    return iter(lambda: list(islice(batches, mixed.items)), [])
+
+
+def keep_batch(batch):
+    """Batches are whole already: the loader only carries them."""
+    return batch
 
 
 def load_batches(cfg, runtime, streams, start):
@@ -1234,15 +1285,16 @@ def add_mined(index, hard, batch):
 
 
 @torch.no_grad()
-def hardest_candidates(cfg, runtime, model, index, batch):
+def hardest_candidates(cfg, runtime, model, batch):
     """Score the candidates of each group and keep the highest-scored [IAIS's code]."""
     # without gradient, so that many more pairs fit at once than in training
-    captions, images = batch.pop("candidates")
+    pool = batch.pop("candidates").apply(lambda part: to_device(part, runtime.device))
+    captions, images = pool.rows, pool.images
     how = {"batch_tokens": max(cfg.batch_tokens, 8192), "autocast": runtime.autocast}
-    scores = evaluate.score_pairs(model, index, captions.ravel(), images.ravel(), **how)
+    scores = evaluate.score_pairs(model, pool, captions.ravel(), images.ravel(), **how)
     order = np.argsort(-scores.reshape(captions.shape), axis=1, kind="stable")
     rows, hardest = np.arange(len(captions))[:, None], order[:, : cfg.negatives]
-    return batch | collate_negatives(index, captions[rows, hardest], images[rows, hardest])
+    return batch | collate_negatives(pool, captions[rows, hardest], images[rows, hardest])
 
 
 @torch.no_grad()
@@ -1425,7 +1477,7 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
     logged, own = {}, [b for b in batches if b["names"]]
     for batch in own:
         if "candidates" in batch:
-            batch = hardest_candidates(cfg, runtime, model, streams[0].index, batch)
+            batch = hardest_candidates(cfg, runtime, model, batch)
         if "random" in batch:
             batch = add_mined(streams[0].index, hard, batch)
         batch = prepare_batch(cfg, runtime, batch)
@@ -1602,9 +1654,19 @@ OBJECTIVES = {
 def prepare_out(cfg, runtime):
     """Where to start: None in a new folder, or the checkpoint of the same configuration."""
     out = Path(cfg.out)
+    mark = out / "seen-by-all"
+    if runtime.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    runtime.barrier()
+    if not all(gathered(mark.exists())):
+        found = f"--out {out} is not one folder for all {runtime.world_size} processes"
+        hint = "Checkpoints and mined negatives go there: choose a folder that all machines share."
+        raise UserError(found, hint=hint)
+    if runtime.is_main:
+        mark.unlink()
     if not (out / "last.pt").exists():
         if runtime.is_main:
-            out.mkdir(parents=True, exist_ok=True)
             # of a run that never saved
             for left in out.glob("hard-*.npy"):
                 left.unlink()
@@ -1663,7 +1725,11 @@ def train(cfg, runtime):
 
 def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
     """The updates from start on: step, log, validate, save."""
-    compiled = torch.compile(model, dynamic=True) if cfg.compile else model
+    compiled = model
+    if cfg.compile:
+        # a graph for each set of heads and maps, in training and in validation, of all shapes
+        torch._dynamo.config.recompile_limit = 64
+        compiled = torch.compile(model, dynamic=True)
     began, num_pairs, hard, unchecked = time.time(), 0, None, None
     title, hidden = f"{cfg.recipe} {cfg.loss}", None if runtime.is_main else True
     bar = tqdm(range(start + 1, cfg.steps + 1), title, cfg.steps, initial=start, disable=hidden)
@@ -1773,20 +1839,20 @@ def run_first(cfg, runtime):
 def finalize(cfg, runtime, run, log):
     """Final benchmarks and figures, and where everything is; the numbers go to done.json too."""
     numbers = {k: v for k, v in log.last.items() if k.startswith("val/")}
+    figures, task, draw = Path(cfg.out) / "figures", TASKS[cfg.task], []
+    # all processes: they share the examples out
+    if task.reader:
+        numbers |= evaluate.downstream(run, ablate=cfg.ablate)
+    elif (Path(cfg.data) / "winoground").exists() and vocabulary_task(cfg) == cfg.task:
+        benchmarks, draw = evaluate.benchmarks_of(run.settings)
+        for benchmark in benchmarks:
+            numbers |= benchmark(run)
+    if cfg.recipe == "toy-retrieval":
+        # at full size this takes hours: evaluate.py --task retrieval
+        numbers |= evaluate.retrieval(run)
     if runtime.is_main:
-        figures = Path(cfg.out) / "figures"
-        task = TASKS[cfg.task]
-        if task.reader:
-            numbers |= evaluate.downstream(run, ablate=cfg.ablate)
-        elif (Path(cfg.data) / "winoground").exists() and vocabulary_task(cfg) == cfg.task:
-            benchmarks, draw = evaluate.benchmarks_of(run.settings)
-            for benchmark in benchmarks:
-                numbers |= benchmark(run)
-            for figure in draw:
-                figure({f"{cfg.recipe} {cfg.loss}": run}, figures)
-        if cfg.recipe == "toy-retrieval":
-            # at full size this takes hours: evaluate.py --task retrieval
-            numbers |= evaluate.retrieval(run)
+        for figure in draw:
+            figure({f"{cfg.recipe} {cfg.loss}": run}, figures)
         evaluate.training_curve(log.path, figures / "curve.png")
         write_atomic(Path(cfg.out) / "done.json", json.dumps(numbers, indent=1))
         runtime.print_rank0(f"  {cfg.out}: last.pt, log.jsonl, done.json, figures/")

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import pickle
 import shutil
 import os
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 import data
 import evaluate
 import toy as world
+import train
 from conftest import ROOT, ids_of, read, shared
 from data import Batches, DataError, RegionStore, WordPiece, make_index
 
@@ -352,14 +354,33 @@ def test_hardest_negatives_come_from_the_candidates(pairs):
     # a caption with other images, then an image with other captions
     for k, same in ((0, "captions"), (1, "images")):
         stream = Batches("rank", pairs, 512, 0, negatives=2, candidates=9, alternate=True)
-        captions, images = stream[k]["candidates"]
+        pool = stream[k]["candidates"]
+        captions, images = pool.rows, pool.images
         assert captions.shape[1] == 9
         assert (np.ptp(captions if same == "captions" else images, axis=1) == 0).all()
-        chosen = data.collate_negatives(pairs, captions[:, :2], images[:, :2])
-        assert (
-            chosen["order"].shape == captions[:, :2].shape
-            and sum(len(b["text"]) for b in chosen["negatives"]) == captions[:, :2].size
-        )
+        # what they share is there once
+        n = len(np.unique(captions)), len(np.unique(images))
+        assert n == (len(pool.words["text"]), len(pool.seen["regions"]))
+        assert n[0 if same == "captions" else 1] <= len(captions)
+
+
+def test_a_pool_makes_the_batches_of_its_index(pairs):
+    """Bit for bit, though each text and image is in it once."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(len(pairs), size=(4, 9))
+    images = rng.choice(pairs.images, size=(4, 9))
+    rows[1], images[2] = rows[1, 0], images[2, 0]
+    pool = pickle.loads(pickle.dumps(data.Pool(pairs, rows, images)))
+    assert len(pool.words["text"]) == len(np.unique(rows))
+    assert len(pool.seen["regions"]) == len(np.unique(images))
+    ours = data.collate_negatives(pool, pool.rows, pool.images)
+    read = data.collate_negatives(pairs, rows, images)
+    assert torch.equal(ours["order"], read["order"])
+    assert len(ours["negatives"]) == len(read["negatives"]) > 1
+    for made, wanted in zip(ours["negatives"], read["negatives"]):
+        assert made.keys() == wanted.keys() and made["length"] == wanted["length"]
+        for name in made.keys() - {"length"}:
+            assert torch.equal(made[name], wanted[name]), name
 
 
 # -------------------------------------------------------------------------------------- real NLVR
@@ -396,7 +417,7 @@ def test_real_nlvr(tmp_path_factory, toy):
     n = [len(b) for b in dev[0].note]
     # order 3 shows boxes 1, 2, 0
     assert k3[1].round()[0] == dev[0].note[1][0]["x_loc"] and sum(n) + 3 == len(first)
-    pictures = dict(data.walk_pictures(folder, "nlvr"))
+    pictures = {i: folder / path for i, path in data.walk_pictures(folder, "nlvr")}
     colours = {"yellow": (255, 255, 0), "black": (0, 0, 0), "#0099ff": (0, 153, 255)}
     shown = [e for e in dev if e.id in pictures][:10]
     # the pictures themselves, in each order, have every item's colour where its middle is said to
@@ -628,14 +649,14 @@ def test_many_captions_cost_no_memory(toy, tmp_path):
 def test_loader_workers_make_the_same_batches(pairs, toy, method):
     """Stores and indexes pickle as paths, so that workers may be started either way."""
     index = data.open_index(toy, data.coco_captions, "val2014", pairs.store, pairs.tokenizer)
-    mixed = data.MixedBatches(
+    mixed = train.MixedBatches(
         [Batches("mlm", index, 300, 0), Batches("itm", index, 300, 0)], [1, 1], 6, 0
     )
     loader = torch.utils.data.DataLoader(
         mixed,
         batch_size=None,
         num_workers=1,
-        collate_fn=data.keep_batch,
+        collate_fn=train.keep_batch,
         multiprocessing_context=method,
     )
     for ours, theirs in zip((mixed[i] for i in range(6)), loader, strict=True):
@@ -646,9 +667,9 @@ def test_loader_workers_make_the_same_batches(pairs, toy, method):
 def test_a_step_is_a_list_of_batches(pairs):
     """All of its accumulated batches in all of their parts, also from the middle of a run on."""
     streams = [Batches(task, pairs, 400, 0, parts=3) for task in ("mlm", "itm")]
-    mixed = data.MixedBatches(streams, [1, 2], 5, 0, accumulate=2)
-    steps = [[b["names"] for b in step] for step in data.make_loader(mixed, 0, 0, False)]
-    later = [[b["names"] for b in step] for step in data.make_loader(mixed, 3, 0, False)]
+    mixed = train.MixedBatches(streams, [1, 2], 5, 0, accumulate=2)
+    steps = [[b["names"] for b in step] for step in train.make_loader(mixed, 0, 0, False)]
+    later = [[b["names"] for b in step] for step in train.make_loader(mixed, 3, 0, False)]
     assert len(mixed) == 30 and list(map(len, steps)) == [6] * 5 and later == steps[3:]
     for stream, number in ((0, 0), (1, 0)):
         first = mixed.choice.tolist().index(stream)

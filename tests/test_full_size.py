@@ -1,7 +1,10 @@
 """What the papers' recipes need beyond the toy world: their batches, features, checkpoints."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ import data
 import evaluate
 import model as parts
 import rehearse
+import toy
 import train
-from conftest import QUICK, prepared_run, read, run, same, weights
+from conftest import QUICK, ROOT, inside, last_line, prepared_run, read, run, same, weights
+from conftest import write_nlvr
 
 # [UNITER's, IAIS's, LXMERT's, ALBEF's, MAF's code; the papers]: a GPU's batch, times, GPUs
 BATCHES = {
@@ -345,3 +350,126 @@ def test_the_rehearsal_runs(tmp_path, monkeypatch):
     assert set(found["rehearsal"]) == set(recipes)
     assert found["rehearsal"]["maf"]["examples"] == 64
     assert len(rehearse.table(found).splitlines()) == 2 + len(recipes)
+
+
+# gradients that are rounding alone, which Adam makes as large as any: a key's bias moves all scores
+# of a row alike, MAF's a phrase's scores
+NOISE = ("to_k.bias", "feature.bias")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name.startswith("toy")])
+def test_two_processes_are_one(toy_tree, tmp_path, recipe):
+    """The weights of every recipe; which numbers there are at the end."""
+    cfg, tree = train.make_config(recipe), toy_tree
+    if recipe == "toy-nlvr":
+        tree = tmp_path / "nlvr"
+        shutil.copytree(toy_tree / "bert-base-cased", tree / "bert-base-cased")
+        write_nlvr(tree)
+        toy.make_nlvr_store(tree)
+    args = ["--recipe", recipe, "--data", tree, "--init none --steps 3 --warmup 1 --lr 0.0001"]
+    args += ["--dropout 0 --eval-every 3 --mine-pool 4", *QUICK]
+    args += ["--candidates 6"] if cfg.candidates else []
+    # AMC's mean pools over a process's pairs
+    args += ["--loss amc-max"] if cfg.loss == "amc" else []
+    option, n = ("--batch-size", 6) if cfg.batch_size else ("--batch-tokens", 256)
+    run(tmp_path, *args, option, 2 * n, "--out", "one")
+    run(tmp_path, *args, option, n, "--gpus", 2, "--out", "two", processes=2)
+    one, two = (
+        {k: v for k, v in weights(tmp_path / name).items() if not k.endswith(NOISE)}
+        for name in ("one", "two")
+    )
+    same(one, two, rtol=0, atol=1e-5)
+    files = [tmp_path / name / "done.json" for name in ("one", "two")]
+    names = [json.loads(path.read_text()).keys() for path in files]
+    assert names[0] == names[1] and len(names[0]) > 1
+
+
+@pytest.mark.slow
+def test_compiled_graphs_are_few(toy_tree, tmp_path, monkeypatch):
+    """One for each set of heads and maps, in training and in validation, whatever the shapes: past
+    the limit torch would go on uncompiled and say nothing.
+    """
+    graphs, steps, compile_it = [], [], torch.compile
+
+    def count(graph, examples):
+        graphs.append(len(steps))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_it(*a, **k, backend=count))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    update = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: (steps.append(1), update(*a))[1])
+    args = "--pretrain mlm+itm+mrfr+mrc+mrckl --loss cacr --steps 60 --warmup 1 --eval-every 20"
+    args += " --batch-tokens 256 --joint-masking --compile --out o"
+    run(tmp_path, "--recipe toy-pretrain", "--data", toy_tree, args, *QUICK)
+    assert 8 < len(graphs) <= 20 and max(graphs) <= 30, graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe, task",
+    [
+        ("toy-vqa", "vqa"),
+        ("toy-gqa", "gqa"),
+        ("toy-vcr", "vcr"),
+        ("toy-retrieval", "retrieval"),
+        ("toy-align", "pointing"),
+        ("toy-amc", "pointing"),
+    ],
+)
+def test_evaluation_is_shared_out(toy_tree, tmp_path, recipe, task):
+    """Three processes of evaluate.py say what one says, and say it once."""
+    how = "--init none --steps 1 --warmup 1 --batch-tokens 512 --batch-size 6 --candidates 0"
+    cfg = train.make_config(recipe)
+    how = how if cfg.batch_size else how.replace("--batch-size 6", "")
+    run(tmp_path, "--recipe", recipe, "--data", toy_tree, how, "--mine-pool 4 --out o", *QUICK)
+    args = ["--task", task, "--data", str(toy_tree), "--ckpt"]
+    one = inside(tmp_path, [*args, "o/last.pt"], main=evaluate.main)
+    # a checkpoint of its own, so that retrieval finds no matrix
+    shutil.copy(tmp_path / "o/last.pt", tmp_path / "last.pt")
+    start = "-m torch.distributed.run --standalone --nproc-per-node 3".split()
+    command = [sys.executable, *start, str(ROOT / "evaluate.py"), *args, "last.pt"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    several = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert one.returncode == several.returncode == 0, several.stderr[-3000:]
+    one, several = last_line(one), last_line(several)
+    assert one.keys() == several.keys() and len(one) > 1
+    assert all(abs(one[name] - several[name]) < 0.011 for name in one), (one, several)
+
+
+def test_official_weights_of_pictures_and_phrases(toy_tree, tmp_path):
+    """--model albef and maf evaluate weights alone, as the authors publish them."""
+    torch.manual_seed(0)
+    words = evaluate.load_wordpiece(toy_tree, cased=False)
+    sizes = {"vocab": len(words), "resolution": 256, "patch": 16, "queue": 8}
+    albef = parts.build("albef", "tiny", **sizes)
+    torch.save({"model": albef.state_dict()}, tmp_path / "ALBEF.pth")
+    args = ["--task pointing --dataset flickr30k --data", toy_tree, "--ckpt ALBEF.pth"]
+    done = inside(tmp_path, [*args, "--model albef --size tiny"], main=evaluate.main)
+    assert done.returncode == 0, done.stderr[-2000:]
+    settings = {"cased": False, "vision": "patches", "resolution": 256, "patch": 16, "regions": ""}
+    vision = evaluate.vision_of(settings | {"data": toy_tree})
+    ours = evaluate.pointing_games(evaluate.Run(albef, words, settings, {}, vision), ["flickr30k"])
+    assert last_line(done) == {name: round(value, 2) for name, value in ours.items()}
+    # a whole GloVe of the toy words, in the file's order, after padding and unknown
+    names = evaluate.glove_words(evaluate.glove_file(toy_tree))
+    vectors = evaluate.WordVectors(names, toy_tree).vectors
+    maf = parts.Maf(len(vectors), vectors.shape[1], 2048)
+    with torch.no_grad():
+        maf.word.weight.copy_(torch.from_numpy(vectors))
+    official = {"word": "wv", "phrase": "linear_p", "mini": "linear_mini", "attribute": "linear_a"}
+    official["feature"] = "linear_f"
+    state = {
+        f"{official[part]}.{kind}": x
+        for name, x in maf.state_dict().items()
+        for part, kind in [name.split(".")]
+    }
+    torch.save(state, tmp_path / "maf.pth")
+    args = ["--task grounding --split val --model maf --ckpt maf.pth --data", toy_tree]
+    done = inside(tmp_path, args, main=evaluate.main)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = last_line(done)
+    # untrained, with these vectors and W_f = 0, it is the unsupervised rule
+    assert found["grounding/accuracy"] == pytest.approx(found["grounding/glove-att"], abs=3)
+    assert found["grounding/accuracy"] > 60
