@@ -246,6 +246,20 @@ def score_all(
     return scores
 
 
+class Ensemble(torch.nn.Module):
+    """Several models of one task as one: the mean of their heads' scores       UNITER table 9"""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = torch.nn.ModuleList(models)
+
+    def forward(self, *args, **kwargs):
+        outs = [model(*args, **kwargs) for model in self.models]
+        head = "scores" if outs[0].match is None else "match"
+        mean = torch.stack([getattr(out, head) for out in outs]).mean(dim=0)
+        return outs[0]._replace(**{head: mean})
+
+
 def ablate_modality(batch, modality):
     """A control: the same batch without its words ("text") or without what the regions show and
     where they are ("regions"). Words: [CLS] [SEP] stay. Regions: one remains, and all of them where
@@ -313,17 +327,41 @@ def winoground_index(run):
     return index, np.array([record.note for record in records[::2]])
 
 
-def winoground(run, head=""):
-    """Percent of Winoground's examples: text, image, group, and group by tag"""
+def winoground_pairs(run, head=""):
+    """The index, each example's tag, and (E, 2, 2): the scores of its captions by its images"""
     index, tags = winoground_index(run)
-    # (E, 2, 2): captions 2e, 2e + 1 along the second axis, their images along the third
+    # captions 2e, 2e + 1 along the second axis, their images along the third
     first = 2 * np.arange(len(tags))[:, None, None]
     c, i = first + np.array([[0, 0], [1, 1]]), first + np.array([[0, 1], [0, 1]])
     how = {"head": head or ranking_head(run), "autocast": run.autocast}
     scores = score_pairs(run.model, index, c.ravel(), index.image[i].ravel(), **how)
-    score, hits = winoground_scores(scores.reshape(-1, 2, 2))
+    return index, tags, scores.reshape(-1, 2, 2)
+
+
+def winoground(run, head=""):
+    """Percent of Winoground's examples: text, image, group, and group by tag"""
+    _, tags, scores = winoground_pairs(run, head)
+    score, hits = winoground_scores(scores)
     by_tag = {f"group/{t}": 100 * hits[tags == t].mean() for t in np.unique(tags) if t}
     return {f"winoground/{k}": float(v) for k, v in (score | by_tag).items()}
+
+
+def argmax_entropy(run, head=""):
+    """Does it help if each word attends most to another region? Shannon entropy, in bits, of the
+    regions that a caption's words attend to most, its mean over Winoground, and its correlation
+    (Pearson's) with how clearly an example is right: the scores of its two matched pairs less those
+    of the mismatched.                                                            CACR sec. 5.2
+    """
+    index, _, s = winoground_pairs(run, head)
+    entropy = np.zeros(len(index))
+    for captions, batch, P in word_to_region(run, index, np.arange(len(index))):
+        for c, attention, real in zip(captions, P, batch["text_mask"]):
+            # without [CLS] and [SEP]
+            _, n = np.unique(attention[1 : real.sum() - 1].argmax(axis=1), return_counts=True)
+            entropy[c] = -(n / n.sum() * np.log2(n / n.sum())).sum()
+    margin = np.trace(s, axis1=1, axis2=2) - s[:, 0, 1] - s[:, 1, 0]
+    r = np.corrcoef(entropy.reshape(-1, 2).mean(axis=1), margin)[0, 1]
+    return {"entropy/bits": float(entropy.mean()), "entropy/correlation": float(r)}
 
 
 def ranking_head(run):
@@ -1689,6 +1727,29 @@ def attention_figures(runs, out, n=8):
     return paths
 
 
+def head_figures(runs, out):
+    """UNITER fig. 2: the attention of every head (columns) of every layer (rows) over the words and
+    regions of Winoground's first caption, black where it is strongest; returns the paths.
+    """
+    paths = []
+    for name, run in runs.items():
+        index, _ = winoground_index(run)
+        batch = to_device(index.batch(np.array([0]), index.image[:1]), run.device)
+        layers, rows = range(len(getattr(run.model, "layers", ()))), []
+        with evaluating(run.model):
+            maps = run.model(**batch, maps=tuple(layers)).maps
+        for S in maps:
+            P = losses.joint_softmax(*S, batch["text_mask"], batch["region_mask"])
+            whole = torch.cat([torch.cat(P[:2], dim=-1), torch.cat(P[2:], dim=-1)], dim=-2)[0]
+            shade = 255 - 255 * whole / whole.amax(dim=(1, 2), keepdim=True)
+            panels = [Image.fromarray(x) for x in shade.byte().cpu().numpy()]
+            rows.append([panel.resize((96, 96), Image.NEAREST) for panel in panels])
+        if rows:
+            paths.append(Path(out) / f"heads_{name.replace(' ', '_')}.png")
+            save_png(grid(rows, [f"{name}, layer {i + 1}" for i in layers]), paths[-1])
+    return paths
+
+
 def draw_heat(picture, A, boxes, title):
     """A panel: picture under its heat map, true boxes red, the hottest place a white ring"""
     A = A.clamp(min=0).cpu().numpy()
@@ -1808,7 +1869,7 @@ def benchmarks_of(settings):
     if settings["pretrain"] == "multitask":
         return [multitask_benchmarks], [map_figures]
     ranked = settings["task"] == "retrieval"
-    return [winoground], [attention_figures] * ranked
+    return [winoground], [attention_figures, head_figures] * ranked
 
 
 # 8. Pictures and features in ----------------------------------------------------------------------
@@ -2403,9 +2464,13 @@ def make_parser():
 
 TASK_HELP = (
     "pointing: do words attend where GQA's annotation points, or heat maps lie inside boxes; "
+    "entropy: do words attend to different regions [CACR sec. 5.2]; "
     "grounding: MAF; figures: attention, heat maps or grounded phrases, training curve"
 )
-CKPT_HELP = "a last.pt of train.py, or an official checkpoint (see below); figures compares several"
+CKPT_HELP = (
+    "a last.pt of train.py, or an official checkpoint (see below); several: figures compares them, "
+    "a downstream task is judged by the mean of their scores"
+)
 DATASET_HELP = (
     "retrieval: flickr30k or coco; re: refcoco, refcoco+ or refcocog; pointing: flickr30k, "
     "refcoco+ or referit (default: the run's, or all)"
@@ -2495,7 +2560,9 @@ def run_benchmark(args):
         run = load_run(path, args.data, args.regions, size, official)
         run.settings["skip_missing"] = args.skip_missing
         # a run is called by its folder in figures
-        runs[Path(path).parent.name or path] = run._replace(model=run.model.to(device))
+        called = Path(path).parent.name
+        called = path if called in ("", *runs) else called
+        runs[called] = run._replace(model=run.model.to(device))
     run = next(iter(runs.values()))
     if args.image:
         if not args.text.strip():
@@ -2529,8 +2596,12 @@ def run_retrieval(runs, args):
 
 
 def run_task(runs, args):
-    """A downstream task of a checkpoint that was trained for it, or GQA right after pre-training"""
+    """A downstream task of a checkpoint that was trained for it, or GQA right after pre-training;
+    several checkpoints are an ensemble
+    """
     run = next(iter(runs.values()))
+    if len(runs) > 1:
+        run = run._replace(model=Ensemble([each.model for each in runs.values()]))
     trained = run.settings["task"]
     if trained == "pretrain" and run.settings.get("pretrain") == "multitask":
         trained = MULTITASK_ANSWERS
@@ -2549,7 +2620,9 @@ def draw_figures(runs, args):
     settings = {"loss": "", "model": "", "triplets": "", "pretrain": "", "task": "retrieval"}
     settings |= next(iter(runs.values())).settings
     _, draw = benchmarks_of(settings)
-    paths = [p for figure in draw or [attention_figures] for p in figure(runs, args.out)]
+    paths = [
+        p for figure in draw or [attention_figures, head_figures] for p in figure(runs, args.out)
+    ]
     for path in args.ckpt:
         log = Path(path).parent / "log.jsonl"
         if log.exists():
@@ -2560,6 +2633,7 @@ def draw_figures(runs, args):
 # --task: (runs, args) -> numbers; all other names are downstream tasks
 BENCHMARKS = {
     "winoground": lambda runs, args: winoground(next(iter(runs.values())), args.head),
+    "entropy": lambda runs, args: argmax_entropy(next(iter(runs.values())), args.head),
     "retrieval": run_retrieval,
     "pointing": run_pointing,
     "grounding": lambda runs, args: grounding(next(iter(runs.values())), args.split),

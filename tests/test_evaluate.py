@@ -159,3 +159,34 @@ def test_the_box_with_most_heat_for_its_area():
         assert evaluate.best_box_by_heat(A, boxes) == int(np.argmax(scores))
         answers.add(int(np.argmax(scores)))
     assert len(answers) > 2
+
+
+def test_entropy_of_what_words_attend_to(toy_tree, pretrained, monkeypatch):
+    """Each word another region: log2 of their number. All the same: 0."""
+    run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
+    index, _ = evaluate.winoground_index(run)
+    n_words = index.n_words(np.arange(len(index))) - 2
+    spread = np.eye(40)[None, (np.arange(40) - 1) % 40]
+    for P, wanted in ((spread, np.log2(n_words).mean()), (np.ones((1, 40, 40)), 0)):
+
+        def attend(run, index, captions):
+            for c in captions:
+                yield [c], {"text_mask": np.ones((1, n_words[c] + 2), bool)}, P
+
+        monkeypatch.setattr(evaluate, "word_to_region", attend)
+        assert evaluate.argmax_entropy(run)["entropy/bits"] == pytest.approx(wanted)
+
+
+def test_ensembles_and_head_figures(toy_tree, pretrained, tmp_path):
+    """Two of the same are one; a figure has a row for each layer, a panel for each head."""
+    run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
+    both = evaluate.Ensemble([run.model, run.model])
+    index, _ = evaluate.winoground_index(run)
+    batch = index.batch(np.arange(4), index.image[:4])
+    with evaluate.evaluating(run.model):
+        one, two = (m(**batch, heads=("match",)).match for m in (run.model, both))
+    torch.testing.assert_close(one, two)
+    (path,) = evaluate.head_figures({"a run": run}, tmp_path)
+    layers, heads = len(run.model.layers), run.model.layers[0].attention.heads
+    width, height = Image.open(path).size
+    assert (width, height) == (heads * 102, layers * 120)
