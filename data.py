@@ -2385,7 +2385,9 @@ class BatchOptions(NamedTuple):
     joint: bool = False  # mask words and regions of a pair at once; else one, the other is whole
     negatives: int = 2  # mismatched pairs of each group that are trained on
     candidates: int = 0  # so many are drawn to be scored by the model; 0: negatives are random
-    mined: bool = False  # besides the random negatives one hard image and one hard caption
+    # besides the random negatives one hard image and one hard caption, of hard: HardNegatives
+    mined: bool = False
+    hard: object = None
     # even batches: captions with other images; odd ones: images with other captions
     alternate: bool = False
     augment: tuple = ()  # of pictures: flip, jitter, grey
@@ -2740,8 +2742,8 @@ def collate_ranking(batches, rng, k, share, rows, images, match):
     """Groups of one matched pair and its mismatched ones, for the ranking loss.
 
     "positive": batch of the G matched pairs; "negatives": list of batches of similar length;
-    "order": (G, K) their places in the list of all negatives. Where the model chooses:
-    "candidates", a Pool of (G, candidates), or "random", from which add_mined() goes on.
+    "order": (G, K) their places in the list of all negatives. Where the model chooses instead:
+    "candidates", a Pool of (G, candidates).
     """
     index, K = batches.index, batches.candidates or batches.negatives
     with_images = (k % 2 == 0) * K if batches.alternate else (K + 1) // 2
@@ -2762,9 +2764,12 @@ def collate_ranking(batches, rng, k, share, rows, images, match):
     batch["positive"] = index.batch(rows, images)
     if batches.candidates:
         return batch | {"candidates": Pool(index, wrong_rows, wrong_images)}
-    if batches.mined:
-        # the tables are with the model: add_mined() goes on there
-        return batch | {"random": (rows, images, wrong_rows, wrong_images, pick)}
+    if batches.hard:
+        caption = batches.hard.captions[images, pick[0]]
+        # no caption was scored with this image: a random one stays
+        caption = np.where(caption < 0, wrong_rows[:, -1], caption)
+        wrong_rows = np.column_stack([wrong_rows, rows, caption])
+        wrong_images = np.column_stack([wrong_images, batches.hard.images[rows, pick[1]], images])
     return batch | collate_negatives(index, wrong_rows, wrong_images)
 
 

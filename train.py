@@ -822,15 +822,15 @@ class MixedBatches(torch.utils.data.Dataset):
         return stream.part(int(self.number[step]) * self.accumulate + k, part)
 
 
-def make_loader(mixed, start, workers, pin_memory):
-    """Iterator over the steps from `start` on, each a list of batches; workers keep ahead of the
+def make_loader(mixed, start, end, workers, pin_memory):
+    """Iterator over the steps from start to end, each a list of batches; workers keep ahead of the
     model if there are any.
     """
     loader = torch.utils.data.DataLoader(
         mixed,
         # an item is one batch: a whole step would be hundreds of megabytes on their way at once
         batch_size=None,
-        sampler=range(start * mixed.items, len(mixed)),
+        sampler=range(start * mixed.items, end * mixed.items),
         num_workers=workers,
         collate_fn=keep_batch,
         pin_memory=pin_memory,
@@ -845,13 +845,24 @@ def keep_batch(batch):
     return batch
 
 
-def load_batches(cfg, runtime, streams, start):
-    """Iterator over the steps from start on."""
+def load_batches(cfg, runtime, model, streams, start):
+    """Yields each step's batches from start on, of mined negatives those that the model finds hard
+    every --mine-every steps.
+    """
     on_gpu = runtime.device.type == "cuda"
     mixed = MixedBatches(streams.train, streams.weights, cfg.steps, cfg.seed, cfg.accumulate)
     # without a GPU loader processes would take the model's cores
     workers = cfg.workers if cfg.workers >= 0 else 2 * on_gpu
-    return make_loader(mixed, start, workers, on_gpu)
+    every = cfg.mine_every or cfg.steps
+    while start < cfg.steps:
+        since = start // every * every
+        if cfg.mine_every:
+            # a resumed run reads the table that it had mined
+            hard = mine_negatives(cfg, runtime, model, streams.train[0].index, since)
+            streams.train[0].hard = hard
+        end = min(since + every, cfg.steps)
+        yield from make_loader(mixed, start, end, workers, on_gpu)
+        start = end
 
 
 # 5. Model ---------------------------------------------------------------------------------------
@@ -1273,17 +1284,6 @@ def hardest_of(index, captions, images, scores):
     return HardNegatives(np.take_along_axis(images, best, 1), by_image)
 
 
-def add_mined(index, hard, batch):
-    """A batch's random negatives, and one of the hardest each way."""
-    rows, images, wrong_rows, wrong_images, pick = batch.pop("random")
-    caption = hard.captions[images, pick[0]]
-    # no caption was scored with this image: a random one stays
-    caption = np.where(caption < 0, wrong_rows[:, -1], caption)
-    all_rows = np.column_stack([wrong_rows, rows, caption])
-    all_images = np.column_stack([wrong_images, hard.images[rows, pick[1]], images])
-    return batch | collate_negatives(index, all_rows, all_images)
-
-
 @torch.no_grad()
 def hardest_candidates(cfg, runtime, model, batch):
     """Score the candidates of each group and keep the highest-scored [IAIS's code]."""
@@ -1460,7 +1460,7 @@ class NonFinite(ArithmeticError):
     """A loss or gradient that is nan or infinite; the message names step, loss and samples."""
 
 
-def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None):
+def train_step(cfg, runtime, model, optimizer, streams, step, batches):
     """One update from the batches of one step; returns the mean of each loss before weighting over
     this process's part, the gradient's norm, and the names of the samples. Waits for no GPU.
     """
@@ -1478,8 +1478,6 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches, hard=None
     for batch in own:
         if "candidates" in batch:
             batch = hardest_candidates(cfg, runtime, model, batch)
-        if "random" in batch:
-            batch = add_mined(streams[0].index, hard, batch)
         batch = prepare_batch(cfg, runtime, batch)
         with runtime.autocast():
             terms = OBJECTIVES[batch["task"]][0](cfg, model, batch)
@@ -1730,16 +1728,12 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
         # a graph for each set of heads and maps, in training and in validation, of all shapes
         torch._dynamo.config.recompile_limit = 64
         compiled = torch.compile(model, dynamic=True)
-    began, num_pairs, hard, unchecked = time.time(), 0, None, None
+    began, num_pairs, unchecked = time.time(), 0, None
     title, hidden = f"{cfg.recipe} {cfg.loss}", None if runtime.is_main else True
     bar = tqdm(range(start + 1, cfg.steps + 1), title, cfg.steps, initial=start, disable=hidden)
     model.train()
-    for step, batches in zip(bar, load_batches(cfg, runtime, streams, start)):
-        if cfg.mine_every and ((step - 1) % cfg.mine_every == 0 or step == start + 1):
-            # a resumed run reads the table that it had mined
-            since = (step - 1) // cfg.mine_every * cfg.mine_every
-            hard = mine_negatives(cfg, runtime, model, streams.train[0].index, since)
-        how = cfg, runtime, compiled, optimizer, streams.train, step, batches, hard
+    for step, batches in zip(bar, load_batches(cfg, runtime, compiled, streams, start)):
+        how = cfg, runtime, compiled, optimizer, streams.train, step, batches
         logged, norm, names = train_step(*how)
         if unchecked:
             check_finite(*unchecked)

@@ -668,8 +668,8 @@ def test_a_step_is_a_list_of_batches(pairs):
     """All of its accumulated batches in all of their parts, also from the middle of a run on."""
     streams = [Batches(task, pairs, 400, 0, parts=3) for task in ("mlm", "itm")]
     mixed = train.MixedBatches(streams, [1, 2], 5, 0, accumulate=2)
-    steps = [[b["names"] for b in step] for step in train.make_loader(mixed, 0, 0, False)]
-    later = [[b["names"] for b in step] for step in train.make_loader(mixed, 3, 0, False)]
+    steps = [[b["names"] for b in step] for step in train.make_loader(mixed, 0, 5, 0, False)]
+    later = [[b["names"] for b in step] for step in train.make_loader(mixed, 3, 5, 0, False)]
     assert len(mixed) == 30 and list(map(len, steps)) == [6] * 5 and later == steps[3:]
     for stream, number in ((0, 0), (1, 0)):
         first = mixed.choice.tolist().index(stream)

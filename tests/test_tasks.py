@@ -615,9 +615,9 @@ def test_mining_keeps_the_hardest(toy_tree):
     at = np.argwhere(images == one)
     top = at[np.argsort(-scores[at[:, 0], at[:, 1]], kind="stable")][:, 0][: data.HARDEST]
     assert hard.captions[one].tolist() == [int(top[i % len(top)]) for i in range(data.HARDEST)]
-    batch = stream[0]
-    G = len(batch["names"])
-    whole = train.add_mined(stream.index, hard, batch)
+    stream.hard = hard
+    whole = stream[0]
+    G = len(whole["names"])
     assert whole["order"].shape == (G, 4)
     assert sum(len(b["text"]) for b in whole["negatives"]) == 4 * G
     owners = stream.index.image[hard.captions[hard.captions >= 0]]
