@@ -1460,8 +1460,10 @@ def heat_maps_of(run, records, store, batch_size=64, name="pointing"):
     # maps are compared with boxes in pixels of the picture itself
     sizes = {i: store.size(i) for i in index.images.tolist()}
     n_words = index.n_words(np.arange(len(index)))
-    # texts of one size of picture follow each other: their maps are resized at once
-    order = sorted(range(len(records)), key=lambda c: (sizes[int(index.image[c])], n_words[c]))
+    # texts of one size of picture follow each other, since their maps are resized at once, and of
+    # one picture, since it is read once
+    key = lambda c: (sizes[int(index.image[c])], index.image[c], n_words[c])
+    order = sorted(range(len(records)), key=key)
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(order), desc=name, unit=" texts", disable=None, leave=False)
@@ -1472,8 +1474,9 @@ def heat_maps_of(run, records, store, batch_size=64, name="pointing"):
         images = index.image[rows]
         if albef:
             text, mask = (torch.from_numpy(x) for x in index.text(rows))
-            pixels = normalize_pixels(torch.from_numpy(store.pixels(images)))
-            batch = {"image": pixels, "text": text, "text_mask": mask}
+            shown, at = np.unique(images, return_inverse=True)
+            pixels = normalize_pixels(torch.from_numpy(store.pixels(shown)))
+            batch = {"image": pixels[at], "text": text, "text_mask": mask}
         else:
             batch = index.batch(rows, images)
         with run.autocast():

@@ -5,6 +5,7 @@ python tests/rehearse.py tree --out DATA --scale 1     once, about 15 minutes an
 python tests/rehearse.py run --data DATA               every recipe: 3 updates, a validation, an
                                                        evaluation, each by a model of size tiny
 python tests/rehearse.py run --data DATA --recipe vqa  one of them
+python tests/rehearse.py run ... --no-evaluation       where the evaluation is another recipe's
 python tests/rehearse.py table                         the README's table, of what was found
 
 Texts are drawn from a list of words with each data set's mean length. Features are files without
@@ -758,8 +759,8 @@ class Watch:
         return rows / max(spent, 1e-9)
 
     def watch_end(self, cfg, runtime, run, log):
-        """The evaluation, timed; none in a second run"""
-        if os.environ.get("REHEARSE_WARM"):
+        """The evaluation, timed; none in a second run, or where it is not asked for"""
+        if os.environ["REHEARSE_EVALUATE"] == "no":
             return {"val/none": 0.0}
         began = time.time()
         numbers = self.finalize(cfg, runtime, run, log)
@@ -791,7 +792,7 @@ def watched(argv):
             Path(os.environ["REHEARSE_TO"]).write_text(json.dumps(watch.found | watch.batches()))
 
 
-def rehearse(recipe, data, folder, most=2):
+def rehearse(recipe, data, folder, evaluated=True, most=2):
     """Cold (its index is made) and warm; returns what was found, or an error's last lines."""
     cfg = train.make_config(recipe)
     processes, found = min(cfg.gpus, most), {}
@@ -805,7 +806,7 @@ def rehearse(recipe, data, folder, most=2):
         command = [*start, __file__, "watched", "--recipe", recipe, "--data", data, "--out", out]
         command += SHORT.split() + (["--resolution", "256"] if cfg.vision == "patches" else [])
         env = os.environ | {"REHEARSE_TO": str(to), "OMP_NUM_THREADS": str(2 // processes)}
-        env |= {"REHEARSE_WARM": "1"} if warm else {}
+        env["REHEARSE_EVALUATE"] = "yes" if evaluated and not warm else "no"
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
         shutil.rmtree(out, ignore_errors=True)
         if done.returncode or not to.exists():
@@ -814,17 +815,17 @@ def rehearse(recipe, data, folder, most=2):
         one = json.loads(to.read_text())
         if warm:
             one |= {"first_warm_s": one["first_s"], "first_s": found["first_s"]}
-            one["evaluation_s"] = found["evaluation_s"]
+            one |= {k: found[k] for k in ("evaluation_s",) if k in found}
         found = one
     return found | {"processes": processes}
 
 
-def run_all(data, recipes):
+def run_all(data, recipes, evaluated=True):
     """Each recipe in turn; what was found is kept after each"""
     folder = Path(data) / "rehearsal"
     folder.mkdir(exist_ok=True)
     for recipe in tqdm(recipes, "recipes"):
-        found = {k: round(v, 3) for k, v in rehearse(recipe, data, folder).items()}
+        found = {k: round(v, 3) for k, v in rehearse(recipe, data, folder, evaluated).items()}
         print(recipe, json.dumps(found), flush=True)
         results = json.loads(seeds.RESULTS.read_text())
         results.setdefault("rehearsal", {})[recipe] = found
@@ -877,6 +878,7 @@ def main(argv=None):
     add = commands.add_parser("run").add_argument
     add("--data", required=True, help="the tree")
     add("--recipe", nargs="+", default=full_size(), choices=full_size(), metavar="RECIPE")
+    add("--no-evaluation", action="store_true", help="where it is the same as another recipe's")
     commands.add_parser("table")
     args = parser.parse_args(argv)
     if args.command == "table":
@@ -884,7 +886,7 @@ def main(argv=None):
     elif args.command == "tree":
         write_tree(args.out, args.scale, args.seed)
     else:
-        run_all(args.data, args.recipe)
+        run_all(args.data, args.recipe, not args.no_evaluation)
 
 
 def full_size():
