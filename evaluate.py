@@ -107,6 +107,23 @@ def join_processes():
     return device
 
 
+def native_bf16():
+    """Does this CPU multiply bf16 itself? Others emulate it, slower than float32."""
+    with contextlib.suppress(OSError):
+        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    return False
+
+
+def autocast_for(device, precision="auto"):
+    """What puts a model into bf16 where that is wanted: "auto" where the hardware has it."""
+    native = device.type == "cpu" and native_bf16()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" or precision == "auto" and native:
+        return functools.partial(torch.autocast, device.type, torch.bfloat16)
+    return nullcontext
+
+
 def shared_out(items):
     """This process's share of what all processes evaluate together: every n-th"""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
@@ -2565,7 +2582,9 @@ def run_benchmark(args):
         # a run is called by its folder in figures
         called = Path(path).parent.name
         called = path if called in ("", *runs) else called
-        runs[called] = run._replace(model=run.model.to(device))
+        # as train.py judges it
+        autocast = autocast_for(device, run.settings.get("precision", "auto"))
+        runs[called] = run._replace(model=run.model.to(device), autocast=autocast)
     run = next(iter(runs.values()))
     if args.image:
         if not args.text.strip():

@@ -44,6 +44,17 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product(a, b):
+    """a @ b in float32: autocast would multiply in bf16 whatever the arguments' type.
+
+    a (..., N, D), b (..., D, M)
+    returns  (..., N, M), float32; float64 stays
+    Helpers: wide.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return wide(a) @ wide(b)
+
+
 def mean_over(x, count):
     """sum(x) / count, and 0 (with a gradient of 0) instead of nan where nothing was counted."""
     return x.sum() / max(count, 1)
@@ -345,10 +356,10 @@ def word_weights(h, v, word_mask, region_mask):
     returns  beta (B, Q, W): sums to 1 over a phrase's words, 0 in a phrase that is all padding
     Source: MAF sec. 3.1. The authors' code lets padded regions and padded words take part in both
     softmaxes: pass masks that are all True.
-    Helpers: wide, masked_softmax.
+    Helpers: wide, product, masked_softmax.
     """
     # (B, Q, W, K)
-    S = (wide(h).flatten(1, 2) @ wide(v).mT).unflatten(1, h.shape[1:3]) / h.shape[-1] ** 0.5
+    S = product(h.flatten(1, 2), v.mT).unflatten(1, h.shape[1:3]) / h.shape[-1] ** 0.5
     alpha = masked_softmax(S, region_mask).amax(dim=-1)  # (B, Q, W)
     return alpha.masked_fill(~word_mask, float("-inf")).softmax(dim=-1).nan_to_num(0)
 
@@ -360,7 +371,7 @@ def phrase_embedding(h, v, word_mask, region_mask):
 
     Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's.
     "average" of Table 3 has beta = 1 / words.
-    Helpers: wide, masked_softmax, word_weights.
+    Helpers: wide, product, masked_softmax, word_weights.
     """
     return (word_weights(h, v, word_mask, region_mask)[..., None] * wide(h)).sum(dim=-2)
 
@@ -372,9 +383,9 @@ def phrase_scores(e, v, region_mask):
 
     e (T, Q, d) phrases of T captions, v (I, K, d) regions of I images, region_mask (I, K)
     returns  (T, I, Q, K), -inf at padded regions
-    Helpers: wide.
+    Helpers: wide, product.
     """
-    A = wide(e).flatten(0, 1) @ wide(v).flatten(0, 1).mT  # (T Q, I K): one product for all pairs
+    A = product(e.flatten(0, 1), v.flatten(0, 1).mT)  # (T Q, I K): one product for all pairs
     A = A.view(*e.shape[:2], *v.shape[:2])  # (T, Q, I, K)
     return A.masked_fill(~region_mask, float("-inf")).transpose(1, 2)
 
@@ -387,7 +398,7 @@ def maf_similarity(e, v, phrase_mask, region_mask):
     Arguments as phrase_scores, phrase_mask (T, Q); returns (T, I)
     Source: MAF sec. 3.2. The authors' code sums over padded phrases too, lets padded regions win,
     and divides by the real phrases.
-    Helpers: wide, phrase_scores.
+    Helpers: wide, product, phrase_scores.
     """
     best = phrase_scores(e, v, region_mask).amax(dim=-1)  # (T, I, Q)
     total = best.masked_fill(~phrase_mask[:, None], 0).sum(dim=-1)  # (T, I)
@@ -420,7 +431,6 @@ def cosine_cost(words, regions, text_mask, region_mask):
         cost 1 to everything.
     Helpers: wide.
     """
-    # autocast would multiply in bf16 whatever the type of the arguments
     with torch.autocast(words.device.type, enabled=False):
         w, v = (F.normalize(wide(x), dim=-1, eps=1e-5) for x in (words, regions))
         cost = 1 - w @ v.mT  # (B, N_L, N_V)
@@ -794,6 +804,8 @@ def amc_mean(A, M, margin=0.1):
         max(0, out - in + margin)                                                      AMC eq. (7)
         in = sum A M / sum M,   out = sum A (1 - M) / sum (1 - M)     sums over all pairs of a batch
 
+    0 where nothing is in, or nothing out (the authors' code: nan).
+
     A, M (b, h, w): heat maps in [0, 1] and region masks in [0, 1]
     returns  scalar in [0, 1 + margin]
     Source: AMC's code. Eq. (7) has one hinge a pair, then the mean: the mean of
@@ -801,7 +813,8 @@ def amc_mean(A, M, margin=0.1):
     Helpers: wide.
     """
     A, M = wide(A), wide(M)
-    inside, outside = (A * M).sum() / M.sum(), (A * (1 - M)).sum() / (1 - M).sum()
+    inside = (A * M).sum() / M.sum().clamp(min=1e-9)
+    outside = (A * (1 - M)).sum() / (1 - M).sum().clamp(min=1e-9)
     return (outside - inside + margin).clamp(min=0)
 
 

@@ -509,12 +509,15 @@ class Encoder(nn.Module):
         # all whole-pair heads read the pooled [CLS] state
         if {"pooled", "match", "rank", "task"} & set(heads):
             made["pooled"] = pooled = self.pooler(x[:, 0]).tanh()  # (B, D)
-            if "match" in heads:
-                made["match"] = self.match(pooled)
-            if "rank" in heads:
-                made["rank"] = self.rank(pooled)[:, 0]
-            if "task" in heads:
-                made["scores"] = self.task_head(x, mask, pooled, out.regions)
+            # scores in float32: those of bf16 tie, and a tie is wrong
+            with torch.autocast(x.device.type, enabled=False):
+                pooled = pooled.float()
+                if "match" in heads:
+                    made["match"] = self.match(pooled)
+                if "rank" in heads:
+                    made["rank"] = self.rank(pooled)[:, 0]
+                if "task" in heads:
+                    made["scores"] = self.task_head(x.float(), mask, pooled, out.regions.float())
         return out._replace(**made)
 
 
@@ -883,7 +886,12 @@ class Albef(nn.Module):
         """
         words, image = self.student.read(text, text_mask), self.student.vision(image)
         states, P = self.student.fuse(words, text_mask, image, need_gradcam)
-        return self.match(states[:, 0]), P
+        return self.score(states), P
+
+    def score(self, states):
+        """(B, 2) logits of matching, float32 also under autocast"""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.match(states[:, 0].float())
 
 
 class Maf(nn.Module):

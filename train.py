@@ -44,7 +44,7 @@ from data import HARDEST, Batches, collate_negatives, mismatched_images, normali
 from data import strip_punctuation, write_atomic
 from evaluate import TASKS, PhraseInput, Run, WordVectors, ablate_modality, all_answers
 from evaluate import gathered, glove, glove_file, join_processes, load_wordpiece, open_task
-from evaluate import to_device, vision_of
+from evaluate import autocast_for, to_device, vision_of
 from model import ALBEF_SIZES, SIZES, TWO_STREAM_LAYERS, CheckpointError, Maf, build
 from model import init_rank_from_match, load_pretrained, read_checkpoint
 
@@ -501,18 +501,12 @@ class Runtime:
     device: torch.device
     rank: int
     world_size: int
-    bf16: bool
+    autocast: Callable  # bf16 where it is wanted
 
     @property
     def is_main(self):
         """Does this process print and write?"""
         return self.rank == 0
-
-    def autocast(self):
-        """bf16 where it is wanted"""
-        if self.bf16:
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
 
     def print_rank0(self, *words):
         """Print from one process"""
@@ -523,13 +517,6 @@ class Runtime:
         """Wait for the other processes"""
         if self.world_size > 1:
             dist.barrier()
-
-
-def native_bf16():
-    """Does this CPU multiply bf16 itself? Others emulate it, slower than float32."""
-    with contextlib.suppress(OSError):
-        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
-    return False
 
 
 def keep_memory():
@@ -545,16 +532,14 @@ def keep_memory():
 
 def setup_runtime(cfg):
     """One process, or one of several that torchrun started."""
-    device, native = join_processes(), native_bf16()
+    device = join_processes()
     if device.type == "cuda":
         # TF32 for what stays in float32
         torch.set_float32_matmul_precision("high")
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         keep_memory()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and native
-    return Runtime(device, rank, world_size, bf16)
+    return Runtime(device, rank, world_size, autocast_for(device, cfg.precision))
 
 
 # 4. Data ----------------------------------------------------------------------------------------
@@ -1139,9 +1124,9 @@ def objective_albef(cfg, model, batch):
     # contrast: image with texts, text with images
     T = model.temperature
     features = student.features(image, words)
-    similarity = [f.float() @ c.T / T for f, c in zip(features, candidates)]
+    similarity = [losses.product(f, c.T) / T for f, c in zip(features, candidates)]
     with torch.no_grad():
-        similarity_m = [f.float() @ c.T / T for f, c in zip(features_m, candidates)]
+        similarity_m = [losses.product(f, c.T) / T for f, c in zip(features_m, candidates)]
         target = [losses.itc_targets(s, own, alpha) for s in similarity_m]
         other = []
         for s, u in zip(similarity, batch["u"]):
@@ -1161,7 +1146,7 @@ def objective_albef(cfg, model, batch):
     wrong_mask = torch.cat([text_mask, all_gather_with_grad(text_mask)[other_text]])
     wrong_image = torch.cat([all_gather_with_grad(image)[other_image], image])
     wrong, _ = student.fuse(wrong_words, wrong_mask, wrong_image)
-    match = model.match(torch.cat([states[:, 0], wrong[:, 0]]))  # (3b, 2)
+    match = model.score(torch.cat([states[:, :1], wrong[:, :1]]))  # (3b, 2)
     is_match = torch.arange(len(match), device=own.device) < len(own)
     terms["itm"] = losses.itm(match, is_match)
 
@@ -1691,7 +1676,7 @@ def train(cfg, runtime):
     if cfg.init in RECIPES:
         # the experiment before this one is run first, or found finished
         cfg = dataclasses.replace(cfg, init=run_first(cfg, runtime))
-    precision = "bf16" if runtime.bf16 else "fp32"
+    precision = "fp32" if runtime.autocast is contextlib.nullcontext else "bf16"
     runtime.print_rank0(
         f"{cfg.recipe}: {cfg.task}, loss {cfg.loss}, seed {cfg.seed}, "
         f"{runtime.world_size} x {runtime.device.type}, {precision}"

@@ -94,7 +94,9 @@ class Step:
     def __init__(self, loss="none", bf16=False, size=None, pairs=None):
         size, self.pairs = size or SIZE, pairs or PAIRS
         self.cfg = train.make_config("flickr30k", loss=loss, size=size, steps=1000, warmup=1)
-        self.runtime = train.Runtime(DEVICE, 0, 1, bf16)
+        self.runtime = train.Runtime(
+            DEVICE, 0, 1, evaluate.autocast_for(DEVICE, "bf16" if bf16 else "fp32")
+        )
         torch.manual_seed(0)
         self.model = (
             Uniter(28996, D_V, 1601, dropout=self.cfg.dropout, **SIZES[size]).to(DEVICE).train()
@@ -186,7 +188,7 @@ def bench_steps(found, folder):
     found["bf16_vs_fp32"] = ratio(fused, half)
     found["pairs_per_s"] = (
         PAIRS
-        / seconds(half if train.native_bf16() or DEVICE.type == "cuda" else fused, rounds=3)[0]
+        / seconds(half if evaluate.native_bf16() or DEVICE.type == "cuda" else fused, rounds=3)[0]
     )
     bench_loader(found, folder)
 
@@ -346,7 +348,7 @@ def visual_bert():
 
 def bench_pretraining(found, folder):
     pairs = ragged_store(folder)
-    native = train.native_bf16() or DEVICE.type == "cuda"
+    native = evaluate.native_bf16() or DEVICE.type == "cuda"
     stream = Batches("mlm", pairs, 10_240, 0)
     stream.whole(0)
     step = Step()
@@ -411,7 +413,7 @@ def bench_retrieval(found, folder):
     batches of the same sizes.
     """
     pairs = ragged_store(folder)
-    runtime = train.Runtime(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
+    runtime = train.Runtime(DEVICE, 0, 1, evaluate.autocast_for(DEVICE))
     model = Uniter(28996, D_V, 1601, **SIZES[SIZE]).to(DEVICE).eval()
     captions = make_index(
         [Record("0", pairs.decode(i), str(i)) for i in range(600)], pairs.store, pairs.tokenizer
@@ -443,7 +445,7 @@ def bench_align(found, folder):
     """
     cfg = train.make_config("kervadec", loss="none")
     runtime, other = (
-        train.Runtime(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda"),
+        train.Runtime(DEVICE, 0, 1, evaluate.autocast_for(DEVICE)),
         train.make_config("kervadec"),
     )
     model = (
@@ -534,7 +536,7 @@ def albef_step(loss, n=8):
     model.
     """
     cfg = train.make_config("amc", loss=loss, init="none")
-    runtime = train.Runtime(DEVICE, 0, 1, train.native_bf16() or DEVICE.type == "cuda")
+    runtime = train.Runtime(DEVICE, 0, 1, evaluate.autocast_for(DEVICE))
     torch.manual_seed(0)
     model, W = (
         build("albef", SIZE, vocab=30_522, queue=65_536, resolution=256, patch=16, dropout=0.1)

@@ -514,6 +514,27 @@ def test_maf_ignores_padding_and_its_gradients_are_finite():
         assert torch.isfinite(x.grad).all() and not x.grad[~mask].any() and x.grad[mask].any()
 
 
+def test_products_are_float32_under_autocast():
+    """MAF's scores, and the logits of contrast, which a small temperature makes large."""
+    torch.manual_seed(0)
+    h, v = torch.randn(2, 3, 4, 64), torch.randn(2, 5, 64)
+    words, regions = torch.ones(2, 3, 4, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
+    e = losses.phrase_embedding(h, v, words, regions)
+    scores, a = losses.phrase_scores(e, v, regions), F.normalize(h[0, 0], dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(losses.phrase_embedding(h, v, words, regions), e)
+        torch.testing.assert_close(losses.phrase_scores(e, v, regions), scores)
+        logits = losses.product(a, a.T) / 0.01
+        assert (logits - losses.product(a.double(), a.double().T) / 0.01).abs().max() < 1e-3
+        assert losses.product(a.bfloat16(), a.T).dtype == torch.float32
+
+
+def test_amc_mean_is_finite_where_a_mask_is_empty_or_full():
+    A = torch.rand(2, 4, 4)
+    for M, wanted in ((torch.ones_like(A), 0.1 - A.mean()), (torch.zeros_like(A), 0.1 + A.mean())):
+        torch.testing.assert_close(losses.amc_mean(A, M), wanted.clamp(min=0))
+
+
 def test_alignment_losses_are_the_same_under_autocast():
     pointer, boxes, by_class, by_attribute, mask = pointed()
     target, A = (

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import losses
+import model as parts
 from model import (
     SIZES,
     Attention,
@@ -261,3 +262,19 @@ def test_truncated_safetensors(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(whole[:-10])
     with pytest.raises(CheckpointError, match="should end at byte"):
         load_pretrained(tiny(), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["uniter", "lxmert"])
+def test_scores_are_float32_under_autocast(kind):
+    """bf16 knows 1/64 between 2 and 4: scores of it tie, and a tie is wrong."""
+    torch.manual_seed(0)
+    how = {"vocab": 30, "features": 16, "classes": 7, "head": "answers", "answers": 3}
+    how |= {"attributes": 5, "types": 2}
+    model, mask = parts.build(kind, "tiny", **how).eval(), torch.ones(4, 6, dtype=torch.bool)
+    x = torch.randint(30, (4, 6)), mask, torch.randn(4, 6, 16), torch.rand(4, 6, 4), mask
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(*x, heads=("match", "rank", "task"))
+    for score in (out.match, out.rank, out.scores):
+        assert score.dtype == torch.float32
+        # more than bf16 can say
+        assert (score != score.bfloat16().float()).any()

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import train
-from conftest import QUICK, ROOT, argv, last_line, prepared_run, run, run_and_kill, same, weights
+from conftest import QUICK, ROOT, argv, inside, last_line, prepared_run, run, run_and_kill, same
+from conftest import weights
 from model import read_checkpoint
 from train import UserError, alignment_weight, lr_at, make_config, parse
 
@@ -602,3 +604,13 @@ def test_alignment_of_a_batch_is_a_mean_over_all_of_its_pairs(toy_tree):
     assert 0 < batch["match"].sum() < len(batch["match"])
     for name, value in total.items():
         assert terms[name].item() == pytest.approx(value / len(batch["match"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_evaluate_says_what_train_said(toy_tree, pretrained, tmp_path, precision):
+    """One way of judging: in the precision of the training."""
+    args = [*toy_run(toy_tree, pretrained, "--steps", 3), "--precision", precision, "--out", "o"]
+    said = last_line(run(tmp_path, *args))
+    again = ["--task winoground --ckpt o/last.pt --data", toy_tree]
+    again = last_line(inside(tmp_path, again, main=evaluate.main))
+    assert again == {name: said[name] for name in again}
