@@ -190,3 +190,14 @@ def test_ensembles_and_head_figures(toy_tree, pretrained, tmp_path):
     layers, heads = len(run.model.layers), run.model.layers[0].attention.heads
     width, height = Image.open(path).size
     assert (width, height) == (heads * 102, layers * 120)
+
+
+def test_each_process_has_its_share(monkeypatch):
+    """Of seven things three processes have three, two and two."""
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate.dist, "get_world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(evaluate.dist, "get_rank", lambda: rank)
+        shares.append(list(evaluate.shared_out(range(7))))
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]

@@ -1,5 +1,6 @@
 """The loop as a user meets it: runs, resumes, several processes, settings, and what goes wrong."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -607,10 +608,21 @@ def test_alignment_of_a_batch_is_a_mean_over_all_of_its_pairs(toy_tree):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_evaluate_says_what_train_said(toy_tree, pretrained, tmp_path, precision):
+def test_evaluate_says_what_train_said(toy_tree, pretrained, tmp_path, monkeypatch, precision):
     """One way of judging: in the precision of the training."""
+    judged, judge = [], evaluate.winoground
+    monkeypatch.setattr(evaluate, "winoground", lambda *a: (judged.append(a[0]), judge(*a))[1])
     args = [*toy_run(toy_tree, pretrained, "--steps", 3), "--precision", precision, "--out", "o"]
     said = last_line(run(tmp_path, *args))
     again = ["--task winoground --ckpt o/last.pt --data", toy_tree]
     again = last_line(inside(tmp_path, again, main=evaluate.main))
     assert again == {name: said[name] for name in again}
+    halves = [run.autocast is not contextlib.nullcontext for run in judged]
+    assert halves == [precision == "bf16"] * 2
+
+
+def test_processes_need_a_common_folder(toy_tree, pretrained, tmp_path, monkeypatch):
+    """A second machine that does not see what the first one has put into --out."""
+    monkeypatch.setattr(train, "gathered", lambda found: [found, False])
+    done = run(tmp_path, *toy_run(toy_tree, pretrained), "--out", "o", expect=1)
+    assert "not one folder for all" in done.stderr and "share" in done.stderr
