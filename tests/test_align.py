@@ -607,28 +607,6 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     assert used is not None and used.abs().sum() > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "argv", [["--loss", "align", "--batch-tokens", 512], ["--loss", "maf", "--batch-size", 32]]
-)
-def test_two_processes_are_one(toy_tree, tmp_path, argv):
-    """Negatives, counts and means included: two processes with n units each and one with 2n."""
-    common = [
-        "--data",
-        toy_tree,
-        "--steps 4 --warmup 0 --lr 0.0001 --answers-start 0 --eval-every 4",
-        *QUICK,
-    ]
-    run(tmp_path, *argv, *common, "--gpus 2 --out two", processes=2)
-    run(tmp_path, *argv[:-1], 2 * argv[-1], *common, "--out", "one")
-    # MAF's loss does not feel it: noise
-    one, two = (
-        {k: v for k, v in weights(tmp_path / n).items() if k != "feature.bias"}
-        for n in ("one", "two")
-    )
-    same(one, two, rtol=1e-4, atol=2e-5)
-
-
 @pytest.mark.parametrize(
     "argv",
     [

@@ -412,7 +412,6 @@ def test_compiled_graphs_are_few(toy_tree, tmp_path, monkeypatch):
     [
         ("toy-vqa", "vqa"),
         ("toy-gqa", "gqa"),
-        ("toy-vcr", "vcr"),
         ("toy-retrieval", "retrieval"),
         ("toy-align", "pointing"),
         ("toy-amc", "pointing"),
