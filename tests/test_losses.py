@@ -691,6 +691,8 @@ def test_each_function_runs_when_copied_with_the_helpers_its_docstring_names(nam
         exec("\n".join([*decorators[part], parts[part]]), space)
     text, region = prefix_mask([3, 2]), prefix_mask([4, 1])
     x = dict(
+        a=torch.randn(2, 3, 8),
+        b=torch.randn(2, 8, 4),
         words=torch.randn(2, 3, 8),
         regions=torch.randn(2, 4, 8),
         text_mask=text,
@@ -779,6 +781,7 @@ def test_docstrings_tell_what_a_reader_needs(name):
     assert doc and len(doc) > 50
     if name not in (
         "wide",
+        "product",
         "mean_over",
         "masked_softmax",
         "block_softmax",
