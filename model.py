@@ -511,13 +511,14 @@ class Encoder(nn.Module):
             made["pooled"] = pooled = self.pooler(x[:, 0]).tanh()  # (B, D)
             # scores in float32: those of bf16 tie, and a tie is wrong
             with torch.autocast(x.device.type, enabled=False):
-                pooled = pooled.float()
+                kind = self.match.weight.dtype
+                pooled = pooled.to(kind)
                 if "match" in heads:
                     made["match"] = self.match(pooled)
                 if "rank" in heads:
                     made["rank"] = self.rank(pooled)[:, 0]
                 if "task" in heads:
-                    made["scores"] = self.task_head(x.float(), mask, pooled, out.regions.float())
+                    made["scores"] = self.task_head(x.to(kind), mask, pooled, out.regions.to(kind))
         return out._replace(**made)
 
 
@@ -891,7 +892,7 @@ class Albef(nn.Module):
     def score(self, states):
         """(B, 2) logits of matching, float32 also under autocast"""
         with torch.autocast(states.device.type, enabled=False):
-            return self.match(states[:, 0].float())
+            return self.match(states[:, 0].to(self.match.weight.dtype))
 
 
 class Maf(nn.Module):
