@@ -511,14 +511,13 @@ class Encoder(nn.Module):
             made["pooled"] = pooled = self.pooler(x[:, 0]).tanh()  # (B, D)
             # scores in float32: those of bf16 tie, and a tie is wrong
             with torch.autocast(x.device.type, enabled=False):
-                kind = self.match.weight.dtype
-                pooled = pooled.to(kind)
+                pooled = pooled.to(self.match.weight.dtype)
                 if "match" in heads:
                     made["match"] = self.match(pooled)
                 if "rank" in heads:
                     made["rank"] = self.rank(pooled)[:, 0]
                 if "task" in heads:
-                    made["scores"] = self.task_head(x.to(kind), mask, pooled, out.regions.to(kind))
+                    made["scores"] = self.task_head(x.to(pooled), mask, pooled, out.regions.to(pooled))
         return out._replace(**made)
 
 
