@@ -517,7 +517,8 @@ class Encoder(nn.Module):
                 if "rank" in heads:
                     made["rank"] = self.rank(pooled)[:, 0]
                 if "task" in heads:
-                    made["scores"] = self.task_head(x.to(pooled), mask, pooled, out.regions.to(pooled))
+                    states = x.to(pooled), mask, pooled, out.regions.to(pooled)
+                    made["scores"] = self.task_head(*states)
         return out._replace(**made)
 
 
