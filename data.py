@@ -2230,25 +2230,25 @@ class Index:
             out[mask] = np.concatenate(pieces)
         return out, mask
 
-    def words(self, rows):
+    def text_input(self, rows):
         """The texts' share of the model's input"""
         text, text_mask = self.text(rows)
-        words = {"text": text, "text_mask": text_mask}
+        x = {"text": text, "text_mask": text_mask}
         if self.types is not None:
-            words["text_type"] = self.text(rows, "types")[0]
-        return as_tensors(words)
+            x["text_type"] = self.text(rows, "types")[0]
+        return as_tensors(x)
 
-    def seen(self, images):
+    def region_input(self, images):
         """The images' share of the model's input"""
-        seen = {"regions": self.store.read(images), "boxes": self.store.relative_boxes(images)}
-        seen["region_mask"] = length_mask(self.store.n_regions(images))
+        x = {"regions": self.store.read(images), "boxes": self.store.relative_boxes(images)}
+        x["region_mask"] = length_mask(self.store.n_regions(images))
         if isinstance(self.store, JoinedStore):
-            seen["region_type"] = self.store.region_types(images)
-        return as_tensors(seen)
+            x["region_type"] = self.store.region_types(images)
+        return as_tensors(x)
 
     def batch(self, rows, images, text=None):
         """The model's input for these pairs; text = ids to use instead, e.g. masked ones."""
-        batch = self.words(rows) | self.seen(images)
+        batch = self.text_input(rows) | self.region_input(images)
         if text is not None:
             batch["text"] = torch.from_numpy(text)
         # counted here: a GPU would have to be waited for
@@ -2311,10 +2311,10 @@ def as_tensors(arrays):
 
 
 class Pool:
-    """The texts and images of many pairs (G, K), each once, where the model is: what an Index is
-    to all of them. Pairs are put together there, so that nothing is read or sent twice.
+    """The texts and images of pairs of an Index, each once: batches of the pairs are put together
+    where the tensors are, so that nothing is read, or sent to a device, twice.
 
-    rows, images  (G, K) the pairs, as numbers in here
+    rows, images  (G, K) the pairs, as numbers of the pool's own texts and images
     """
 
     in_chunks = Index.in_chunks
@@ -2323,13 +2323,13 @@ class Pool:
         texts, self.rows = np.unique(rows, return_inverse=True)
         shown, self.images = np.unique(images, return_inverse=True)
         self.rows, self.images = self.rows.reshape(rows.shape), self.images.reshape(rows.shape)
-        self.words, self.seen = index.words(texts), index.seen(shown)
+        self.text_input, self.region_input = index.text_input(texts), index.region_input(shown)
         self.n_words, self.n_regions = index.n_words(texts), index.store.n_regions(shown)
 
     def apply(self, function):
         """The same pool, its tensors as the function leaves them."""
         new = copy.copy(self)
-        new.words, new.seen = function(self.words), function(self.seen)
+        new.text_input, new.region_input = map(function, (self.text_input, self.region_input))
         return new
 
     def pin_memory(self):
@@ -2343,12 +2343,13 @@ class Pool:
     def batch(self, rows, images):
         """The model's input for these pairs, as wide as the longest of them"""
         batch = {"length": int(self.length(rows, images).max())}
-        both = (self.words, rows, self.n_words), (self.seen, images, self.n_regions)
-        for part, which, lengths in both:
-            for name, x in part.items():
-                # cut first, so that no padding is copied
-                at = torch.from_numpy(which).to(x.device, non_blocking=True)
-                batch[name] = x[:, : lengths[which].max()][at]
+        for part, which, lengths in (
+            (self.text_input, rows, self.n_words),
+            (self.region_input, images, self.n_regions),
+        ):
+            at = torch.from_numpy(which).to(next(iter(part.values())).device, non_blocking=True)
+            # cut first, so that no padding is copied
+            batch |= {name: x[:, : lengths[which].max()][at] for name, x in part.items()}
         return batch
 
 

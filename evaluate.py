@@ -33,6 +33,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from collections import Counter
 from contextlib import nullcontext
@@ -58,7 +59,7 @@ from data import entailment_pairs, entity_captions, gqa_questions, karpathy_capt
 from data import nlvr_presentations, referit_expressions, referring_expressions, vcr_choices
 from data import field, vg_images, vqa_annotations, vqa_questions, winoground_examples
 from data import example_batch, make_index, normalize_pixels, open_index, token_batches
-from model import SIZES, Albef, CheckpointError, Lxmert, Maf, build, load_pretrained
+from model import SIZES, Albef, CheckpointError, Encoder, Lxmert, Maf, build, load_pretrained
 from model import detector_size, load_detector, read_checkpoint, resize_for_detector
 
 # 1. Scoring -------------------------------------------------------------------------------------
@@ -122,6 +123,22 @@ def autocast_for(device, precision="auto"):
     if precision == "bf16" or precision == "auto" and native:
         return functools.partial(torch.autocast, device.type, torch.bfloat16)
     return nullcontext
+
+
+def need_kind(run, kind, what, recipe):
+    """An error where a checkpoint's model cannot do what is asked of it."""
+    if not isinstance(run.model, kind):
+        hint = f"  Train one that does: python train.py {recipe}"
+        raise CheckpointError(f"this checkpoint does not {what}\n{hint}")
+
+
+def fail(program, message):
+    """End with an error, said once. Most errors are met by all processes, and the first says them;
+    one that another process has met alone it says itself, unless torchrun has ended it by then.
+    """
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(10)
+    sys.exit(f"{program}: error: {message}")
 
 
 def shared_out(items):
@@ -338,6 +355,7 @@ def winoground_scores(s):
 
 def winoground_index(run):
     """Winoground's captions: 2e + c belongs to image c of example e; and each example's tag."""
+    need_kind(run, Encoder, "score a caption with an image", "--loss cacr")
     records = list(winoground_examples(run.data, "", Counter()))
     store = run.vision.open("winoground")
     index = make_index(records, store, run.tokenizer, name="Winoground")
@@ -428,6 +446,7 @@ def retrieval(run, split="", dataset="", head="", keep=None, **scoring):
     over five consecutive folds of 1,000 images.
     """
     split, dataset = split or "test", dataset or run.settings.get("dataset") or "flickr30k"
+    need_kind(run, Encoder, "score a caption with an image", "--task retrieval")
     reader = functools.partial(karpathy_captions, dataset=dataset)
     index = run.index(reader, split, dataset, name=f"{dataset} {split}", skip_missing=False)
     I, column = len(index.images), np.searchsorted(index.images, index.image)
@@ -1202,7 +1221,7 @@ def glove(path, words):
 def glove_words(path):
     """All words of GloVe's file, in its order"""
     with open(path, "rb") as file:
-        return [line.split(b" ", 1)[0].decode() for line in file]
+        return [line.split(b" ", 1)[0].decode(errors="replace") for line in file]
 
 
 class WordVectors:
@@ -1405,9 +1424,7 @@ def grounding(run, split=""):
     of its unsupervised rule, of every baseline of MAF's table 5, and of the best that the regions
     allow; in percent of the phrases that have a box.
     """
-    if not isinstance(run.model, Maf):
-        hint = "  Train that first: python train.py --loss maf"
-        raise CheckpointError(f"this checkpoint does not ground phrases\n{hint}")
+    need_kind(run, Maf, "ground phrases", "--loss maf")
     rows, kinds = [], []
     for _, phrase, truth, boxes in grounded_phrases(run, split or "test"):
         rows.append({m: losses.box_iou(box, truth).item() for m, box in boxes.items()})
@@ -2394,11 +2411,11 @@ def load_run(path, data, regions="", size=None, official=None):
     settings |= {"data": str(data), "regions": str(regions or Path(data) / "regions")}
     vision = vision_of(settings)
     sizes = saved.sizes if saved else settings
-    # MAF's
+    # MAF's, whose official table has all of GloVe, in the file's order
     if "inputs" in sizes:
-        # the authors' table has all of GloVe, in the file's order
         words = WordVectors(sizes["words"] if saved else glove_words(glove_file(data)))
-        model = Maf(len(words), sizes["width"], sizes["features"], sizes["inputs"])
+        shape = sizes.get("width", 300), sizes.get("features", 2048)
+        model = Maf(len(words), *shape, sizes["inputs"])
         if saved:
             model.load_state_dict(saved.model)
         else:
@@ -2543,7 +2560,7 @@ def main(argv=None):
         args = make_parser().parse_args(argv)
         numbers = run_benchmark(args)
     except (DataError, CheckpointError, OSError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
+        fail("evaluate.py", error)
     digits = 4 if args.image else 2
     rounded = {k: round(v, digits) if isinstance(v, float) else v for k, v in numbers.items()}
     if is_main():
@@ -2574,10 +2591,9 @@ def run_benchmark(args):
         "dataset": args.dataset or TASKS[name].datasets[0],
         **OFFICIAL[args.model],
     }
-    size = args.size or official.get("size")
     device, runs = join_processes(), {}
     for path in args.ckpt:
-        run = load_run(path, args.data, args.regions, size, official)
+        run = load_run(path, args.data, args.regions, args.size or official.get("size"), official)
         run.settings["skip_missing"] = args.skip_missing
         # a run is called by its folder in figures
         called = Path(path).parent.name
@@ -2622,6 +2638,11 @@ def run_task(runs, args):
     several checkpoints are an ensemble
     """
     run = next(iter(runs.values()))
+    kinds = [(each.settings["task"], each.sizes) for each in runs.values()]
+    if any(kind != kinds[0] for kind in kinds):
+        # of other words or answers: their mean would say nothing
+        hint = "  An ensemble is of one task, one data tree and one size."
+        raise CheckpointError(f"{' '.join(args.ckpt)} are not models of one kind\n{hint}")
     if len(runs) > 1:
         run = run._replace(model=Ensemble([each.model for each in runs.values()]))
     trained = run.settings["task"]
@@ -2642,9 +2663,8 @@ def draw_figures(runs, args):
     settings = {"loss": "", "model": "", "triplets": "", "pretrain": "", "task": "retrieval"}
     settings |= next(iter(runs.values())).settings
     _, draw = benchmarks_of(settings)
-    paths = [
-        p for figure in draw or [attention_figures, head_figures] for p in figure(runs, args.out)
-    ]
+    draw = draw or [attention_figures, head_figures]
+    paths = [p for figure in draw for p in figure(runs, args.out)]
     for path in args.ckpt:
         log = Path(path).parent / "log.jsonl"
         if log.exists():
@@ -2666,20 +2686,8 @@ BENCHMARKS = {
 OFFICIAL = {
     "uniter": {"cased": True},
     "lxmert": {"size": "base", "cased": False, "classes": 1600},
-    "albef": {
-        "size": "base",
-        "cased": False,
-        "vision": "patches",
-        "resolution": 256,
-        "patch": 16,
-    },
-    "maf": {
-        "size": "base",
-        "phrase_pooling": "attention",
-        "inputs": ("label", "feature"),
-        "width": 300,
-        "features": 2048,
-    },
+    "albef": {"size": "base", "cased": False, "vision": "patches", "resolution": 256, "patch": 16},
+    "maf": {"size": "base", "phrase_pooling": "attention", "inputs": ("label", "feature")},
 }
 
 if __name__ == "__main__":

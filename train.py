@@ -1271,7 +1271,9 @@ def hardest_of(index, captions, images, scores):
 
 @torch.no_grad()
 def hardest_candidates(cfg, runtime, model, batch):
-    """Score the candidates of each group and keep the highest-scored [IAIS's code]."""
+    """Score the candidates of each group and keep the highest-scored [IAIS's code]. Waits for the
+    device once: which they are decides the shapes.
+    """
     # without gradient, so that many more pairs fit at once than in training
     pool = batch.pop("candidates").apply(lambda part: to_device(part, runtime.device))
     captions, images = pool.rows, pool.images
@@ -1855,7 +1857,6 @@ def make_toy_tree(folder):
 
 def main(argv=None):
     """Parse, set up, train, print the numbers"""
-    rank = int(os.environ.get("RANK", 0))
     try:
         cfg = parse(argv)
         runtime = setup_runtime(cfg)
@@ -1869,8 +1870,7 @@ def main(argv=None):
         sys.exit(f"train.py: error: {error}")
     except (DataError, CheckpointError, OSError) as error:
         # a loader process wraps its error into a stack trace
-        message = str(error).split("DataError: ")[-1].strip()
-        sys.exit(f"train.py: error: {message}" if rank == 0 else 1)
+        evaluate.fail("train.py", str(error).split("DataError: ")[-1].strip())
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume")
     finally:

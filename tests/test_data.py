@@ -360,7 +360,7 @@ def test_hardest_negatives_come_from_the_candidates(pairs):
         assert (np.ptp(captions if same == "captions" else images, axis=1) == 0).all()
         # what they share is there once
         n = len(np.unique(captions)), len(np.unique(images))
-        assert n == (len(pool.words["text"]), len(pool.seen["regions"]))
+        assert n == (len(pool.text_input["text"]), len(pool.region_input["regions"]))
         assert n[0 if same == "captions" else 1] <= len(captions)
 
 
@@ -371,8 +371,8 @@ def test_a_pool_makes_the_batches_of_its_index(pairs):
     images = rng.choice(pairs.images, size=(4, 9))
     rows[1], images[2] = rows[1, 0], images[2, 0]
     pool = pickle.loads(pickle.dumps(data.Pool(pairs, rows, images)))
-    assert len(pool.words["text"]) == len(np.unique(rows))
-    assert len(pool.seen["regions"]) == len(np.unique(images))
+    assert len(pool.text_input["text"]) == len(np.unique(rows))
+    assert len(pool.region_input["regions"]) == len(np.unique(images))
     ours = data.collate_negatives(pool, pool.rows, pool.images)
     read = data.collate_negatives(pairs, rows, images)
     assert torch.equal(ours["order"], read["order"])

@@ -201,3 +201,29 @@ def test_each_process_has_its_share(monkeypatch):
         monkeypatch.setattr(evaluate.dist, "get_rank", lambda: rank)
         shares.append(list(evaluate.shared_out(range(7))))
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_an_ensemble_is_of_one_kind_of_model(toy_tree, pretrained, tmp_path):
+    """Ids of other words, or other answers, would be averaged without a word."""
+    for name, changes in (("a", {}), ("b", {"types": 4})):
+        saved = torch.load(pretrained[0], weights_only=True)
+        saved["config"]["task"] = "ve"
+        saved["sizes"] |= changes
+        if changes:
+            table = saved["model"]["text_embedding.token_type.weight"]
+            saved["model"]["text_embedding.token_type.weight"] = table[:1].repeat(4, 1)
+        torch.save(saved, tmp_path / f"{name}.pt")
+    args = ["--task ve --ckpt", tmp_path / "a.pt", tmp_path / "b.pt", "--data", toy_tree]
+    done = inside(tmp_path, args, main=evaluate.main)
+    assert done.returncode == 1 and "not models of one kind" in done.stderr, done.stderr
+
+
+def test_an_error_of_one_process_is_said(monkeypatch):
+    """The first says it at once; another only if it has not been ended by then."""
+    waited = []
+    monkeypatch.setattr(evaluate.time, "sleep", waited.append)
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="train.py: error: a broken file"):
+            evaluate.fail("train.py", "a broken file")
+    assert waited == [10]
