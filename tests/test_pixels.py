@@ -541,6 +541,7 @@ def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
     assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3]), values
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(toy_tree, albef, tmp_path):
     """Queue, negatives, contrast, matching and words: to the last digits the same weights,
     teacher and queue. (AMC's mean pools over a process's pairs.)
