@@ -519,7 +519,8 @@ class Encoder(nn.Module):
                 if "task" in heads:
                     states = x.to(pooled), mask, pooled, out.regions.to(pooled)
                     made["scores"] = self.task_head(*states)
-        return out._replace(**made)
+        # not _replace(): torch.compile of 2.11 does not follow it
+        return Output(out.words, out.regions, out.maps, gradcam=out.gradcam, **made)
 
 
 class Uniter(Encoder):
