@@ -280,11 +280,8 @@ def memory_mapped(folder, key, build):
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = open(f"{folder}.lock", "w")
         except OSError as error:
-            raise DataError(
-                f"{folder.parent} cannot be written: {error}",
-                "a place for the index of the data, beside them. Make it a link to a folder that "
-                "can be written.",
-            ) from None
+            wanted = "a folder for the data's index; it may be a link to one that can be written"
+            raise DataError(f"{folder.parent} cannot be written: {error}", wanted) from None
         with lock:
             # the system frees this lock when its holder ends, however it ends
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -524,9 +521,8 @@ class RegionStore:
             # numpy's reader of headers raises whatever a broken header makes of it
             raise self.error(f"cannot be read: {str(error) or type(error).__name__}") from None
         needed = "ids", "wh", "offsets", "features", "boxes"
-        for name in needed:
-            if name not in self.arrays:
-                raise self.error(f"lacks {name}.npy")
+        if missing := [name for name in needed if name not in self.arrays]:
+            raise self.error(f"lacks {missing[0]}.npy")
         self.ids, self.wh, self.offsets, self.features, self.boxes = map(self.arrays.get, needed)
         self.checked_features, self.files = np.zeros(len(self.ids), bool), {}
         self.check_columns()
@@ -570,8 +566,7 @@ class RegionStore:
         if N == 0:
             raise self.error("is empty")
         if self.offsets[0] != 0 or self.offsets[-1] != rows:
-            ends = f"offsets end at {self.offsets[-1]}, {rows} feature rows"
-            raise self.error(f"does not fit together: {ends}")
+            raise self.error(f"does not fit together: {self.offsets[-1]} offsets, {rows} rows")
 
     def check_rows(self, chunk=1 << 16):
         """Look at every row once, in pieces, so that any store takes the same memory."""
@@ -640,10 +635,7 @@ class RegionStore:
     def column(self, name):
         """One of the store's arrays, or an error where a converter had nothing to put there."""
         if name not in self.arrays:
-            wanted = (
-                "features of a detector with classes and attributes, such as LXMERT's 10-column "
-                "TSV files, or python evaluate.py extract."
-            )
+            wanted = "classes and attributes: evaluate.py extract, or LXMERT's TSV files"
             have = ", ".join(sorted(self.arrays))
             raise DataError(f"{self.folder} has no {name}: {have}", wanted)
         return self.arrays[name]
@@ -651,7 +643,13 @@ class RegionStore:
     def read(self, images, column="features"):
         """Rows of these images side by side: (B, N_V, ...) padded with 0."""
         values, n = self.column(column), self.n_regions(images)
-        out = np.zeros((len(n), n.max(initial=0), *values.shape[1:]), values.dtype)
+        out = np.empty((len(n), n.max(initial=0), *values.shape[1:]), values.dtype)
+        real = np.arange(out.shape[1]) < n[:, None]
+        out[~real] = 0
+        if values.strides[0] < 1024:
+            # boxes and the like: many images lie on a page
+            out[real] = self.read_at(images, real, column)
+            return out
         if column not in self.files:
             self.files[column] = open(values.filename, "rb", buffering=0)
         file, row = self.files[column].fileno(), values.strides[0]
@@ -1037,10 +1035,7 @@ def read_picture(path, enough=None):
                 return upright(picture)
     except PICTURE_ERRORS as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        hint = (
-            "Most often a download that stopped half way, or an error page saved as a picture. "
-            "Fetch it again, or remove it."
-        )
+        hint = "Most often a download cut short, or an error page. Fetch it again, or remove it."
         raise DataError(f"{path} cannot be read as a picture: {why}", hint=hint) from None
 
 
@@ -1149,13 +1144,14 @@ def karpathy_captions(data, split, stats, dataset="coco"):
 
 
 def winoground_examples(data, split, stats):
-    """Winoground's 400 examples; two Records each, caption i with image i; note = the tag."""
+    """Winoground's 400 examples; two Records each, caption i with image i; note = both tags."""
     path = Path(data) / "winoground" / "examples.jsonl"
     for where, e in read_json_lines(path, "Winoground's examples"):
         for i in (0, 1):
             image, text = field(e, f"image_{i}", where), field(e, f"caption_{i}", where, str)
             name = f"{field(e, 'id', where)}/{i}"
-            yield Record(image, text, name, note=e.get("collapsed_tag", ""))
+            tags = e.get("collapsed_tag", ""), e.get("secondary_tag", "")
+            yield Record(image, text, name, note=tags)
 
 
 def read_label(record, where):
