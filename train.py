@@ -44,7 +44,7 @@ from data import HARDEST, Batches, collate_negatives, mismatched_images, normali
 from data import strip_punctuation, write_atomic
 from evaluate import TASKS, PhraseInput, Run, WordVectors, ablate_modality, all_answers
 from evaluate import gathered, glove, glove_file, join_processes, load_wordpiece, open_task
-from evaluate import autocast_for, to_device, vision_of
+from evaluate import autocast_for, content_words, to_device, vision_of
 from model import ALBEF_SIZES, SIZES, TWO_STREAM_LAYERS, CheckpointError, Maf, build
 from model import init_rank_from_match, load_pretrained, read_checkpoint
 
@@ -78,8 +78,8 @@ class Loss(NamedTuple):
 
 
 LOSSES = {
-    "cacr": Loss(losses.cacr_side, "layer_probs", "own cross other"),
-    "cacr-logits": Loss(losses.cacr_side, "logits", "own cross other"),
+    "cacr": Loss(losses.cacr_side, "logits", "own cross other"),
+    "cacr-probs": Loss(losses.cacr_side, "layer_probs", "own cross other"),
     "iais": Loss(losses.iais_singular_side, "logits", "own cross other"),
     "iais-released": Loss(losses.iais_singular_released, "block_probs", "own cross other"),
     "iais-distributed": Loss(losses.iais_distributed_side, "block_probs", "own cross back"),
@@ -185,6 +185,7 @@ class Config:
     pretrain: str = opt("mlm+itm", PRETRAIN_HELP, group="losses")
     align_weight: float = opt(1.0, "final weight of the alignment losses [ours]; IAIS's code: 8")
     align_schedule: str = opt("exp", "how it comes in [CACR sec. 4, IAIS code]", ALIGN_SCHEDULES)
+    align_layer: int = opt(-1, "layer whose attention is aligned: the last [CACR sec. 3.1]")
     wra_weight: float = opt(0.1, "weight of WRA in pre-training [authors' code]")
     task_loss: str = opt("", "ve: bce [authors' code] or ce [UNITER sec. A.2]; re: ce or rank")
     mask_rate: float = opt(0.15, "share of words or regions masked [UNITER sec. 3.2]")
@@ -221,6 +222,8 @@ class Config:
     save_every: int = opt(200, "updates between checkpoints")
     log_every: int = opt(10, "updates between log lines")
     eval_every: int = opt(200, "updates between validations")
+    log_shares: bool = opt(False, "log each loss's share of the gradient's norm too")
+    track: bool = opt(False, "score what a run ends with at its start and each validation too")
     keep_best: bool = opt(False, "keep the checkpoint of the best validation too, as best.pt")
 
     @property
@@ -240,7 +243,8 @@ class Config:
 
 
 # settings that change no number
-NO_NUMBERS = set("out resume workers save_every log_every data regions keep_best".split())
+NO_NUMBERS = set("out resume workers save_every log_every log_shares track".split())
+NO_NUMBERS |= set("data regions keep_best".split())
 # what settings were called before
 OLD_SETTINGS = {
     "--units": "--batch-tokens (maf and albef: --batch-size)",
@@ -256,7 +260,7 @@ OLD_SETTINGS = {
     "--form": "--nlvr2-head",
     "--mine-from": "--mine-pool",
     "--vg-questions": "--split train2014+val2014+vg",
-    "--cacr-on": "--loss cacr or cacr-logits",
+    "--cacr-on": "--loss cacr or cacr-probs",
 }
 
 
@@ -335,7 +339,7 @@ def make_config(recipe, **changes):
     if cfg.vision == "patches":
         cfg.resolution = cfg.resolution or (64 if cfg.size in ("tiny", "toy") else 256)
         # a model of patches cannot start from one of regions
-        cfg.init = "toy-patches" if cfg.init == "toy-pretrain" else cfg.init
+        cfg.init = "toy-patches" if cfg.init in ("toy-pretrain", "toy-short") else cfg.init
     cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
     if cfg.dataset == Config.dataset:
         cfg.dataset = TASKS[cfg.task].datasets[0]
@@ -440,6 +444,10 @@ def check_model(cfg):
         )
     if cfg.compile and (cfg.is_albef or "heat" in given_to(cfg)):
         raise UserError("--compile: heat maps need second derivatives, which compiled code lacks")
+    # of two streams the cross layers
+    layers = sizes[cfg.size][-1] if sizes is TWO_STREAM_LAYERS else sizes[cfg.size]["layers"]
+    if not -layers <= cfg.align_layer <= -1:
+        raise UserError(f"--align-layer {cfg.align_layer}: wanted -{layers} (first) to -1 (last)")
     row = TASKS[cfg.task]
     if cfg.vision == "patches" and row.needs_boxes:
         why = "it is about a detector's boxes"
@@ -938,14 +946,6 @@ LANGUAGE_SIDE = {"own": "LL", "cross": "LV", "back": "VL", "other": "VV"}
 VISION_SIDE = {"own": "VV", "cross": "VL", "back": "LV", "other": "LL"}
 
 
-def content_words(text_mask):
-    """text_mask without [CLS] and [SEP]; a caption with no other word keeps them."""
-    last = text_mask.sum(dim=1, keepdim=True) - 1
-    place = torch.arange(text_mask.shape[1], device=text_mask.device)
-    words = text_mask & (place > 0) & (place < last)
-    return torch.where(words.any(dim=1, keepdim=True), words, text_mask)
-
-
 def alignment(cfg, out, batch, anchor="both"):
     """{name: loss} of --loss on matched pairs; anchor "text" gives the language side, "image" the
     vision side, else their sum.
@@ -977,7 +977,7 @@ def alignment(cfg, out, batch, anchor="both"):
 
 def maps_needed(cfg):
     """Layers whose attention maps the losses of --loss need"""
-    return (-1,) if set(given_to(cfg)) & set(ATTENTION) else ()
+    return (cfg.align_layer,) if set(given_to(cfg)) & set(ATTENTION) else ()
 
 
 def objective_mlm(cfg, model, batch):
@@ -1462,18 +1462,20 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches):
     weight["answers"] = float(step > cfg.answers_start * cfg.steps)
     # of a batch with fewer samples than processes some have none
     logged, own = {}, [b for b in batches if b["names"]]
-    for batch in own:
+    for number, batch in enumerate(own):
         if "candidates" in batch:
             batch = hardest_candidates(cfg, runtime, model, batch)
         batch = prepare_batch(cfg, runtime, batch)
         with runtime.autocast():
             terms = OBJECTIVES[batch["task"]][0](cfg, model, batch)
         # so that any split over batches and processes gives the same sum
-        loss = sum(
-            value * weight.get(name, 1.0) * (count_of(batch, name) / total[counted_as(name)])
+        parts = {
+            name: value * weight.get(name, 1.0) * (count_of(batch, name) / total[counted_as(name)])
             for name, value in terms.items()
-        )
-        loss.backward()
+        }
+        if cfg.log_shares and step % cfg.log_every == 0 and number == 0:
+            logged |= gradient_shares(model, parts)
+        sum(parts.values()).backward()
         for name, value in terms.items():
             n = sum(count_of(b, name) for b in batches)
             part = value.detach() * count_of(batch, name) / max(1, n)
@@ -1488,6 +1490,18 @@ def train_step(cfg, runtime, model, optimizer, streams, step, batches):
     # None instead of 0: the optimiser skips a head that the next step does not train
     optimizer.zero_grad(set_to_none=True)
     return logged, norm, [name for b in own for name in b["names"]]
+
+
+def gradient_shares(model, parts):
+    """{share/name: |gradient of this part of the loss| / sum of all parts' norms}, in 0 to 1: of a
+    process's first batch, one more backward pass for each part. It changes no number.
+    """
+    params, norms = [p for p in model.parameters() if p.requires_grad], {}
+    for name, part in parts.items():
+        found = torch.autograd.grad(part, params, retain_graph=True, allow_unused=True)
+        norms[name] = torch.nn.utils.get_total_norm([g for g in found if g is not None])
+    total = sum(norms.values()).clamp(min=1e-30)
+    return {f"share/{name}": norm / total for name, norm in norms.items()}
 
 
 def check_finite(step, logged, norm, names):
@@ -1704,13 +1718,14 @@ def train(cfg, runtime):
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     runtime.print_rank0(f"  {parameters:.1f} M parameters, {cfg.steps} steps -> {cfg.out}")
     log = Log(cfg, runtime, start)
-    run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log)
-    return finalize(cfg, runtime, run._replace(model=model, sizes=sizes), log)
+    run = run._replace(model=model, sizes=sizes)
+    run_loop(cfg, runtime, run, optimizer, streams, start, log)
+    return finalize(cfg, runtime, run, log)
 
 
-def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
+def run_loop(cfg, runtime, run, optimizer, streams, start, log):
     """The updates from start on: step, log, validate, save."""
-    compiled = model
+    compiled = model = run.model
     if cfg.compile:
         # a graph for each set of heads and maps, in training and in validation, of all shapes
         torch._dynamo.config.recompile_limit = 64
@@ -1718,6 +1733,9 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
     began, num_pairs, unchecked = time.time(), 0, None
     title, hidden = f"{cfg.recipe} {cfg.loss}", None if runtime.is_main else True
     bar = tqdm(range(start + 1, cfg.steps + 1), title, cfg.steps, initial=start, disable=hidden)
+    tracked = benchmarks_of(cfg, run)[0] if cfg.track else ()
+    if start == 0 and tracked:
+        log.write({"step": 0, **measured(tracked, run)})
     model.train()
     for step, batches in zip(bar, load_batches(cfg, runtime, compiled, streams, start)):
         how = cfg, runtime, compiled, optimizer, streams.train, step, batches
@@ -1739,14 +1757,15 @@ def run_loop(cfg, runtime, model, optimizer, streams, start, sizes, log):
             log.write({"step": step, **line})
         if step % cfg.eval_every == 0 or is_last:
             accuracy = validate(cfg, runtime, compiled, streams.val)
+            accuracy |= measured(tracked, run)
             if log.write({"step": step, **accuracy}) and cfg.keep_best and runtime.is_main:
                 check_finite(*unchecked)
-                save_checkpoint(Path(cfg.out) / "best.pt", cfg, model, optimizer, step, sizes)
+                save_checkpoint(Path(cfg.out) / "best.pt", cfg, model, optimizer, step, run.sizes)
         if (step % cfg.save_every == 0 or is_last) and runtime.is_main:
             if cfg.is_pretraining and hasattr(model, "rank"):
                 # untrained so far: a fine-tuning run finds it started as it should be
                 init_rank_from_match(model)
-            save_checkpoint(Path(cfg.out) / "last.pt", cfg, model, optimizer, step, sizes)
+            save_checkpoint(Path(cfg.out) / "last.pt", cfg, model, optimizer, step, run.sizes)
 
 
 def note_unreadable(cfg, batches):
@@ -1817,23 +1836,57 @@ def run_first(cfg, runtime):
 # 10. The end of a run ---------------------------------------------------------------------------
 
 
+def benchmarks_of(cfg, run):
+    """What a run is measured on and drawn as: ([benchmark], [figure function])."""
+    task = TASKS[cfg.task]
+    if task.reader:
+        return [functools.partial(evaluate.downstream, ablate=cfg.ablate)], []
+    if not (Path(cfg.data) / "winoground").exists() or vocabulary_task(cfg) != cfg.task:
+        return [], []
+    benchmarks, draw = evaluate.benchmarks_of(run.settings)
+    # at full size retrieval takes hours: evaluate.py --task retrieval
+    return benchmarks + [evaluate.retrieval] * (cfg.recipe == "toy-retrieval"), draw
+
+
+def measured(benchmarks, run):
+    """The numbers of all of them"""
+    return {k: v for benchmark in benchmarks for k, v in benchmark(run).items()}
+
+
+def without_loss(cfg):
+    """{without_loss/name: number} of the same run with --loss none: from its folder; of the first
+    command from tests/results.json.
+    """
+    out, numbers = cfg.out.replace(f"-{cfg.loss}", "-none", 1), {}
+    if cfg.loss == "none" or out == cfg.out:
+        return {}
+    if (Path(out) / "done.json").exists():
+        numbers = json.loads((Path(out) / "done.json").read_text())
+    elif out == "out/toy-none-seed0":
+        path = Path(__file__).resolve().parent / "tests/results.json"
+        with contextlib.suppress(OSError, KeyError):
+            numbers = json.loads(path.read_text())["claims"]["none"]["0"]
+    wanted = "winoground/text", "winoground/image", "winoground/group"
+    return {f"without_loss/{name}": numbers[name] for name in wanted if name in numbers}
+
+
 def finalize(cfg, runtime, run, log):
     """Final benchmarks and figures, and where everything is; the numbers go to done.json too."""
     numbers = {k: v for k, v in log.last.items() if k.startswith("val/")}
-    figures, task, draw = Path(cfg.out) / "figures", TASKS[cfg.task], []
+    benchmarks, draw = benchmarks_of(cfg, run)
+    figures = Path(cfg.out) / "figures"
     # all processes: they share the examples out
-    if task.reader:
-        numbers |= evaluate.downstream(run, ablate=cfg.ablate)
-    elif (Path(cfg.data) / "winoground").exists() and vocabulary_task(cfg) == cfg.task:
-        benchmarks, draw = evaluate.benchmarks_of(run.settings)
-        for benchmark in benchmarks:
-            numbers |= benchmark(run)
-    if cfg.recipe == "toy-retrieval":
-        # at full size this takes hours: evaluate.py --task retrieval
-        numbers |= evaluate.retrieval(run)
+    numbers |= measured(benchmarks, run)
+    numbers |= without_loss(cfg)
     if runtime.is_main:
+        runs = {f"{cfg.recipe} {cfg.loss}": run}
+        if draw and (Path(cfg.init).parent / "done.json").exists():
+            # one of ours: figures show what fine-tuning has changed
+            start = evaluate.load_run(cfg.init, cfg.data, cfg.regions)
+            start = start._replace(model=start.model.to(runtime.device), autocast=runtime.autocast)
+            runs = {"before": start} | runs
         for figure in draw:
-            figure({f"{cfg.recipe} {cfg.loss}": run}, figures)
+            figure(runs, figures)
         evaluate.training_curve(log.path, figures / "curve.png")
         write_atomic(Path(cfg.out) / "done.json", json.dumps(numbers, indent=1))
         runtime.print_rank0(f"  {cfg.out}: last.pt, log.jsonl, done.json, figures/")
@@ -1941,9 +1994,11 @@ RECIPES = {
     # Without the first, shapes are not learned in time [measured: README]
     "toy-crops": TOY_PRETRAIN | dict(vision="patches", corpora="crops", steps=4000, lr=1e-3),
     "toy-patches": TOY_PRETRAIN | dict(vision="patches", init="toy-crops", steps=11_000),
+    "toy-short": TOY_PRETRAIN | dict(steps=3000),
     "toy": TOY
     | dict(task="retrieval", dataset="coco", steps=400, warmup=40, batch_tokens=1536)
-    | dict(negatives=3, candidates=24, alternate=True, save_every=100, eval_every=100),
+    | dict(negatives=3, candidates=8, alternate=True, save_every=100, eval_every=50)
+    | dict(init="toy-short"),
     "toy-nlvr": TOY | dict(task="nlvr", dropout=0.1, steps=1500, warmup=150, lr=2e-4),
     "toy-vqa": TOY | dict(task="vqa", steps=1500, head_lr=3.0),
     "toy-vcr": TOY | dict(task="vcr", steps=800, batch_tokens=512, max_words=220),

@@ -1,8 +1,8 @@
-"""The README's table: each alignment loss over several seeds that redraw everything (world,
-weights, batches), honest whichever wins.
+"""The README's tables over several seeds that redraw everything (world, weights, batches), honest
+whichever wins; every command goes on where it stopped and fills tests/results.json and README.md.
 
-python tests/seeds.py --seeds 0 1 2 3 4 --jobs 2       40 minutes on two cores; goes on where it
-stopped; fills tests/results.json and README.md
+python tests/seeds.py --claims                       all claims of tests/claims.json, many hours
+python tests/seeds.py --claims Winoground MAF        those whose words have one of these
 python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy
 checkpoint and from scratch
 python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour
@@ -24,15 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "tests/results.json", ROOT / "README.md"
-VARIANTS = {
-    "none": [],
-    "iais": ["--loss", "iais"],
-    "iais-distributed": ["--loss", "iais-distributed"],
-    "cacr on probabilities": ["--loss", "cacr"],
-    "cacr on logits": ["--loss", "cacr-logits"],
-}
-
-
+CLAIMS = json.loads((ROOT / "tests/claims.json").read_text())
+FIRST_ABOVE = "winoground/updates to 50"
+# Student's t: what 97.5 % lie below, for 1 to 19 degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 NLVR = {
     "from a toy checkpoint": [],
     "from scratch": ["--init", "none"],
@@ -53,32 +49,135 @@ def run(*command, **env):
     return done.stdout
 
 
-def run_seed(seed, threads, results, nlvr):
+def world(seed):
+    """The seed's toy tree, made where it is missing"""
     data = f"data/toy-seed{seed}"
-    if not (ROOT / data).exists():
+    if not (ROOT / data / "toy.json").exists():
         run("tests/toy.py", "--out", data, "--seed", str(seed))
-    if nlvr and not (ROOT / data / "nlvr").exists():
+    return data
+
+
+def keep(results, *place, numbers):
+    """Put a run's numbers into tests/results.json"""
+    at = results
+    for name in place[:-1]:
+        at = at.setdefault(name, {})
+    at[place[-1]] = numbers
+    RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+
+
+def run_arm(name, seed, threads, results):
+    """One run of an arm of tests/claims.json, after those whose checkpoints it begins from, unless
+    its numbers are there; returns its folder.
+    """
+    out = f"out/claims/{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
+    command = CLAIMS["arms"][name]
+    first = re.findall(r"{(.*?)}", command)
+    if str(seed) in results.get("claims", {}).get(name, {}):
+        return out
+    for other in first:
+        folder = run_arm(other, seed, threads, results)
+        if not (ROOT / folder / "last.pt").exists():
+            # its numbers came with the results file, its checkpoint did not
+            results["claims"][other].pop(str(seed))
+            run_arm(other, seed, threads, results)
+        command = command.replace(f"{{{other}}}", f"{folder}/last.pt")
+    how = ["--data", world(seed), "--seed", str(seed), "--resume", "--out", out]
+    text = run("train.py", *command.split(), *how, OMP_NUM_THREADS=str(threads))
+    numbers = json.loads(text.strip().splitlines()[-1])
+    log = [json.loads(line) for line in (ROOT / out / "log.jsonl").read_text().splitlines()]
+    numbers |= curve_numbers(log)
+    keep(results, "claims", name, str(seed), numbers=numbers)
+    print(name, seed, {k: v for k, v in numbers.items() if "area" in k or "/" not in k}, flush=True)
+    return out
+
+
+def curve_numbers(log):
+    """Of what was scored at a run's start and at each validation: {name/area: its mean over the
+    updates, by trapezoids}, and the first update at which Winoground's group score was above 50.
+    """
+    scored = {line["step"]: line for line in log if line["step"] == 0}
+    if not scored:
+        return {}
+    scored |= {line["step"]: line for line in log if scored[0].keys() <= line.keys()}
+    steps, numbers = sorted(scored), {}
+    for name in scored[0].keys() - {"step"}:
+        values = [scored[step][name] for step in steps]
+        pairs = zip(steps, steps[1:], values, values[1:])
+        area = sum((right - left) * (a + b) / 2 for left, right, a, b in pairs)
+        numbers[f"{name}/area"] = round(area / (steps[-1] - steps[0]), 3)
+    above = [s for s in steps if scored[s].get("winoground/group", 0) > 50]
+    return numbers | ({FIRST_ABOVE: above[0]} if above else {})
+
+
+def differences(claim, results):
+    """Of each seed whose runs are all there: the sum of the claim's terms"""
+    found, arms = [], results.get("claims", {})
+    for seed in map(str, claim["seeds"]):
+        terms = claim["terms"]
+        if all(len(t) == 1 or seed in arms.get(t[1], {}) for t in terms):
+            found.append(sum(t[0] * (arms[t[1]][seed][t[2]] if len(t) > 1 else 1) for t in terms))
+    return found
+
+
+def interval(xs):
+    """Mean and half the width of its 95 % interval, by Student's t"""
+    half = T_975[len(xs) - 2] * statistics.stdev(xs) / len(xs) ** 0.5
+    return statistics.mean(xs), half
+
+
+def claims_table(results):
+    """Each claim: the paper's numbers, ours with their interval, and a verdict by the interval"""
+    lines = ["| claim | where | paper | ours: difference, 95 % interval | seeds | verdict |"]
+    lines.append("|" + "---|" * 6)
+    for claim in CLAIMS["claims"]:
+        found, ours, verdict = differences(claim, results), "", "not run yet"
+        if len(found) > 1:
+            middle, half = interval(found)
+            low, high = middle - half, middle + half
+            ours = f"{middle:+.2f} [{low:+.2f}, {high:+.2f}] {claim['unit']}"
+            verdict = "holds" if low > 0 else "the opposite" if high < 0 else "undecided here"
+            if len(found) < len(claim["seeds"]):
+                verdict = "under way"
+        told = claim["claim"], claim["source"], claim["paper"], ours, str(len(found)), verdict
+        lines.append("| " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
+def arms_table(results):
+    """The runs on Winoground: start, mean over the updates, end, the first update above 50"""
+    lines = ["| `train.py` | group at the start | mean over the updates | end | held out | seen "]
+    lines[0] += "| updates to 50, runs that came there |"
+    lines.append("|" + "---|" * 7)
+    keys = ("/area", "", "/held out", "/seen")
+    for name in ("none", "cacr", "iais-released", "iais"):
+        rows = results.get("claims", {}).get(name, {})
+        starts = [results["claims"]["plain"][s]["winoground/group"] for s in rows]
+        if len(rows) < 2:
+            continue
+        cells = [mean([r[f"winoground/group{k}"] for r in rows.values()]) for k in keys]
+        above = [r[FIRST_ABOVE] for r in rows.values() if FIRST_ABOVE in r]
+        reached = f"{len(above)} of {len(rows)}"
+        if above:
+            reached = f"{statistics.mean(above):.0f}, {reached}"
+        command = CLAIMS["arms"][name].split(" --track")[0]
+        lines.append(f"| `{command}` | {mean(starts)} | " + " | ".join(cells) + f" | {reached} |")
+    return "\n".join(lines)
+
+
+def nlvr_seed(seed, threads, results, nlvr):
+    """NLVR v1 from the seed's toy checkpoint and from scratch"""
+    data = world(seed)
+    if not (ROOT / data / "nlvr").exists():
         (ROOT / data / "nlvr").symlink_to(Path(nlvr).resolve())
-    for name, args in (
-        {n: ["--task", "nlvr", *a] for n, a in NLVR.items()} if nlvr else VARIANTS
-    ).items():
+    for name, args in NLVR.items():
         if f"{name}/{seed}" not in results:
             out = f"out/seeds/{name.replace(' ', '-')}-{seed}"
-            text = run(
-                "train.py",
-                *args,
-                "--data",
-                data,
-                "--seed",
-                str(seed),
-                "--out",
-                out,
-                "--resume",
-                OMP_NUM_THREADS=str(threads),
-            )
-            results[f"{name}/{seed}"] = json.loads(text.strip().splitlines()[-1])
-            RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
-            print(name, seed, results[f"{name}/{seed}"], flush=True)
+            how = ["--data", data, "--seed", str(seed), "--out", out, "--resume"]
+            text = run("train.py", "--task", "nlvr", *args, *how, OMP_NUM_THREADS=str(threads))
+            numbers = json.loads(text.strip().splitlines()[-1])
+            keep(results, f"{name}/{seed}", numbers=numbers)
+            print(name, seed, numbers, flush=True)
 
 
 ALIGN = {
@@ -401,9 +500,9 @@ def maf_ablation(results):
 
 
 def mean(xs):
-    return (
-        f"{statistics.mean(xs):.1f} ± {statistics.stdev(xs):.1f}" if len(xs) > 1 else f"{xs[0]:.1f}"
-    )
+    if len(xs) == 1:
+        return f"{xs[0]:.1f}"
+    return f"{statistics.mean(xs):.1f} ± {statistics.stdev(xs):.1f}"
 
 
 def nlvr_table(results):
@@ -428,33 +527,6 @@ def nlvr_table(results):
     )
 
 
-def table(results):
-    seeds = sorted({int(k.split("/")[1]) for k in results if k.split("/")[0] in VARIANTS})
-    lines = [
-        "| loss | text | image | group | group, seed by seed | group minus none, seed by seed |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in VARIANTS:
-        have = [s for s in seeds if f"{name}/{s}" in results]
-        rows = [results[f"{name}/{s}"] for s in have]
-        if not rows:
-            continue
-        group = [r["winoground/group"] for r in rows]
-        pairs = [
-            r["winoground/group"] - results[f"none/{s}"]["winoground/group"]
-            for s, r in zip(have, rows)
-        ]
-        lines.append(
-            f"| {name} | {mean([r['winoground/text'] for r in rows])} | "
-            f"{mean([r['winoground/image'] for r in rows])} | {mean(group)} | "
-            + " ".join(f"{g:.0f}" for g in group)
-            + " | "
-            + ("" if name == "none" else f"{mean(pairs)}: " + " ".join(f"{p:+.0f}" for p in pairs))
-            + " |"
-        )
-    return "\n".join(lines)
-
-
 def fill(**tables):
     """Put each table between its marks in the README."""
     text = README.read_text()
@@ -473,7 +545,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--claims",
+        nargs="*",
+        metavar="WORD",
+        help="tests/claims.json: run what is missing of all claims, or of those with such a word",
+    )
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--jobs", type=int, default=2, help="seeds at a time, each with its share of the cores"
     )
@@ -497,13 +575,19 @@ def main(argv=None):
             pixel_seed(seed, threads, results, args.pixels, args.patches)
         elif args.align:
             align_seed(seed, threads, results)
-        else:
-            run_seed(seed, threads, results, args.nlvr)
+        elif args.nlvr:
+            nlvr_seed(seed, threads, results, args.nlvr)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, args.seeds))
+        for claim in CLAIMS["claims"] if args.claims is not None else ():
+            if not args.claims or any(word in claim["claim"] for word in args.claims):
+                arms = {term[1]: None for term in claim["terms"] if len(term) > 1}
+                run_all = lambda seed: [run_arm(arm, seed, threads, results) for arm in arms]
+                list(pool.map(run_all, claim["seeds"]))
     fill(
-        seeds=table(results),
+        claims=claims_table(results),
+        arms=arms_table(results),
         nlvr=nlvr_table(results),
         align=align_table(results),
         maf=maf_table(results),

@@ -12,6 +12,7 @@ import torch
 
 import data
 import evaluate
+import model as model_parts
 import losses
 import train
 from conftest import (
@@ -572,7 +573,7 @@ def test_twenty_steps(toy_tree, tmp_path, argv, told):
 
 
 @pytest.mark.parametrize(
-    "loss", ["cacr", "cacr-logits", "iais", "iais-released", "iais-distributed", "wra"]
+    "loss", ["cacr", "cacr-probs", "iais", "iais-released", "iais-distributed", "wra"]
 )
 def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     """Pre-trained and ranked; the loss's gradient reaches the attention of the last cross layer."""
@@ -595,7 +596,7 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
         toy_tree, "--model", "lxmert", "--loss", loss, "--batch-tokens", 256, "--candidates", 0
     )
     model = train.build_model(cfg, runtime, tokenizer, streams)
-    batch = streams.train[0][0]
+    batch = evaluate.to_device(streams.train[0][0], runtime.device)
     found = train.objective_rank(cfg, model, batch)
     found[loss].backward()
     layer = model.cross_layers[-1]
@@ -819,6 +820,41 @@ def test_a_word_points_right_from_half_an_overlap_on(toy_tree, monkeypatch):
 
     assert [looks_at(region)["pointing/accuracy"] for region in range(3)] == [100, 0, 0]
     assert looks_at(0)["pointing/chance"] == pytest.approx(100 / 3)
+
+
+def test_how_much_of_a_words_attention_its_object_gets(toy_tree):
+    """Of two layers: one attends to all regions alike, one to the first region alone."""
+    _, _, tokenizer, _ = prepared(toy_tree, "--loss", "align", "--batch-tokens", 512)
+    texts = [t for t in read(data.gqa_questions, toy_tree, "val_balanced")[0] if t.pointers]
+    index = make_index(texts, data.RegionStore(toy_tree / "regions/vg"), tokenizer)
+
+    class Looks(torch.nn.Module):
+        layers = 0, 1
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, text, boxes, maps, **_):
+            alike = torch.zeros(len(text), 3, text.shape[1], boxes.shape[1])
+            first = alike.clone()
+            first[..., 0] = 99.0
+            each = [model_parts.Maps(0, S, 0, 0) for S in (alike, first)]
+            return model_parts.Output(None, None, each)
+
+    run = evaluate.Run(Looks(), tokenizer, {}, {}, None)
+    weights, alike = evaluate.object_weights(run, index)
+    firsts, every = [], []
+    for c in range(len(index)):
+        one = np.array([c])
+        boxes = torch.from_numpy(index.store.read(index.image[one], "boxes")[0])
+        for box in index.pointers(one)[2]:
+            iou = losses.box_iou(torch.from_numpy(box), boxes)
+            if (iou >= 0.5).any():
+                firsts.append(float(iou[0] >= 0.5))
+                every.append(float((iou >= 0.5).float().mean()))
+    assert weights[0] == pytest.approx(alike) == pytest.approx(100 * np.mean(every))
+    assert weights[1] == pytest.approx(100 * np.mean(firsts))
 
 
 def test_cell_map_keeps_the_attention():

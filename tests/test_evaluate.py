@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import losses
 from conftest import ROOT, inside
 
 
@@ -175,6 +176,28 @@ def test_entropy_of_what_words_attend_to(toy_tree, pretrained, monkeypatch):
 
         monkeypatch.setattr(evaluate, "word_to_region", attend)
         assert evaluate.argmax_entropy(run)["entropy/bits"] == pytest.approx(wanted)
+
+
+def test_congruence_of_matched_and_mismatched_pairs(toy_tree, pretrained):
+    """The loss of each pair by itself, one after the other, is what is averaged and compared."""
+    run, found = evaluate.load_run(f"{pretrained[0]}", toy_tree), []
+    index, _ = evaluate.winoground_index(run)
+    for c in range(len(index)):
+        own, other = index.image[[c]], index.image[[c + 1 if c % 2 == 0 else c - 1]]
+        for image in (own, other):
+            batch = index.batch(np.array([c]), image)
+            with torch.no_grad():
+                maps = run.model.eval()(**batch, maps=(-1,)).maps[0]
+            words = batch["text_mask"].clone()
+            words[:, [0, -1]] = False
+            blocks = [S.mean(dim=1) for S in maps]
+            found.append(losses.cacr(*blocks, words, batch["region_mask"]).item())
+    matched, mismatched = np.array(found[::2]), np.array(found[1::2])
+    numbers = evaluate.congruence(run)
+    assert numbers["congruence/matched"] == pytest.approx(matched.mean(), rel=1e-3)
+    assert numbers["congruence/mismatched"] == pytest.approx(mismatched.mean(), rel=1e-3)
+    less = 100 * (matched < mismatched).mean()
+    assert numbers["congruence/matched_is_less"] == pytest.approx(less, abs=3)
 
 
 def test_ensembles_and_head_figures(toy_tree, pretrained, tmp_path):

@@ -153,7 +153,7 @@ def test_several_files_to_begin_from(toy_tree, tmp_path):
     cfg = train.parse([*argv, "--init", f"{tmp_path}/vision.pt+{tmp_path}/words.pt"])
     runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
-    model = train.build_model(cfg, runtime, tokenizer, streams)
+    model = train.build_model(cfg, runtime, tokenizer, streams).cpu()
     same({**pieces["vision"], **pieces["words"]}, model.state_dict())
     teacher = {k.replace("student.", "teacher."): v for k, v in pieces["vision"].items()}
     same(teacher, model.state_dict())

@@ -838,7 +838,7 @@ def patched(toy_tree, tmp_path_factory):
 
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
 @pytest.mark.parametrize(
-    "loss", ["cacr", "cacr-logits", "iais", "iais-released", "iais-distributed", "wra"]
+    "loss", ["cacr", "cacr-probs", "iais", "iais-released", "iais-distributed", "wra"]
 )
 def test_alignment_losses_on_patches(toy_tree, patched, tmp_path, model, loss):
     run(

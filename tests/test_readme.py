@@ -81,7 +81,8 @@ def test_set_up_commands_are_there_and_ci_runs_one():
 
 
 TABLES = {
-    "seeds": seeds.table,
+    "claims": seeds.claims_table,
+    "arms": seeds.arms_table,
     "nlvr": seeds.nlvr_table,
     "tasks": tasks.table,
     "ablation": tasks.ablation,
@@ -100,6 +101,35 @@ def test_tables_are_the_results_file(mark):
     results = json.loads((ROOT / "tests/results.json").read_text())
     found = re.search(rf"<!-- {mark} -->\n(.*?)\n?<!-- /{mark} -->", README, re.S)[1]
     assert found == TABLES[mark](results)
+
+
+def test_claims_are_decided_by_their_intervals():
+    """Three made-up seeds: a difference of 2 +- 1 holds, of 0 +- 1 is undecided, of -2 +- 1 is the
+    opposite; a claim about a difference of differences; the constant of chance.
+    """
+    at = {"a": (5.0, 6, 7), "b": (3.0, 4, 5), "c": (5.5, 6, 6.5), "d": (7.0, 8.5, 8.5)}
+    results = {"claims": {n: {str(s): {"x": x} for s, x in enumerate(v)} for n, v in at.items()}}
+    of = lambda *terms: seeds.differences({"terms": terms, "seeds": [0, 1, 2]}, results)
+    assert of([1, "a", "x"], [-1, "b", "x"]) == [2, 2, 2]
+    assert of([16.0], [-1, "a", "x"]) == [11, 10, 9]
+    assert of([1, "a", "x"], [-1, "b", "x"], [-1, "c", "x"], [1, "d", "x"]) == [3.5, 4.5, 4]
+    middle, half = seeds.interval([1.0, 2.0, 3.0])
+    assert middle == 2 and half == pytest.approx(4.303 / 3**0.5)
+    # a seed that is missing does not count
+    del results["claims"]["a"]["1"]
+    assert of([1, "a", "x"], [-1, "b", "x"]) == [2, 2]
+
+
+def test_claims_name_arms_that_parse():
+    """Every arm is a command of train.py; every claim names arms and says its seeds."""
+    arms = seeds.CLAIMS["arms"]
+    for command in arms.values():
+        for other in re.findall(r"{(.*?)}", command):
+            assert other in arms
+        train.parse(shlex.split(re.sub(r"{.*?}", "none", command)))
+    for claim in seeds.CLAIMS["claims"]:
+        assert {t[1] for t in claim["terms"] if len(t) > 1} <= set(arms)
+        assert len(claim["seeds"]) >= 5 and claim["paper"] and claim["source"]
 
 
 def test_functions_named_exist():
@@ -231,7 +261,7 @@ def test_help(script):
 @pytest.mark.parametrize(
     "script, argv",
     [
-        ("seeds", ["--seeds", "0"]),
+        ("seeds", ["--seeds", "--claims", "helps on Winoground", "RefCOCO+"]),
         ("seeds", ["--seeds", "0", "--align"]),
         ("seeds", ["--seeds", "0", "--pixels"]),
         ("seeds", ["--seeds", "0", "--patches"]),
@@ -267,6 +297,8 @@ def test_the_scripts_of_the_tables_run(quick, script, argv, monkeypatch):
 
     # one at a time: all of them change this process's folder
     monkeypatch.setattr(tasks, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
+    two = [claim | {"seeds": [0, 1]} for claim in seeds.CLAIMS["claims"]]
+    monkeypatch.setattr(seeds, "CLAIMS", seeds.CLAIMS | {"claims": two})
     monkeypatch.setattr(seeds, "run", run)
     monkeypatch.setattr(tasks, "run", run_and_time)
     owner.main(argv)

@@ -94,14 +94,16 @@ def test_functions_are_short():
 
 @pytest.mark.skipif(not shutil.which("ruff"), reason="needs ruff, to measure size")
 def test_size_after_a_formatter():
-    """At most 3,000 lines each and 10,260 together: 10,000, and what full size needs."""
+    """At most 3,000 lines each and 10,400 together: 10,000, what full size needs (260) and what
+    deciding the claims needs (140): scores along a run, shares of the gradient, its figure.
+    """
     command, sizes = ["ruff", "format", "--line-length", "100", "-"], {}
     for name, path in FILES.items():
         source = path.read_text()
         done = subprocess.run(command, input=source, capture_output=True, text=True)
         sizes[name] = len(done.stdout.splitlines())
     assert 0 < min(sizes.values()) and max(sizes.values()) <= 3000, sizes
-    assert sum(sizes.values()) <= 10_260, sizes
+    assert sum(sizes.values()) <= 10_400, sizes
 
 
 def test_comments_of_their_own():

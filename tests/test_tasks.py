@@ -357,7 +357,8 @@ def test_hidden_is_hidden(toy_tree, name):
     """A control's output does not move when what it may not see does."""
     cfg, runtime, tokenizer = configured(toy_tree, "--task", name)
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
-    model, batch = train.build_model(cfg, runtime, tokenizer, streams).eval(), streams.train[0][0]
+    model = train.build_model(cfg, runtime, tokenizer, streams).eval()
+    batch = evaluate.to_device(streams.train[0][0], runtime.device)
     for hide, keys in (("text", ["text"]), ("regions", ["regions", "boxes"])):
         other = batch | {
             "input": {k: v.flip(0) if k in keys else v for k, v in batch["input"].items()}
@@ -445,6 +446,7 @@ def test_training_lowers_the_loss_of_each_task(toy_tree, name):
         for _ in range(160)
     ]
     assert values[-1] < 0.7 * values[0], values[::10]
+    batch = evaluate.to_device(batch, runtime.device)
     hits = train.hits_task(cfg, model.eval(), batch | {"of": name}).float().mean()
     assert hits > 0.6
 

@@ -72,6 +72,73 @@ def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkey
     )
 
 
+def one_step(toy_tree, *more):
+    """A config, and what train_step needs for a first update of the toy experiment"""
+    how = "--recipe toy --init none --candidates 0 --batch-tokens 256 --steps 100 --precision fp32"
+    cfg = parse(argv(how, "--data", toy_tree, *more))
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
+    model = train.build_model(cfg, runtime, tokenizer, streams)
+    optimizer, batch = train.build_optimizer(cfg, model), streams.train[0][0]
+    return cfg, runtime, model, optimizer, batch
+
+
+def test_the_weight_schedule_reaches_the_loss(toy_tree):
+    """The norm of the update's gradient holds the alignment loss times exp(5 (t/T - 1)): the same
+    gradient as with the schedule's value typed as a constant weight, and another at another step.
+    """
+    norms = {}
+    for name, step, more in (
+        ("exp", 60, "--align-weight 2"),
+        ("typed", 60, f"--align-weight {2 * alignment_weight(60, 100)} --align-schedule constant"),
+        ("late", 100, "--align-weight 2"),
+    ):
+        cfg, runtime, model, optimizer, batch = one_step(toy_tree, "--loss iais", more)
+        how = cfg, runtime, model, optimizer, [], step, [batch]
+        norms[name] = train.train_step(*how)[1].item()
+    assert norms["exp"] == pytest.approx(norms["typed"], rel=1e-5)
+    assert norms["late"] != pytest.approx(norms["exp"], rel=1e-2)
+
+
+def test_shares_of_the_gradient(toy_tree):
+    """Each part's norm, by a backward pass of its own, over the sum of both; nothing else moves."""
+    logged, after = {}, {}
+    for more in ("", "--log-shares --log-every 1"):
+        cfg, runtime, model, optimizer, batch = one_step(toy_tree, "--loss iais", more)
+        logged[more] = train.train_step(cfg, runtime, model, optimizer, [], 50, [batch])[0]
+        after[more] = {k: v.clone() for k, v in model.state_dict().items()}
+    same(*after.values())
+    shares = {k: v.item() for k, v in logged[more].items() if k.startswith("share/")}
+    assert set(shares) == {"share/rank", "share/iais"} and sum(shares.values()) == pytest.approx(1)
+    norms = {}
+    for name in ("rank", "iais"):
+        cfg, runtime, model, _, batch = one_step(toy_tree, "--loss iais")
+        torch.manual_seed((cfg.seed * 1_000_003 + 50) * 1009)
+        batch = train.prepare_batch(cfg, runtime, batch)
+        value = train.objective_rank(cfg, model, batch)[name]
+        late = alignment_weight(50, 100) * cfg.align_weight * train.LOSSES["iais"].weight
+        (value * (1 if name == "rank" else late)).backward()
+        norms[name] = torch.stack(
+            [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        ).norm()
+    assert shares["share/iais"] == pytest.approx((norms["iais"] / sum(norms.values())).item())
+
+
+def test_scores_are_tracked_from_the_start_on(toy_tree, pretrained, tmp_path):
+    args = toy_run(toy_tree, pretrained, "--loss none --steps 4 --eval-every 2 --track --out o")
+    numbers = last_line(run(tmp_path, *args))
+    log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
+    scored = {line["step"]: line for line in log if "winoground/group" in line}
+    assert list(scored) == [0, 2, 4]
+    assert scored[4]["winoground/group"] == pytest.approx(numbers["winoground/group"], abs=0.01)
+
+
+def test_layers_to_align_are_those_there_are(toy_tree):
+    assert parse(argv("--loss cacr --align-layer -4")).align_layer == -4
+    with pytest.raises(UserError, match="-4 .first. to -1"):
+        parse(argv("--loss cacr --align-layer -5"))
+
+
 @pytest.mark.parametrize("task", ["mlm", "itm", "mrfr", "mrc", "mrckl"])
 def test_training_lowers_the_loss(toy_tree, task, tmp_path, monkeypatch):
     """Twenty updates on one batch: a sign error or a cut gradient would show."""
