@@ -414,7 +414,7 @@ def congruence(run):
     """Are the maps of a caption and its own image more alike than of a caption and the other image
     of its example? CACR's loss of the last layer, in nats a pair, of Winoground's matched and
     mismatched pairs, and in percent of the captions how often the matched has less: chance 50. What
-    CACR sec. 3.1 argues from; a loss can only use a difference that is there.
+    CACR sec. 3.1 argues from. Flat maps are congruent with everything.
     """
     index, _ = winoground_index(run)
     captions, found = np.arange(len(index)), np.zeros((2, len(index)))
@@ -1200,9 +1200,9 @@ def pointed_regions(index, captions, batch):
 
 
 def object_weights(run, index):
-    """Of the attention that a pointed word gives to regions, the share of the object that it points
-    at, in percent: (layers,), mean over words and heads; and that of a word that attends to all
-    regions alike. Words whose object no region covers do not count.
+    """Of a pointed word's attention to regions, its object's share in percent: (layers,), mean over
+    words and heads; and that of a word that attends to all alike. Words whose object no region
+    covers do not count.
     """
     layers = getattr(run.model, "cross_layers", None) or run.model.layers
     captions = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
@@ -1758,18 +1758,17 @@ def training_curve(log, out):
 
 
 def object_figures(runs, out):
-    """How much of a word's attention goes to the object that it points at, layer by layer, for each
-    run ({name: Run}); mean over the words of GQA's validation questions. Returns the paths.
+    """How much of a word's attention its object gets, layer by layer, for each run ({name: Run});
+    mean over GQA's validation questions. Returns the paths.
     """
     run, series = next(iter(runs.values())), {}
     if not (Path(run.data) / "gqa").exists():
         return []
-    index = pointed_questions(run, "val_balanced")
+    index, path = pointed_questions(run, "val_balanced"), Path(out) / "objects.png"
     for name, one in runs.items():
         weights, alike = object_weights(one, index)
         series[name] = list(enumerate(weights, 1))
     series["all regions alike"] = [(1, alike), (len(weights), alike)]
-    path = Path(out) / "objects.png"
     title = "a word's attention to its object, percent, by layer"
     save_png(grid([[chart("", series, low=0.0)]], [title]), path)
     return [path]
@@ -1997,7 +1996,8 @@ def benchmarks_of(settings):
     if settings["pretrain"] == "multitask":
         return [multitask_benchmarks], [map_figures]
     ranked = settings["task"] == "retrieval"
-    return [winoground], [attention_figures, head_figures, object_figures] * ranked
+    figures = [attention_figures, head_figures, object_figures]
+    return [winoground] + [congruence] * ranked, figures * ranked
 
 
 # 8. Pictures and features in ----------------------------------------------------------------------
