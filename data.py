@@ -651,8 +651,7 @@ class RegionStore:
         file, row = self.files[column].fileno(), values.strides[0]
         if os.fstat(file).st_size < values.offset + values.nbytes:
             raise self.error(f"has lost rows of {column}.npy since it was opened")
-        if row < 1024:
-            # boxes and the like: many images lie on a page
+        if row < 1024:  # boxes: many images lie on a page
             out[real] = self.read_at(images, real, column)
             return out
         # rows of an image lie side by side: one read each; a mapped file comes page by page, 14 to

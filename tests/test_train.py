@@ -103,8 +103,8 @@ def test_the_weight_schedule_reaches_the_loss(toy_tree):
 def test_shares_of_the_gradient(toy_tree):
     """Each part's norm, by a backward pass of its own, over the sum of both; nothing else moves."""
     logged, after = {}, {}
-    for more in ("", "--log-shares --log-every 1"):
-        cfg, runtime, model, optimizer, batch = one_step(toy_tree, "--loss iais", more)
+    for more in ((), ("--log-shares --log-every 1",)):
+        cfg, runtime, model, optimizer, batch = one_step(toy_tree, "--loss iais", *more)
         logged[more] = train.train_step(cfg, runtime, model, optimizer, [], 50, [batch])[0]
         after[more] = {k: v.clone() for k, v in model.state_dict().items()}
     same(*after.values())
