@@ -178,6 +178,17 @@ def test_entropy_of_what_words_attend_to(toy_tree, pretrained, monkeypatch):
         assert evaluate.argmax_entropy(run)["entropy/bits"] == pytest.approx(wanted)
 
 
+def test_winoground_by_kind_and_by_what_was_said(toy_tree, pretrained):
+    """Of either tag, the scores of its values are means that give the whole, weighted by size."""
+    run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
+    (_, tags), numbers = evaluate.winoground_index(run), evaluate.winoground(run)
+    assert {"Object", "Relation", "Both", "seen", "held out"} == set(tags.ravel())
+    for column in tags.T:
+        names, n = np.unique(column, return_counts=True)
+        parts = [numbers[f"winoground/group/{name}"] for name in names]
+        assert np.average(parts, weights=n) == pytest.approx(numbers["winoground/group"])
+
+
 def test_congruence_of_matched_and_mismatched_pairs(toy_tree, pretrained):
     """The loss of each pair by itself, one after the other, is what is averaged and compared."""
     run, found = evaluate.load_run(f"{pretrained[0]}", toy_tree), []

@@ -133,6 +133,20 @@ def test_scores_are_tracked_from_the_start_on(toy_tree, pretrained, tmp_path):
     assert scored[4]["winoground/group"] == pytest.approx(numbers["winoground/group"], abs=0.01)
 
 
+def test_the_last_line_says_what_the_score_is_without_the_loss(tmp_path, monkeypatch):
+    """From the folder of the same run with --loss none; of the first command from the results."""
+    monkeypatch.chdir(tmp_path)
+    without = lambda *args: train.without_loss(parse(argv(*args)))
+    assert without("--loss cacr --seed 3") == {}
+    folder = tmp_path / "out/toy-none-seed3"
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text('{"winoground/group": 12.0, "val/rank": 50.0}')
+    assert without("--loss cacr --seed 3") == {"without_loss/winoground/group": 12.0}
+    assert without("--loss none --seed 3") == without("--loss cacr --seed 3 --lr 1e-4") == {}
+    known = json.loads((ROOT / "tests/results.json").read_text())["claims"]["none"]["0"]
+    assert without("--loss cacr")["without_loss/winoground/group"] == known["winoground/group"]
+
+
 def test_layers_to_align_are_those_there_are(toy_tree):
     assert parse(argv("--loss cacr --align-layer -4")).align_layer == -4
     with pytest.raises(UserError, match="-4 .first. to -1"):
