@@ -1740,7 +1740,7 @@ def chart(title, series, low=None):
             place, text = (48, 34 + 12 * k), f"{name}   {y[-1]:.3g}"
             pen.text(place, text, fill=colour, font=ImageFont.load_default(10))
     labels = ((2, 30), f"{high:.3g}", 10), ((2, 140), f"{low:.3g}", 10), ((44, 8), title, 13)
-    for place, text, size in (*labels, ((240, 153), f"{int(xs.max())}", 10)):
+    for place, text, size in (*labels, ((270, 153), f"{int(xs.max())}", 10)):
         pen.text(place, text, fill=INK, font=ImageFont.load_default(size))
     return panel
 
@@ -1769,8 +1769,7 @@ def object_figures(runs, out):
         weights, alike = object_weights(one, index)
         series[name] = list(enumerate(weights, 1))
     series["all regions alike"] = [(1, alike), (len(weights), alike)]
-    title = "a word's attention to its object, percent, by layer"
-    save_png(grid([[chart("", series, low=0.0)]], [title]), path)
+    save_png(chart("a word's attention to its object, %", series, low=0.0), path)
     return [path]
 
 
