@@ -1861,7 +1861,6 @@ def without_loss(cfg):
     if out != cfg.out and done.exists():
         numbers = json.loads(done.read_text())
     elif out != cfg.out == f"out/toy-{cfg.loss}-seed0" and results.exists():
-        # the first command's is known
         numbers = json.loads(results.read_text()).get("claims", {}).get("none", {}).get("0", {})
     wanted = "winoground/text", "winoground/image", "winoground/group"
     return {f"without_loss/{name}": numbers[name] for name in wanted if name in numbers}
@@ -1995,6 +1994,8 @@ RECIPES = {
     | dict(task="retrieval", dataset="coco", steps=400, warmup=40, batch_tokens=1536)
     | dict(negatives=3, candidates=8, alternate=True, save_every=100, eval_every=50)
     | dict(init="toy-short"),
+    # towers, counts, walls, negation: the words of NLVR's sentences
+    "toy-boxes": TOY_PRETRAIN | dict(corpora="coco:1+own:2", pretrain="mlm:2+itm:2"),
     "toy-nlvr": TOY | dict(task="nlvr", dropout=0.1, steps=1500, warmup=150, lr=2e-4),
     "toy-vqa": TOY | dict(task="vqa", steps=1500, head_lr=3.0),
     "toy-vcr": TOY | dict(task="vcr", steps=800, batch_tokens=512, max_words=220),

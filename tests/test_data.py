@@ -936,6 +936,25 @@ def test_winoground_can_be_solved_from_its_regions(toy):
     assert np.mean(right) >= 0.98
 
 
+def test_captions_in_the_words_of_nlvr(tmp_path, toy):
+    """True of their boxes; every word is in the toy vocabulary; the same bytes again."""
+    for name in ("a", "b"):
+        world.make_boxes(tmp_path / name, scenes=60)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    words = WordPiece(toy / "bert-base-cased/vocab.txt", lower=True)
+    records, _ = read(data.own_captions, tmp_path / "a", "train")
+    pieces = {words.pieces[i] for r in records for i in words(r.text)}
+    assert len(records) > 200 and not [p for p in pieces if p.startswith(("##", "[UNK"))]
+    rng = np.random.default_rng(0)
+    tower = [[{"type": "square", "color": "yellow", "size": 20, "x_loc": 40, "y_loc": 80}]] * 3
+    for _ in range(200):
+        text, test = world.box_sentence(rng, towers=True)
+        if text == "There is a yellow tower.":
+            assert test(tower)
+        if "blue block at the base" in text and text.startswith("There is a"):
+            assert not test(tower)
+
+
 def test_held_out_combinations_are_never_said(toy):
     """Each of the six is in some caption of Winoground, and in none to learn from; each shape and
     each relation is said with others.

@@ -379,9 +379,7 @@ def arranged(rng, kinds, statement, tries=256):
     if touching:
         return placed(rng, kinds, touching)
     sizes = [str(size) for size in rng.choice(list(SIZES), len(kinds))]
-    sizes[: len(statement.nouns)] = [
-        noun[0] or size for noun, size in zip(statement.nouns, sizes)
-    ]
+    sizes[: len(statement.nouns)] = [noun[0] or size for noun, size in zip(statement.nouns, sizes)]
     sides = np.array([PIXELS[size] for size in sizes])
     while True:
         x1, y1 = (
@@ -581,9 +579,7 @@ def store_meta(looks):
 
 def toy_store(tmp, name, scenes, ids, seed, given=False):
     looks, rng = appearance(), np.random.default_rng([seed, *name.encode(), 7])
-    writer = StoreWriter(
-        tmp / "regions" / name, list(COLUMNS), store_meta(looks), every=10**9
-    )
+    writer = StoreWriter(tmp / "regions" / name, list(COLUMNS), store_meta(looks), every=10**9)
     for things, image_id in zip(
         tqdm(scenes, desc=f"toy regions, {name}", disable=None, leave=False), ids
     ):
@@ -612,7 +608,8 @@ def nlvr_things(record):
 
 def make_nlvr_store(data):
     """NLVR's structured representations as regions that the toy world's detector might see:
-    DATA/nlvr -> DATA/regions/nlvr, each sentence's boxes in all six orders.
+    DATA/nlvr -> DATA/regions/nlvr, each sentence's boxes in all six orders. And captions in its
+    words to pre-train on, unless DATA/own holds others: make_boxes.
     """
     looks, data = appearance(), Path(data)
     meta = {"source": "NLVR's structured_rep", "features": looks.shape[-1]}
@@ -632,6 +629,207 @@ def make_nlvr_store(data):
                 features, boxes = looks[tuple(zip(*places))], np.array(boxes, np.float32)
                 writer.add(f"{r.id[:-2]}-{k}", (400, 100), features=features, boxes=boxes)
     writer.commit()
+    if not (data / "own").exists():
+        make_boxes(data)
+
+
+# What NLVR's sentences speak of, as captions to pre-train on: towers, counts, walls, negation.
+NUMBERS = "no", "one", "two", "three", "four", "five", "six", "seven", "eight"
+BLOCKS = tuple(NLVR_COLOURS)
+
+
+def draw_boxes(rng):
+    """Three grey boxes as NLVR's structured_rep has them: a tower of squares in each, or items
+    scattered, some of them at a wall.
+    """
+    if rng.random() < 0.5:
+        return [
+            [
+                {"type": "square", "color": str(rng.choice(BLOCKS)), "size": 20}
+                | {"x_loc": 40, "y_loc": 80 - 21 * k}
+                for k in range(int(rng.integers(1, 5)))
+            ]
+            for _ in range(3)
+        ]
+    boxes = []
+    for _ in range(3):
+        items = []
+        for _ in range(int(rng.integers(1, 9))):
+            size, kind = int(rng.choice([10, 20, 30])), str(rng.choice(SHAPES[:3]))
+            for _ in range(20):
+                x, y = (int(v) for v in rng.integers(1, 99 - size, 2))
+                if rng.random() < 0.3:
+                    x, y = [(0, y), (100 - size, y), (x, 0), (x, 100 - size)][int(rng.integers(4))]
+                apart = all(
+                    x + size <= i["x_loc"]
+                    or i["x_loc"] + i["size"] <= x
+                    or y + size <= i["y_loc"]
+                    or i["y_loc"] + i["size"] <= y
+                    for i in items
+                )
+                if apart:
+                    place = {"x_loc": x, "y_loc": y, "size": size}
+                    items.append({"type": kind, "color": str(rng.choice(BLOCKS)), **place})
+                    break
+        boxes.append(items)
+    return boxes
+
+
+def counted(rng, n):
+    """("exactly two", its test of a count): several ways to say a number"""
+    said = str(rng.choice([NUMBERS[n], str(n)]))
+    ways = [
+        (said, lambda k: k == n),
+        (f"exactly {said}", lambda k: k == n),
+        (f"only {said}", lambda k: k == n),
+        (f"at least {said}", lambda k: k >= n),
+        (f"more than {said}", lambda k: k > n),
+        (f"less than {said}", lambda k: k < n),
+    ]
+    return ways[int(rng.choice(6, p=[0.35, 0.25, 0.1, 0.2, 0.05, 0.05]))]
+
+
+def box_sentence(rng, towers):
+    """A sentence about three boxes, and its test of them"""
+    n, two = int(rng.integers(1, 4)), lambda: (str(c) for c in rng.choice(BLOCKS, 2, replace=False))
+    colour, other = two()
+    word, second = NLVR_COLOURS[colour], NLVR_COLOURS[other]
+    said, right = counted(rng, n)
+    of = lambda items, c=None, kind=None: [
+        i for i in items if c in (None, i["color"]) and kind in (None, i["type"])
+    ]
+    plural = lambda noun: noun if said.endswith(("one", "1")) else f"{noun}s"
+    are = "is" if said.endswith(("one", "1")) else "are"
+    if towers:
+        place, at = (("top", -1), ("base", 0))[int(rng.integers(2))]
+        is_at = lambda b: b[at]["color"] == colour
+        over = str(rng.choice(["over", "above", "on top of"]))
+        adjacent = lambda b: any(
+            (low["color"], high["color"]) == (other, colour) for low, high in zip(b, b[1:])
+        )
+        forms = [
+            (
+                f"there is a tower with {said} {plural('block')}",
+                lambda s: any(right(len(b)) for b in s),
+            ),
+            (f"there is a tower with a {word} block at the {place}", lambda s: any(map(is_at, s))),
+            (
+                f"there {are} {said} {plural('tower')} with a {word} block at the {place}",
+                lambda s: right(sum(map(is_at, s))),
+            ),
+            (
+                f"there is a tower with {said} {word} {plural('block')}",
+                lambda s: any(right(len(of(b, colour))) for b in s),
+            ),
+            (
+                f"there is a {word} block as the {place} of a tower with {said} {plural('block')}",
+                lambda s: any(is_at(b) and right(len(b)) for b in s),
+            ),
+            (f"there is a {word} block {over} a {second} block", lambda s: any(map(adjacent, s))),
+            (
+                f"there {are} {said} {word} {plural('block')}",
+                lambda s: right(sum(len(of(b, colour)) for b in s)),
+            ),
+            (
+                f"{said} of the three towers has a {word} {place}",
+                lambda s: right(sum(map(is_at, s))),
+            ),
+            (f"there is a {word} tower", lambda s: any(len(of(b, colour)) == len(b) for b in s)),
+            (f"there is no {word} block at the {place}", lambda s: not any(map(is_at, s))),
+        ]
+    else:
+        kind = str(rng.choice([*SHAPES[:3], ""])) or None
+        hue = colour if rng.random() < 0.8 or not kind else None
+        noun = kind or str(rng.choice(["item", "object"]))
+        thing = f"{word} {noun}" if hue else noun
+        wall, sides = [
+            (str(rng.choice(["edge", "wall"])), "lrtb"),
+            (str(rng.choice(["base", "bottom"])), "b"),
+            ("top", "t"),
+            ("side", "lr"),
+        ][int(rng.choice(4, p=[0.5, 0.25, 0.15, 0.1]))]
+        touches = lambda i: any(
+            {
+                "l": i["x_loc"] <= 0,
+                "r": i["x_loc"] + i["size"] >= 100,
+                "t": i["y_loc"] <= 0,
+                "b": i["y_loc"] + i["size"] >= 100,
+            }[side]
+            for side in sides
+        )
+        every = lambda s: [i for b in s for i in of(b, hue, kind)]
+        forms = [
+            (
+                f"there is a box with {said} {plural(thing)}",
+                lambda s: any(right(len(of(b, hue, kind))) for b in s),
+            ),
+            (f"there {are} {said} {plural(thing)}", lambda s: right(len(every(s)))),
+            (
+                f"there {are} {said} {plural(thing)} touching the {wall}",
+                lambda s: right(sum(map(touches, every(s)))),
+            ),
+            (
+                f"there is a {thing} touching the {wall}",
+                lambda s: any(map(touches, every(s))),
+            ),
+            (
+                f"there {are} {said} {plural(thing)} not touching any {wall}",
+                lambda s: right(sum(not touches(i) for i in every(s))),
+            ),
+            (
+                f"there is a box with {said} {word} {plural('item')} and a {second} {noun}",
+                lambda s: any(right(len(of(b, colour))) and of(b, other, kind) for b in s),
+            ),
+            (
+                f"{said} of the grey boxes contains exactly {NUMBERS[n]} {plural(noun)}",
+                lambda s: right(sum(len(of(b, None, kind)) == n for b in s)),
+            ),
+            (f"each box has at least one {thing}", lambda s: all(of(b, hue, kind) for b in s)),
+            (
+                f"there is a box with only {word} items",
+                lambda s: any(len(of(b, colour)) == len(b) for b in s),
+            ),
+            (
+                f"there is a box with only {word} and {second} items",
+                lambda s: any(
+                    of(b, colour) and of(b, other) and len(of(b, colour) + of(b, other)) == len(b)
+                    for b in s
+                ),
+            ),
+            (f"there is no {thing} touching the {wall}", lambda s: not any(map(touches, every(s)))),
+            (f"there is no {thing} in a box", lambda s: any(not of(b, hue, kind) for b in s)),
+        ]
+    text, test = forms[int(rng.integers(len(forms)))]
+    return text[0].upper() + text[1:] + ".", test
+
+
+def make_boxes(data, scenes=1500, each=6):
+    """DATA/own and DATA/regions/own: three boxes and captions in the words of NLVR, true
+    of their own and of few others.
+    """
+    looks, rng, data = appearance(), np.random.default_rng(1), Path(data)
+    meta = {"source": "ShapesWorld's boxes", "features": looks.shape[-1], "classes": len(CLASSES)}
+    writer = StoreWriter(data / "regions" / "own", ["features", "boxes"], meta, every=10**9)
+    worlds = [draw_boxes(rng) for _ in range(scenes)]
+    is_tower = [all(i["x_loc"] == 40 and i["size"] == 20 for b in w for i in b) for w in worlds]
+    bank = {kind: [w for w, k in zip(worlds, is_tower) if k == kind][:16] for kind in (True, False)}
+    images, annotations = [], []
+    for n, (boxes, towers) in enumerate(zip(tqdm(worlds, desc="boxes", leave=False), is_tower)):
+        name = f"boxes_{n:06d}"
+        places, corners = zip(*nlvr_things(boxes))
+        features = looks[tuple(zip(*places))]
+        writer.add(name, (400, 100), features=features, boxes=np.array(corners, np.float32))
+        images.append({"id": n, "file_name": f"{name}.png", "width": 400, "height": 100})
+        said = set()
+        while len(said) < each:
+            text, test = box_sentence(rng, towers)
+            if text not in said and test(boxes) and sum(map(test, bank[towers])) <= 6:
+                said.add(text)
+                number = len(annotations)
+                annotations.append({"id": number, "image_id": n, "caption": text})
+    writer.commit()
+    record = {"info": {"description": "ShapesWorld's boxes"}, "licenses": [], "images": images}
+    dump(data / "own" / "captions.json", record | {"annotations": annotations})
 
 
 def dump(path, record, lines=False):
