@@ -1737,7 +1737,7 @@ def chart(title, series, low=None):
         colour = (BLUE, OTHERS, STRONGEST, INK)[k % 4]
         pen.line(list(zip(px, py)), fill=colour, width=2)
         if len(series) > 1:
-            place, text = (48, 34 + 12 * k), f"{name}   {y[-1]:.3g}"
+            place, text = (48, 148 - 12 * (len(series) - k)), f"{name}   {y[-1]:.3g}"
             pen.text(place, text, fill=colour, font=ImageFont.load_default(10))
     labels = ((2, 30), f"{high:.3g}", 10), ((2, 140), f"{low:.3g}", 10), ((44, 8), title, 13)
     for place, text, size in (*labels, ((270, 153), f"{int(xs.max())}", 10)):
