@@ -150,7 +150,7 @@ def arms_table(results):
     lines[0] += "| updates to 50, runs that came there |"
     lines.append("|" + "---|" * 7)
     keys = ("/area", "", "/held out", "/seen")
-    for name in ("none", "cacr", "iais-released", "iais"):
+    for name in ("none", "cacr", "cacr layer 3", "cacr-probs", "iais-released", "iais", "wra"):
         rows = results.get("claims", {}).get(name, {})
         starts = [results["claims"]["plain"][s]["winoground/group"] for s in rows]
         if len(rows) < 2:
