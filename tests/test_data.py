@@ -936,6 +936,14 @@ def test_winoground_can_be_solved_from_its_regions(toy):
     assert np.mean(right) >= 0.98
 
 
+def test_other_things_never_make_both_captions_true_for_good():
+    """Seeds 8 and 9 draw a blue circle and a red square beside "a red circle and a blue square"."""
+    looks = world.appearance()
+    for seed in (8, 9):
+        rng = np.random.default_rng([seed, 3])
+        assert all(len(world.draw_example(rng, looks)[0]) == 2 for _ in range(400))
+
+
 def test_captions_in_the_words_of_nlvr(tmp_path, toy):
     """True of their boxes; every word is in the toy vocabulary; the same bytes again."""
     for name in ("a", "b"):

@@ -340,6 +340,22 @@ def draw_statements(rng):
     return kinds[name], name.split()
 
 
+def things_beside(rng, statement):
+    """(shape, colour) of the statement's nouns and of up to two more things, most of which share
+    their shape or colour with another.
+    """
+    kinds = [noun[1:][::-1] for noun in statement.nouns]
+    while len(kinds) < len(statement.nouns) + int(rng.integers(3)):
+        shape, colour = kinds[int(rng.integers(len(kinds)))]
+        if rng.random() < 0.5:
+            colour = str(rng.choice(list(COLOURS)))
+        else:
+            shape = str(rng.choice(list(SHAPES)))
+        if (shape, colour) not in kinds:
+            kinds.append((shape, colour))
+    return kinds
+
+
 def draw_example(rng, looks):
     """An example of Winoground: two captions of the same words, a picture for each in which the
     other is false, and what the detector sees of them: [(Statement, things, store row)], tags. What
@@ -348,17 +364,13 @@ def draw_example(rng, looks):
     statements, tags = draw_statements(rng)
     scenes = []
     for true, false in (statements, statements[::-1]):
-        # most things share their shape or colour with another
-        kinds = [noun[1:][::-1] for noun in true.nouns]
-        while len(kinds) < len(true.nouns) + int(rng.integers(3)):
-            shape, colour = kinds[int(rng.integers(len(kinds)))]
-            shape, colour = (
-                (shape, str(rng.choice(list(COLOURS))))
-                if rng.random() < 0.5
-                else (str(rng.choice(list(SHAPES))), colour)
-            )
-            if (shape, colour) not in kinds:
-                kinds.append((shape, colour))
+        kinds = things_beside(rng, true)
+        # nothing may make the other caption true as well, however it lies
+        while not false.links and {noun[1:][::-1] for noun in false.nouns} <= {*kinds}:
+            if {noun[1:] for noun in false.nouns} == {noun[1:] for noun in true.nouns}:
+                # the same things of other sizes
+                break
+            kinds = things_beside(rng, true)
         while True:
             things = arranged(rng, kinds, true)
             if not true.holds(things) or false.holds(things):
