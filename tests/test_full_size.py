@@ -362,7 +362,7 @@ NOISE = ("to_k.bias", "feature.bias")
 def test_two_processes_are_one(toy_tree, tmp_path, recipe):
     """The weights of every recipe; which numbers there are at the end."""
     cfg, tree = train.make_config(recipe), toy_tree
-    if recipe == "toy-nlvr":
+    if recipe in ("toy-nlvr", "toy-boxes"):
         tree = tmp_path / "nlvr"
         shutil.copytree(toy_tree / "bert-base-cased", tree / "bert-base-cased")
         write_nlvr(tree)
@@ -370,6 +370,8 @@ def test_two_processes_are_one(toy_tree, tmp_path, recipe):
     args = ["--recipe", recipe, "--data", tree, "--init none --steps 3 --warmup 1 --lr 0.0001"]
     args += ["--dropout 0 --eval-every 3 --mine-pool 4", *QUICK]
     args += ["--candidates 6"] if cfg.candidates else []
+    # the tree of NLVR has no COCO
+    args += ["--corpora own"] if recipe == "toy-boxes" else []
     # AMC's mean pools over a process's pairs
     args += ["--loss amc-max"] if cfg.loss == "amc" else []
     option, n = ("--batch-size", 6) if cfg.batch_size else ("--batch-tokens", 256)
