@@ -408,6 +408,7 @@ def test_real_nlvr(tmp_path_factory, toy):
     )
     records, _ = read(data.nlvr_presentations, folder, "dev")
     tokenizer = WordPiece(toy / "bert-base-cased/vocab.txt", lower=False)
+    world.make_boxes(folder, scenes=20)
     world.make_nlvr_store(folder)
     pairs = make_index(records, RegionStore(folder / "regions/nlvr"), tokenizer)
     assert len(pairs) == 5934 and pairs.store.image_id(3) == f"{dev[0].id[:-2]}-3"
