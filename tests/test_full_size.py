@@ -403,9 +403,10 @@ def test_compiled_graphs_are_few(toy_tree, tmp_path, monkeypatch):
     update = train.train_step
     monkeypatch.setattr(train, "train_step", lambda *a: (steps.append(1), update(*a))[1])
     args = "--pretrain mlm+itm+mrfr+mrc+mrckl --loss cacr --steps 60 --warmup 1 --eval-every 20"
-    args += " --batch-tokens 256 --joint-masking --compile --out o"
+    # among these draws is one for whose shape torch makes a ninth graph: more than its own limit
+    args += " --batch-tokens 256 --joint-masking --compile --out o --seed 2"
     run(tmp_path, "--recipe toy-pretrain", "--data", toy_tree, args, *QUICK)
-    assert 5 < len(graphs) <= 20 and max(graphs) <= 30, graphs
+    assert 8 < len(graphs) <= 20 and max(graphs) <= 30, graphs
 
 
 @pytest.mark.slow
