@@ -1150,7 +1150,7 @@ def winoground_examples(data, split, stats):
         for i in (0, 1):
             image, text = field(e, f"image_{i}", where), field(e, f"caption_{i}", where, str)
             name = f"{field(e, 'id', where)}/{i}"
-            tags = e.get("collapsed_tag", ""), e.get("secondary_tag", "")
+            tags = [str(e.get(f"{kind}_tag") or "") for kind in ("collapsed", "secondary")]
             yield Record(image, text, name, note=tags)
 
 

@@ -379,8 +379,8 @@ def winoground(run, head=""):
     """Percent of Winoground's examples: text, image, group, and group by tag"""
     _, tags, scores = winoground_pairs(run, head)
     score, hits = winoground_scores(scores)
-    named = {t: (tags == t).any(axis=1) for t in np.unique(tags) if t}
-    by_tag = {f"group/{t}": 100 * hits[examples].mean() for t, examples in named.items()}
+    of = lambda tag: 100 * hits[(tags == tag).any(axis=1)].mean()
+    by_tag = {f"group/{tag}": of(tag) for tag in np.unique(tags) if tag}
     return {f"winoground/{k}": float(v) for k, v in (score | by_tag).items()}
 
 
@@ -411,10 +411,9 @@ def content_words(text_mask):
 
 
 def congruence(run):
-    """Are the maps of a caption and its own image more alike than of a caption and the other image
-    of its example? CACR's loss of the last layer, in nats a pair, of Winoground's matched and
-    mismatched pairs, and in percent of the captions how often the matched has less: chance 50. What
-    CACR sec. 3.1 argues from. Flat maps are congruent with everything.
+    """Are the maps of a matched pair more congruent than of a mismatched one? CACR's loss of the last
+    layer, in nats a pair, of Winoground's captions with either image, and in percent how often the
+    own has less: chance 50. CACR sec. 3.1 argues from it. Flat maps are congruent with everything.
     """
     index, _ = winoground_index(run)
     captions, found = np.arange(len(index)), np.zeros((2, len(index)))
@@ -425,9 +424,8 @@ def congruence(run):
         for places, batch in index.in_chunks(captions, images, 8192):
             x = to_device(batch, run.device)
             with evaluating(run.model), run.autocast():
-                maps = run.model(**x, maps=(-1,)).maps[0]
-            blocks = (S.float().mean(dim=1) for S in maps)
-            nats = pair(*blocks, content_words(x["text_mask"]), x["region_mask"])
+                maps = [S.float().mean(dim=1) for S in run.model(**x, maps=(-1,)).maps[0]]
+            nats = pair(*maps, content_words(x["text_mask"]), x["region_mask"])
             found[kind, places] = nats.cpu().numpy()
     matched, mismatched = found.mean(axis=1).tolist()
     numbers = {"congruence/matched": matched, "congruence/mismatched": mismatched}
@@ -1165,8 +1163,8 @@ def pointing(run, split=""):
 def pointing_scores(run, index):
     """pointing of these texts"""
     found = []
-    pointed = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
-    for captions, batch, P in word_to_region(run, index, shared_out(np.unique(pointed))):
+    pointed = shared_out(np.unique(pointed_captions(index)))
+    for captions, batch, P in word_to_region(run, index, pointed):
         place, row, right = pointed_regions(index, captions, batch)
         strongest = P.reshape(-1, P.shape[-1])[place].argmax(axis=1)
         # words whose box no region covers tell nothing about attention
@@ -1181,10 +1179,13 @@ def pointing_scores(run, index):
     }
 
 
+def pointed_captions(index):
+    """(P,) the text of each pointed word"""
+    return np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
+
+
 def pointed_regions(index, captions, batch):
-    """Of K pointed words: places in B*N_L, rows of the batch, (K, N_V) which regions lie where the
-    word points.
-    """
+    """Of K pointed words: places in B*N_L, rows of the batch, (K, N_V) which regions are meant"""
     place, _, box, row = index.pointers(captions)
     # pointers are in pixels, regions in [0, 1]
     wh = np.tile(index.store.wh[index.image[captions]], 2)[row].astype(np.float32)
@@ -1199,21 +1200,19 @@ def pointed_regions(index, captions, batch):
     return place, row, right & np.asarray(batch["region_mask"])[row]
 
 
-def object_weights(run, index):
+def object_weights(run, index, most=5000):
     """Of a pointed word's attention to regions, its object's share in percent: (layers,), mean over
     words and heads; and that of a word that attends to all alike. Words whose object no region
-    covers do not count.
+    covers do not count; most: of the first so many texts.
     """
     layers = getattr(run.model, "cross_layers", None) or run.model.layers
-    captions = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
-    captions, found = np.unique(captions), []
+    captions, found = np.unique(pointed_captions(index))[:most], []
     for places, batch in index.in_chunks(captions, index.image[captions], 8192):
         place, row, right = pointed_regions(index, captions[places], batch)
         x = to_device(batch, run.device)
         with evaluating(run.model), run.autocast():
             maps = run.model(**x, maps=tuple(range(len(layers)))).maps
-        n = np.asarray(batch["region_mask"])[row].sum(axis=1)
-        shares = [right.sum(axis=1) / n]
+        shares = [right.sum(axis=1) / np.asarray(batch["region_mask"])[row].sum(axis=1)]
         for S in maps:
             P = losses.masked_softmax(S.S_LV, x["region_mask"]).mean(dim=1).flatten(0, 1)
             shares.append((P[place].float().cpu().numpy() * right).sum(axis=1))
@@ -1758,9 +1757,7 @@ def training_curve(log, out):
 
 
 def object_figures(runs, out):
-    """How much of a word's attention its object gets, layer by layer, for each run ({name: Run});
-    mean over GQA's validation questions. Returns the paths.
-    """
+    """object_weights of GQA's validation questions, a line for each run; returns the paths."""
     run, series = next(iter(runs.values())), {}
     if not (Path(run.data) / "gqa").exists():
         return []
@@ -1924,8 +1921,7 @@ def map_figures(runs, out, n=4):
     """
     run = next(iter(runs.values()))
     index, paths = pointed_questions(run, "val_balanced"), []
-    pointed = np.searchsorted(index.starts, index.arrays["pointed"][:, 0], side="right") - 1
-    rows_with_two, counts = np.unique(pointed, return_counts=True)
+    rows_with_two, counts = np.unique(pointed_captions(index), return_counts=True)
     for number, caption in enumerate(rows_with_two[counts > 1][:n]):
         image, rows, titles = int(index.image[caption]), [], []
         picture = read_picture(find_picture(run.data, "vg", index.store.image_id(image)))

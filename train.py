@@ -1730,6 +1730,8 @@ def run_loop(cfg, runtime, run, optimizer, streams, start, log):
     if cfg.compile:
         # a graph for each set of heads and maps, in training and in validation, of all shapes
         torch._dynamo.config.recompile_limit = 64
+        # the parts of a loss go back through one graph, each once
+        torch._functorch.config.donated_buffer = not cfg.log_shares
         compiled = torch.compile(model, dynamic=True)
     began, num_pairs, unchecked = time.time(), 0, None
     title, hidden = f"{cfg.recipe} {cfg.loss}", None if runtime.is_main else True
@@ -1855,13 +1857,14 @@ def measured(benchmarks, run):
 
 
 def without_loss(cfg):
-    """{without_loss/name: number} of the same run with --loss none"""
-    out, numbers = cfg.out.replace(f"-{cfg.loss}", "-none", 1), {}
+    """{without_loss/name: number} of the same run with --loss none, where that can be read"""
+    out, numbers = cfg.out.replace(f"{cfg.recipe}-{cfg.loss}", f"{cfg.recipe}-none"), {}
     done, results = Path(out) / "done.json", Path(__file__).resolve().parent / "tests/results.json"
-    if out != cfg.out and done.exists():
-        numbers = json.loads(done.read_text())
-    elif out != cfg.out == f"out/toy-{cfg.loss}-seed0" and results.exists():
-        numbers = json.loads(results.read_text()).get("claims", {}).get("none", {}).get("0", {})
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if out != cfg.out and done.exists():
+            numbers = json.loads(done.read_text())
+        elif out != cfg.out and out == "out/toy-none-seed0":
+            numbers = json.loads(results.read_text())["claims"]["none"]["0"]
     wanted = "winoground/text", "winoground/image", "winoground/group"
     return {f"without_loss/{name}": numbers[name] for name in wanted if name in numbers}
 
@@ -1874,6 +1877,8 @@ def finalize(cfg, runtime, run, log):
     # all processes: they share the examples out
     numbers |= measured(benchmarks, run) | without_loss(cfg)
     if runtime.is_main:
+        # first of all: a figure may lack a picture
+        write_atomic(Path(cfg.out) / "done.json", json.dumps(numbers, indent=1))
         runs = {f"{cfg.recipe} {cfg.loss}": run}
         if draw and (Path(cfg.init).parent / "done.json").exists():
             # one of ours: figures show what fine-tuning has changed
@@ -1883,7 +1888,6 @@ def finalize(cfg, runtime, run, log):
         for figure in draw:
             figure(runs, figures)
         evaluate.training_curve(log.path, figures / "curve.png")
-        write_atomic(Path(cfg.out) / "done.json", json.dumps(numbers, indent=1))
         runtime.print_rank0(f"  {cfg.out}: last.pt, log.jsonl, done.json, figures/")
         skipped = Path(cfg.out) / "skipped.txt"
         if skipped.exists():

@@ -19,11 +19,13 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "tests/results.json", ROOT / "README.md"
+LOCK = threading.Lock()
 CLAIMS = json.loads((ROOT / "tests/claims.json").read_text())
 FIRST_ABOVE = "winoground/updates to 50"
 # Student's t: what 97.5 % lie below, for 1 to 19 degrees of freedom
@@ -57,13 +59,23 @@ def world(seed):
     return data
 
 
+def numbers_of(script, *args, threads):
+    """The JSON object that a run's output ends with"""
+    text = run(script, *map(str, args), OMP_NUM_THREADS=str(threads))
+    return json.loads(text.strip().splitlines()[-1])
+
+
 def keep(results, *place, numbers):
-    """Put a run's numbers into tests/results.json"""
-    at = results
-    for name in place[:-1]:
-        at = at.setdefault(name, {})
-    at[place[-1]] = numbers
-    RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+    """Put a run's numbers into tests/results.json, whole or not at all; one thread at a time."""
+    with LOCK:
+        at = results
+        for name in place[:-1]:
+            at = at.setdefault(name, {})
+        at[place[-1]] = numbers
+        beside = RESULTS.with_suffix(".tmp")
+        beside.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+        os.replace(beside, RESULTS)
+    print(*place, numbers, flush=True)
 
 
 def run_arm(name, seed, threads, results):
@@ -71,24 +83,20 @@ def run_arm(name, seed, threads, results):
     its numbers are there; returns its folder.
     """
     out = f"out/claims/{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
-    command = CLAIMS["arms"][name]
-    first = re.findall(r"{(.*?)}", command)
     if str(seed) in results.get("claims", {}).get(name, {}):
         return out
-    for other in first:
+    command = CLAIMS["arms"][name]
+    for other in re.findall(r"{(.*?)}", command):
         folder = run_arm(other, seed, threads, results)
         if not (ROOT / folder / "last.pt").exists():
             # its numbers came with the results file, its checkpoint did not
             results["claims"][other].pop(str(seed))
             run_arm(other, seed, threads, results)
         command = command.replace(f"{{{other}}}", f"{folder}/last.pt")
-    how = ["--data", world(seed), "--seed", str(seed), "--resume", "--out", out]
-    text = run("train.py", *command.split(), *how, OMP_NUM_THREADS=str(threads))
-    numbers = json.loads(text.strip().splitlines()[-1])
+    how = ["--data", world(seed), "--seed", seed, "--resume", "--out", out]
+    numbers = numbers_of("train.py", *command.split(), *how, threads=threads)
     log = [json.loads(line) for line in (ROOT / out / "log.jsonl").read_text().splitlines()]
-    numbers |= curve_numbers(log)
-    keep(results, "claims", name, str(seed), numbers=numbers)
-    print(name, seed, {k: v for k, v in numbers.items() if "area" in k or "/" not in k}, flush=True)
+    keep(results, "claims", name, str(seed), numbers=numbers | curve_numbers(log))
     return out
 
 
@@ -173,11 +181,9 @@ def nlvr_seed(seed, threads, results, nlvr):
     for name, args in NLVR.items():
         if f"{name}/{seed}" not in results:
             out = f"out/seeds/{name.replace(' ', '-')}-{seed}"
-            how = ["--data", data, "--seed", str(seed), "--out", out, "--resume"]
-            text = run("train.py", "--task", "nlvr", *args, *how, OMP_NUM_THREADS=str(threads))
-            numbers = json.loads(text.strip().splitlines()[-1])
+            how = ["--data", data, "--seed", seed, "--out", out, "--resume"]
+            numbers = numbers_of("train.py", "--task", "nlvr", *args, *how, threads=threads)
             keep(results, f"{name}/{seed}", numbers=numbers)
-            print(name, seed, numbers, flush=True)
 
 
 ALIGN = {
@@ -227,25 +233,18 @@ MAF_GUESS = {
 
 def align_seed(seed, threads, results):
     """Kervadec's table 2 and 4, MAF's 3, 4 and 5, on one seed's world."""
-    data = f"data/toy-seed{seed}"
-    if not (ROOT / data).exists():
-        run("tests/toy.py", "--out", data, "--seed", str(seed))
+    data = world(seed)
 
-    def keep(name, script, *args):
+    def measure(name, script, *args):
         if name not in results:
-            results[name] = json.loads(
-                run(script, *args, "--data", data, OMP_NUM_THREADS=str(threads))
-                .strip()
-                .splitlines()[-1]
-            )
-            RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
-            print(name, results[name], flush=True)
+            numbers = numbers_of(script, *args, "--data", data, threads=threads)
+            keep(results, name, numbers=numbers)
 
     common = ["--seed", str(seed), "--resume"]
     for name, (args, _, _) in ALIGN.items():
         out = f"out/seeds/align-{name.replace(' ', '-')}-{seed}"
-        keep(f"align/{name}/{seed}", "train.py", *args, *common, "--out", out)
-        keep(
+        measure(f"align/{name}/{seed}", "train.py", *args, *common, "--out", out)
+        measure(
             f"align/{name}/nlvr2/{seed}",
             "train.py",
             "--task",
@@ -264,7 +263,7 @@ def align_seed(seed, threads, results):
             f"{out}-nlvr2",
         )
         for part in ("balanced", "unbalanced"):
-            keep(
+            measure(
                 f"align/{name}/{part}/{seed}",
                 "evaluate.py",
                 "--task",
@@ -275,7 +274,7 @@ def align_seed(seed, threads, results):
                 f"{out}-nlvr2/last.pt",
             )
     for phrases, use in MAF_USE:
-        keep(
+        measure(
             f"maf/{phrases}/{use}/{seed}",
             "train.py",
             "--loss",
@@ -289,7 +288,7 @@ def align_seed(seed, threads, results):
             f"out/seeds/maf-{phrases}-{use}-{seed}",
         )
     for f, p in MAF_START:
-        keep(
+        measure(
             f"maf/start/{f}/{p}/{seed}",
             "train.py",
             "--loss",
@@ -328,40 +327,22 @@ def pixel_seed(seed, threads, results, only, patches):
     """AMC's tables on one seed's world: ALBEF first, then each loss from it; or the rows of
     PATCHES. only: how many of the rows.
     """
-    data = f"data/toy-seed{seed}"
-    if not (ROOT / data).exists():
-        run("tests/toy.py", "--out", data, "--seed", str(seed))
+    data = world(seed)
 
-    def keep(name, *args):
+    def measure(name, *args):
         out = f"out/seeds/{name.replace('/', '-').replace(' ', '')}"
         if name not in results:
-            results[name] = json.loads(
-                run(
-                    "train.py",
-                    *args,
-                    "--data",
-                    data,
-                    "--seed",
-                    str(seed),
-                    "--resume",
-                    "--out",
-                    out,
-                    OMP_NUM_THREADS=str(threads),
-                )
-                .strip()
-                .splitlines()[-1]
-            )
-            RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
-            print(name, results[name], flush=True)
+            how = ["--data", data, "--seed", seed, "--resume", "--out", out]
+            keep(results, name, numbers=numbers_of("train.py", *args, *how, threads=threads))
         return f"{out}/last.pt"
 
     if patches:
         for typed in PATCHES:
-            keep(f"patches/{typed}/{seed}", *typed.split())
+            measure(f"patches/{typed}/{seed}", *typed.split())
         return
-    start = keep(f"amc/--recipe toy-albef/{seed}", "--recipe", "toy-albef")
+    start = measure(f"amc/--recipe toy-albef/{seed}", "--recipe", "toy-albef")
     for typed in list(AMC)[:only]:
-        keep(f"amc/{typed}/{seed}", *typed.split(), "--init", start)
+        measure(f"amc/{typed}/{seed}", *typed.split(), "--init", start)
 
 
 def amc_table(results):
@@ -567,6 +548,9 @@ def main(argv=None):
     )
     parser.add_argument("--patches", action="store_true", help="CACR and AMC on patches instead")
     args = parser.parse_args(argv)
+    for word in args.claims or ():
+        if not any(word in claim["claim"] for claim in CLAIMS["claims"]):
+            parser.error(f"--claims {word}: no claim of tests/claims.json has this word")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     threads = max(1, os.cpu_count() // args.jobs)
 

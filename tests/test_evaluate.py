@@ -1,12 +1,14 @@
 """Metrics against slow loops, perfect and reversed rankers, and the figures."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import data
 import evaluate
 import losses
 from conftest import ROOT, inside
@@ -187,6 +189,17 @@ def test_winoground_by_kind_and_by_what_was_said(toy_tree, pretrained):
         names, n = np.unique(column, return_counts=True)
         parts = [numbers[f"winoground/group/{name}"] for name in names]
         assert np.average(parts, weights=n) == pytest.approx(numbers["winoground/group"])
+
+
+@pytest.mark.parametrize("tag", [None, 3, ["a", "b"]])
+def test_a_winoground_tag_of_another_kind_is_its_text(toy_tree, tmp_path, tag):
+    lines = (toy_tree / "winoground/examples.jsonl").read_text().splitlines()
+    odd = json.loads(lines[0]) | {"secondary_tag": tag}
+    (tmp_path / "winoground").mkdir()
+    text = "\n".join([json.dumps(odd), *lines[1:]])
+    (tmp_path / "winoground/examples.jsonl").write_text(text)
+    notes = [r.note for r in data.winoground_examples(tmp_path, "", Counter())]
+    assert notes[0][1] == ("" if tag is None else str(tag)) and notes[0] == notes[1]
 
 
 def test_congruence_of_matched_and_mismatched_pairs(toy_tree, pretrained):

@@ -410,6 +410,19 @@ def test_compiled_graphs_are_few(toy_tree, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_shares_of_a_compiled_model(toy_tree, tmp_path, monkeypatch):
+    """Each part goes back through the compiled graph once more, which torch forbids by default."""
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_it(*a, **k, backend="aot_eager"))
+    args = "--pretrain itm --loss cacr --steps 2 --warmup 1 --batch-tokens 256 --compile --out o"
+    how = args, "--log-shares --log-every 1", *QUICK
+    run(tmp_path, "--recipe toy-pretrain", "--data", toy_tree, *how)
+    log = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
+    shares = [line["share/itm"] + line["share/cacr"] for line in log if "share/itm" in line]
+    assert shares == pytest.approx([1, 1], abs=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe, task",
     [

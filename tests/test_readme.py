@@ -129,7 +129,14 @@ def test_claims_name_arms_that_parse():
         train.parse(shlex.split(re.sub(r"{.*?}", "none", command)))
     for claim in seeds.CLAIMS["claims"]:
         assert {t[1] for t in claim["terms"] if len(t) > 1} <= set(arms)
-        assert len(claim["seeds"]) >= 5 and claim["paper"] and claim["source"]
+        assert 5 <= len(claim["seeds"]) <= len(seeds.T_975) + 1
+        assert claim["paper"] and claim["source"]
+
+
+def test_a_word_that_no_claim_has_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        seeds.main(["--seeds", "--claims", "Winogrand"])
+    assert "--claims Winogrand: no claim" in capsys.readouterr().err
 
 
 def test_functions_named_exist():

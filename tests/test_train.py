@@ -143,6 +143,12 @@ def test_the_last_line_says_what_the_score_is_without_the_loss(tmp_path, monkeyp
     (folder / "done.json").write_text('{"winoground/group": 12.0, "val/rank": 50.0}')
     assert without("--loss cacr --seed 3") == {"without_loss/winoground/group": 12.0}
     assert without("--loss none --seed 3") == without("--loss cacr --seed 3 --lr 1e-4") == {}
+    # where the recipe is called as its loss; and a file that was cut
+    (tmp_path / "out/toy-amc-none-seed3").mkdir()
+    (tmp_path / "out/toy-amc-none-seed3/done.json").write_text('{"winoground/text": 7.0}')
+    assert without("--loss amc --seed 3") == {"without_loss/winoground/text": 7.0}
+    (folder / "done.json").write_text('{"winoground/gro')
+    assert without("--loss cacr --seed 3") == {}
     known = json.loads((ROOT / "tests/results.json").read_text())["claims"]["none"]["0"]
     assert without("--loss cacr")["without_loss/winoground/group"] == known["winoground/group"]
 

@@ -365,11 +365,9 @@ def draw_example(rng, looks):
     scenes = []
     for true, false in (statements, statements[::-1]):
         kinds = things_beside(rng, true)
-        # nothing may make the other caption true as well, however it lies
-        while not false.links and {noun[1:][::-1] for noun in false.nouns} <= {*kinds}:
-            if {noun[1:] for noun in false.nouns} == {noun[1:] for noun in true.nouns}:
-                # the same things of other sizes
-                break
+        # things that the other caption alone names may not make it true, however they lie
+        others = {noun[1:][::-1] for noun in false.nouns} - {noun[1:][::-1] for noun in true.nouns}
+        while others and not false.links and others <= {*kinds}:
             kinds = things_beside(rng, true)
         while True:
             things = arranged(rng, kinds, true)
