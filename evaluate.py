@@ -411,9 +411,9 @@ def content_words(text_mask):
 
 
 def congruence(run):
-    """Are the maps of a matched pair more congruent than of a mismatched one? CACR's loss of the last
-    layer, in nats a pair, of Winoground's captions with either image, and in percent how often the
-    own has less: chance 50. CACR sec. 3.1 argues from it. Flat maps are congruent with everything.
+    """Are the maps of a matched pair more congruent than of a mismatched one? CACR's loss of the
+    last layer, in nats a pair, of Winoground's captions with either image, and in percent how often
+    the own has less: chance 50. CACR sec. 3.1 argues from it. Flat maps fit everything.
     """
     index, _ = winoground_index(run)
     captions, found = np.arange(len(index)), np.zeros((2, len(index)))
