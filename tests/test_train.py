@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +99,26 @@ def test_the_weight_schedule_reaches_the_loss(toy_tree):
         norms[name] = train.train_step(*how)[1].item()
     assert norms["exp"] == pytest.approx(norms["typed"], rel=1e-5)
     assert norms["late"] != pytest.approx(norms["exp"], rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", ["cacr", "iais", "iais-released", "iais-distributed"])
+@pytest.mark.parametrize("deviation", [1, 2, 4])
+def test_default_weights_act_on_maps_of_any_sharpness(loss, deviation):
+    """With its weight a loss on attention maps has a gradient that neither vanishes while maps are
+    flat nor grows without bound while they get sharp; CACR on probabilities has next to none.
+    """
+    mask = torch.arange(8) < torch.tensor([[8], [6], [7], [5]])
+
+    def gradient(loss):
+        generator = torch.Generator().manual_seed(0)
+        maps = deviation * torch.randn(4, 4, 3, 8, 8, generator=generator)
+        maps = [block.requires_grad_() for block in maps]
+        cfg, out = SimpleNamespace(loss=loss, model="uniter"), SimpleNamespace(maps=[maps])
+        value = train.alignment(cfg, out, {"text_mask": mask, "region_mask": mask})[loss]
+        grads = torch.autograd.grad(train.LOSSES[loss].weight * value, maps, allow_unused=True)
+        return torch.stack([grad.norm() for grad in grads if grad is not None]).norm()
+
+    assert 0.03 < gradient(loss) < 6 and gradient("cacr-probs") < 0.02
 
 
 def test_shares_of_the_gradient(toy_tree):

@@ -536,29 +536,22 @@ def make_toy(out, seed=0, scenes=6000):
         )
     )
     try:
-        seen, jobs = toy_coco(tmp, seed, cuts)
-        said, more = toy_flickr30k(tmp, seed, cuts)
-        known, views = toy_vg(tmp, seed, seen, scenes // 5)
-        jobs += (
-            more
-            + toy_winoground(tmp, seed, scenes // 15)
-            + views
-            + toy_web(tmp, seed, max(40, scenes // 20))
-            + toy_gqa(tmp, seed, known, max(10, scenes // 30))
-        )
-        jobs += toy_nlvr2(tmp, seed, scenes // 15) + toy_vcr(tmp, seed, scenes // 4)
-        toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
-        for folder in {path.parent for path, _ in jobs}:
-            folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for _ in tqdm(
-                pool.map(save_picture, jobs, chunksize=64),
-                total=len(jobs),
-                desc="toy pictures",
-                disable=None,
-                leave=False,
-            ):
-                pass
+            # these need no other's scenes: drawn beside the rest
+            apart = {toy_nlvr2: scenes // 15, toy_vcr: scenes // 4, toy_winoground: scenes // 15}
+            apart |= {toy_web: max(40, scenes // 20)}
+            beside = [pool.submit(draw, tmp, seed, n) for draw, n in apart.items()]
+            seen, jobs = toy_coco(tmp, seed, cuts)
+            said, more = toy_flickr30k(tmp, seed, cuts)
+            known, views = toy_vg(tmp, seed, seen, scenes // 5)
+            jobs += more + views + toy_gqa(tmp, seed, known, max(10, scenes // 30))
+            toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
+            for part in beside:
+                jobs += part.result()
+            for folder in {path.parent for path, _ in jobs}:
+                folder.mkdir(parents=True, exist_ok=True)
+            drawn = pool.map(save_picture, jobs, chunksize=64)
+            list(tqdm(drawn, "toy pictures", len(jobs), disable=None, leave=False))
         words = sorted(
             {*OTHER_WORDS, *SHAPES, *COLOURS, *SIZES, *(w for r in RELATIONS for w in r.split())}
         )
