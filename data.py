@@ -765,6 +765,8 @@ PICTURES = {
     "cc3m_train": ("cc3m/images",),
     "cc3m_val": ("cc3m/images",),
     "nlvr": ("nlvr",),
+    "aro": ("aro/crops",),
+    "whatsup": ("whatsup/controlled_images", "whatsup/controlled_clevr"),
 }
 # of red, green, blue [ALBEF's code]
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -1144,14 +1146,20 @@ def karpathy_captions(data, split, stats, dataset="coco"):
 
 
 def winoground_examples(data, split, stats):
-    """Winoground's 400 examples; two Records each, caption i with image i; note = both tags."""
-    path = Path(data) / "winoground" / "examples.jsonl"
+    """Winoground's 400 examples; two Records each, caption i with image i; note = {tag: example},
+    with those of Diwan et al. 2022 where their file is there.
+    """
+    path, more = Path(data) / "winoground" / "examples.jsonl", {}
+    new = path.with_name("new_tag_assignments.json")
+    if exists(new):
+        more = need_record(read_json(new, "Diwan et al.'s tags of Winoground"), new)
     for where, e in read_json_lines(path, "Winoground's examples"):
+        name = field(e, "id", where)
+        tags = [e.get("collapsed_tag"), e.get("secondary_tag")]
+        tags += field(more, str(name), new, list) if more else []
         for i in (0, 1):
             image, text = field(e, f"image_{i}", where), field(e, f"caption_{i}", where, str)
-            name = f"{field(e, 'id', where)}/{i}"
-            tags = [str(e.get(f"{kind}_tag") or "") for kind in ("collapsed", "secondary")]
-            yield Record(image, text, name, note=tags)
+            yield Record(image, text, f"{name}/{i}", note={str(tag): name for tag in tags if tag})
 
 
 def read_label(record, where):
@@ -1195,8 +1203,18 @@ class HeldOut(NamedTuple):
     counts: dict  # {which list: how many images}
 
 
+# benchmarks of COCO's images of 2017: their files, and what a number looks like in them
+BENCHMARK_IMAGES = {
+    "SugarCrepe": ("sugarcrepe*/*", r"(\d{12})\.jpg"),
+    "VALSE": ("valse/*", r"(\d{12})\.jpg"),
+    "What'sUp": ("whatsup/coco_qa_*", r"\[\s*(\d+)"),
+}
+
+
 def held_out(data):
-    """Of the files that are there: Karpathy's, RefCOCO's val and test, Flickr30k's photos."""
+    """Of the files that are there: Karpathy's, RefCOCO's val and test, Flickr30k's photos, and the
+    images of BENCHMARK_IMAGES.
+    """
     data, coco_ids, counts = Path(data), set(), {}
     for split in ("val", "test"):
         ids = {i["cocoid"] for i in karpathy_images(data, "coco", split)}
@@ -1207,6 +1225,13 @@ def held_out(data):
             counts[f"{name} val, test"], coco_ids = len(ids), coco_ids | ids
         else:
             counts[f"NONE OF {name}: its files are missing, so its test images are trained on"] = 1
+    for name, (files, number) in BENCHMARK_IMAGES.items():
+        # noted, so that an index is made again when files come into it
+        exists((data / files).parent)
+        found = data.glob(f"{files}.json*")
+        texts = [read_text(str(path).removesuffix(".gz"), name) for path in sorted(found)]
+        ids = {int(n) for text in texts for n in re.findall(number, text)}
+        counts[name], coco_ids = len(ids), coco_ids | ids
     photos = set()
     if exists(data / "flickr30k" / "dataset_flickr30k.json"):
         photos = {Path(i["filename"]).stem for i in karpathy_images(data, "flickr30k")}

@@ -1,7 +1,8 @@
 """Benchmarks and figures. Every benchmark returns a flat dict of numbers in the papers' units.
 
     1. Scoring            score_pairs  score_all  predict: what a checkpoint says of pairs, examples
-    2. Winoground, retrieval     winoground_scores  recall        CACR tables 2-4; UNITER table 3
+    2. Choices and retrieval     choice_hits  CHOICES: Winoground and its like  recall
+                          CACR tables 2-4; UNITER table 3
     3. Downstream tasks   vqa_scores  vcr_scores  nlvr2_scores  gqa_scores ...   UNITER table 3;
                           Kervadec tables 1, 2; TASKS: the table of all tasks
     4. Word to region     word_to_region  pointing: words that point at regions   Kervadec sec. 7
@@ -55,9 +56,10 @@ from data import AGAIN, CUT_SHORT, DataError, as_tensors, length_mask, need, rea
 from data import WordPiece, check_names, detector_names, kept, normalise_answer, strip_punctuation
 from data import COLUMNS, PER_IMAGE, PatchStore, RegionStore, Vision, picture_folders, read_picture
 from data import ENTAILMENT, REFER, VCR_WORDS, Record, exists, gqa_records, vg_answer, vg_items
-from data import entailment_pairs, entity_captions, gqa_questions, karpathy_captions, nlvr2_pairs
-from data import nlvr_presentations, referit_expressions, referring_expressions, vcr_choices
-from data import field, vg_images, vqa_annotations, vqa_questions, winoground_examples
+from data import entailment_pairs, entity_captions, gqa_questions, karpathy_captions
+from data import karpathy_images, nlvr2_pairs, nlvr_presentations, referit_expressions
+from data import referring_expressions, vcr_choices
+from data import NUMBER, field, vg_images, vqa_annotations, vqa_questions, winoground_examples
 from data import example_batch, make_index, normalize_pixels, open_index, token_batches
 from model import SIZES, Albef, CheckpointError, Encoder, Lxmert, Maf, build, load_pretrained
 from model import detector_size, load_detector, read_checkpoint, resize_for_detector
@@ -341,47 +343,291 @@ def predict(run, task, index, batch_tokens=8192, ablate="", whole=False):
     return np.stack([found[example] for example in range(len(found))])
 
 
-# 2. Winoground and retrieval --------------------------------------------------------------------
+# 2. Choices and retrieval -----------------------------------------------------------------------
 
 
-def winoground_scores(s):
-    """s (E, 2, 2): score of caption c with image i; returns text, image, group in percent and each
-    example's group hit. text: each image prefers its caption; image: each caption prefers its
-    image; group: both. A tie is wrong. Chance 25, 25, 16.67. Thrush et al. 2022
+class Choices(NamedTuple):
+    """A benchmark of examples: a few texts that follow each other, and which images they are of."""
+
+    # (data, part, stats) -> Records of one image each; note: {kind: which example}, where those of
+    # a kind that have the same `which` are right together or not at all
+    reader: Callable
+    # of each text of an example: which of its images it is of; -1: of none
+    right: tuple
+    store: str  # where its images are
+    parts: tuple = ("",)  # its files
+    means: bool = False  # is the mean over its kinds told?
+    least: int = 1  # not over kinds of fewer examples
+    apart: tuple = ()  # nor over these
+
+
+def choice_hits(s, right):
+    """{name: (E,) bool} of s (E, T, I), the score of text t with image i, and right (T,), the image
+    that a text is of, -1 of none. text: each image prefers its texts to all others; image: each
+    text prefers its image; group: both. Of one image: accuracy. A tie is wrong.
+
+    Chance with two texts and two images: 25, 25, 16.67 percent.       Thrush et al. 2022
     """
-    text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
-    image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
-    hits = {"text": text, "image": image, "group": text & image}
-    return {name: 100 * hit.mean() for name, hit in hits.items()}, hits["group"]
+    right = np.asarray(right)
+    own = right[:, None] == np.arange(s.shape[2])
+    of, others = np.where(own, s, np.inf), np.where(own, -np.inf, s)
+    text = (of.min(axis=1) > others.max(axis=1)).all(axis=1)
+    if s.shape[2] == 1:
+        return {"accuracy": text}
+    image = (of.min(axis=2) > others.max(axis=2))[:, right >= 0].all(axis=1)
+    return {"text": text, "image": image, "group": text & image}
 
 
-def winoground_index(run):
-    """Winoground's captions: 2e + c belongs to image c of example e; each example's two tags"""
+def choice_index(run, name):
+    """The Index of a benchmark of CHOICES, its examples' texts one after the other, and the note of
+    each example. One whose image is missing is an error, or left out and counted.
+    """
     need_kind(run, Encoder, "score a caption with an image", "--loss cacr")
-    records = list(winoground_examples(run.data, "", Counter()))
-    store = run.vision.open("winoground")
-    index = make_index(records, store, run.tokenizer, name="Winoground")
-    return index, np.array([record.note for record in records[::2]])
+    row, stats = CHOICES[name], Counter()
+    records = [r for part in row.parts for r in row.reader(run.data, part, stats)]
+    store, T = run.vision.open(row.store), len(row.right)
+    if run.settings.get("skip_missing"):
+        found = store.finder()([record.image for record in records]) >= 0
+        whole = found.reshape(-1, T).all(axis=1).repeat(T)
+        stats["examples without a picture left out"] = (~whole).sum() // T
+        records = [record for record, keep in zip(records, whole) if keep]
+    for what, n in stats.items():
+        if n and is_main():
+            print(f"{name}: {n:,} {what}", file=sys.stderr)
+    index = make_index(records, store, run.tokenizer, name=name)
+    return index, [record.note for record in records[::T]]
 
 
-def winoground_pairs(run, head=""):
-    """The index, each example's tags, and (E, 2, 2): the scores of its captions by its images"""
-    index, tags = winoground_index(run)
-    # captions 2e, 2e + 1 along the second axis, their images along the third
-    first = 2 * np.arange(len(tags))[:, None, None]
-    c, i = first + np.array([[0, 0], [1, 1]]), first + np.array([[0, 1], [0, 1]])
+def choice_pairs(run, name, head=""):
+    """The Index, each example's note, and (E, T, I): the scores of its texts by its images. All
+    processes call it together and share the examples out.
+    """
+    index, notes = choice_index(run, name)
+    right = CHOICES[name].right
+    # a text of each image
+    first = [right.index(i) for i in range(max(right) + 1)]
+    texts = np.arange(len(index)).reshape(len(notes), -1, 1)
+    rows, images = np.broadcast_arrays(texts, index.image[texts[:, first, 0]][:, None])
+    own, s = shared_out(np.arange(len(notes))), np.zeros(rows.shape, np.float32)
     how = {"head": head or ranking_head(run), "autocast": run.autocast}
-    scores = score_pairs(run.model, index, c.ravel(), index.image[i].ravel(), **how)
-    return index, tags, scores.reshape(-1, 2, 2)
+    how["progress"] = name if len(notes) > 1000 else None
+    found = score_pairs(run.model, index, rows[own].ravel(), images[own].ravel(), **how)
+    for examples, scores in gathered((own, found)):
+        s[examples] = scores.reshape(-1, *s.shape[1:])
+    return index, notes, s
+
+
+def choose(run, name, head=""):
+    """{name/...: percent right} of a benchmark of CHOICES: choice_hits, each kind of example, and
+    the mean over kinds where papers give that.
+    """
+    row, (_, notes, s) = CHOICES[name], choice_pairs(run, name, head)
+    hits, kinds = choice_hits(s, row.right), {}
+    *_, (last, whole) = hits.items()
+    for note, hit in zip(notes, whole):
+        for kind, which in note.items():
+            kinds.setdefault(kind, {}).setdefault(which, []).append(hit)
+    score = {kind: 100 * np.mean([all(h) for h in of.values()]) for kind, of in kinds.items()}
+    numbers = {k: 100 * hit.mean() for k, hit in hits.items()}
+    counted = [k for k in kinds if len(kinds[k]) >= row.least and k not in row.apart]
+    if row.means and counted:
+        numbers["mean"] = np.mean([score[k] for k in counted])
+    numbers |= {f"{last}/{k}" if last == "group" else k: score[k] for k in sorted(score)}
+    return {f"{name}/{k}": float(v) for k, v in numbers.items()}
 
 
 def winoground(run, head=""):
     """Percent of Winoground's examples: text, image, group, and group by tag"""
-    _, tags, scores = winoground_pairs(run, head)
-    score, hits = winoground_scores(scores)
-    of = lambda tag: 100 * hits[(tags == tag).any(axis=1)].mean()
-    by_tag = {f"group/{tag}": of(tag) for tag in np.unique(tags) if tag}
-    return {f"winoground/{k}": float(v) for k, v in (score | by_tag).items()}
+    return choose(run, "winoground", head)
+
+
+# ----------------------------------------------- readers of benchmarks that came after Winoground
+
+
+def entries(path, what):
+    """Yields (where, name, record) of a small JSON file: a list, or a record of named ones."""
+    found = read_json(path, what)
+    if not isinstance(found, (list, dict)):
+        raise DataError(f"{path} is {found!r:.60}", f"a list or a record: {what}. {AGAIN}")
+    for name, e in found.items() if isinstance(found, dict) else enumerate(found):
+        yield f"{path}, entry {name}", str(name), e
+
+
+@functools.lru_cache(1)
+def coco_stems(data):
+    """{COCO image id: file stem}; the images of 2017 are those of 2014 by other names"""
+    return {i["cocoid"]: Path(i["filename"]).stem for i in karpathy_images(data, "coco")}
+
+
+def coco_image(data, name, where):
+    """The file stem in COCO 2014 of an image that ends in the same number"""
+    number = re.search(r"(\d+)(\.jpg)?$", str(name))
+    stem = coco_stems(str(data)).get(int(number[1])) if number else None
+    if stem is None:
+        wanted = "an image of coco/dataset_coco.json: its number, as in 000000085329.jpg"
+        raise DataError(f"{where}: image {name!r:.60}", wanted)
+    return stem
+
+
+def sugarcrepe(data, part, stats, folder="sugarcrepe", texts=("caption", "negative_caption")):
+    """SugarCrepe (Hsieh et al. 2023), on COCO; with two right captions SugarCrepe++."""
+    for where, name, e in entries(Path(data) / folder / f"{part}.json", "SugarCrepe's captions"):
+        image = coco_image(data, field(e, "filename", where, str), where)
+        for text in texts:
+            yield Record(image, field(e, text, where, str), f"{part}/{name}", note={part: name})
+
+
+def valse(data, part, stats):
+    """VALSE (Parcalabescu et al. 2022): captions and foils that two people of three told apart"""
+    for where, name, e in entries(Path(data) / "valse" / f"{part}.json", "VALSE's foils"):
+        if field(field(e, "mturk", where, dict), "caption", where, NUMBER) < 2:
+            stats["foils left out that people did not agree on"] += 1
+            continue
+        image = Path(field(e, "image_file", where, str)).stem
+        for text in ("caption", "foil"):
+            yield Record(image, field(e, text, where, str), f"{part}/{name}", note={part: name})
+
+
+def aro(data, part, stats):
+    """ARO's relation or attribution (Yuksekgonul et al. 2023), each image cropped to its box:
+    evaluate.py crops
+    """
+    path = Path(data) / "aro" / f"visual_genome_{part}.json"
+    for where, name, e in entries(path, f"ARO's {part}"):
+        corner = [field(e, f"bbox_{side}", where, NUMBER) for side in "xywh"]
+        image = "_".join(map(str, (Path(field(e, "image_path", where, str)).stem, *corner)))
+        kind = e.get("relation_name") or "_".join(field(e, "attributes", where, list))
+        for text in ("true_caption", "false_caption"):
+            yield Record(image, field(e, text, where, str), name, note={kind: name})
+
+
+def captions_to_choose(e, where, n):
+    """A record's n texts, the right one first"""
+    texts = field(e, "caption_options", where, list)
+    if len(texts) != n or not all(isinstance(text, str) for text in texts):
+        found = f"{where}: caption_options {texts!r:.80}"
+        raise DataError(found, f"{n} texts, the right one first")
+    return texts
+
+
+def word_order(data, part, stats):
+    """ARO's COCO or Flickr30k order: a caption and four shufflings of it. image: a file's name"""
+    for where, name, e in entries(Path(data) / "aro" / f"{part}_order.json", "ARO's order"):
+        image = Path(field(e, "image", where, str)).stem
+        for text in captions_to_choose(e, where, 5):
+            yield Record(image, text, name, note={})
+
+
+def whatsup(data, part, stats):
+    """What'sUp's controlled images (Kamath et al. 2023): four pictures of the same two things, as
+    the files' names tell: mug_left_of_table.jpeg
+    """
+    axis = {"left": "across", "right": "across"}
+    for where, name, e in entries(Path(data) / "whatsup" / f"{part}.json", "What'sUp's images"):
+        image = Path(field(e, "image_path", where, str)).stem
+        first, how, *_, last = image.split("_")
+        note = {how: name, "pair": (first, last, axis.get(how)), "set": (first, last)}
+        for text in captions_to_choose(e, where, 4):
+            yield Record(image, text, name, note=note)
+
+
+def whatsup_lists(data, part, stats):
+    """What'sUp's questions of COCO and Visual Genome: [image id, right caption, wrong caption]"""
+    for where, name, e in entries(Path(data) / "whatsup" / f"{part}.json", "What'sUp's lists"):
+        if not isinstance(e, list) or len(e) != 3:
+            raise DataError(f"{where}: {e!r:.80}", "[image id, right caption, wrong caption]")
+        image = coco_image(data, e[0], where) if part.startswith("coco") else e[0]
+        for text in e[1:]:
+            yield Record(image, str(text), name, note={})
+
+
+def colorswap(data, part, stats):
+    """ColorSwap (Burapacheep et al. 2024)"""
+    for where, name, e in entries(Path(data) / "colorswap" / "test.json", "ColorSwap's examples"):
+        for i in (1, 2):
+            image = Path(field(e, f"image_{i}", where, str)).stem
+            yield Record(image, field(e, f"caption_{i}", where, str), name, note={})
+
+
+def bivlc(data, part, stats):
+    """BiVLC (Miranda et al. 2024): SugarCrepe's captions with an image for the wrong one too. Its
+    rows with their two pictures saved as files and named
+    """
+    for where, name, e in entries(Path(data) / "bivlc" / "test.json", "BiVLC's rows"):
+        note = {field(e, "type", where, str): name}
+        for wrong in ("", "negative_"):
+            image = Path(field(e, f"{wrong}image", where, str)).stem
+            yield Record(image, field(e, f"{wrong}caption", where, str), name, note=note)
+
+
+def crops(data):
+    """Cut ARO's boxes out of the pictures in DATA/aro/images, into DATA/aro/crops."""
+    folder, number = Path(data) / "aro", 0
+    for part in ("relation", "attribution"):
+        path = folder / f"visual_genome_{part}.json"
+        for where, _, e in tqdm(entries(path, f"ARO's {part}"), desc=part, disable=None):
+            x, y, w, h = (field(e, f"bbox_{side}", where, NUMBER) for side in "xywh")
+            picture = folder / "images" / field(e, "image_path", where, str)
+            out = folder / "crops" / f"{picture.stem}_{x}_{y}_{w}_{h}.png"
+            if not out.exists():
+                save_png(read_picture(picture).crop((x, y, x + w, y + h)), out)
+            number += 1
+    return {"crops": number}
+
+
+# ARO's relations that its mean is not over: few examples, or true both ways [authors' notebook]
+NOT_IN_MEAN = """
+adjusting, attached to, between, bigger than, biting, boarding, brushing, chewing, cleaning,
+climbing, close to, coming from, coming out of, contain, crossing, dragging, draped over,
+drinking, drinking from, driving, driving down, driving on, eating from, eating in, enclosing,
+exiting, facing, filled with, floating in, floating on, flying, flying above, flying in, flying
+over, flying through, full of, going down, going into, going through, grazing in, growing in,
+growing on, guiding, hanging from, hanging in, hanging off, hanging over, higher than, holding
+onto, hugging, in between, jumping off, jumping on, jumping over, kept in, larger than, leading,
+leaning over, leaving, licking, longer than, looking in, looking into, looking out, looking over,
+looking through, lying next to, lying on top of, making, mixed with, mounted on, moving, on the
+back of, on the edge of, on the front of, on the other side of, opening, painted on, parked at,
+parked beside, parked by, parked in, parked in front of, parked near, parked next to, perched on,
+petting, piled on, playing, playing in, playing on, playing with, pouring, reaching for, reading,
+reflected on, riding on, running in, running on, running through, seen through, sitting behind,
+sitting beside, sitting by, sitting in front of, sitting near, sitting next to, sitting under,
+skiing down, skiing on, sleeping in, sleeping on, smiling at, sniffing, splashing, sprinkled on,
+stacked on, standing against, standing around, standing behind, standing beside, standing in front
+of, standing near, standing next to, staring at, stuck in, surrounding, swimming in, swinging,
+talking to, topped with, touching, traveling down, traveling on, tying, typing on, underneath,
+wading in, waiting for, walking across, walking by, walking down, walking next to, walking
+through, working in, working on, worn on, wrapped around, wrapped in, by, of, near, next to, with,
+beside, on the side of, around
+"""
+# SugarCrepe's and VALSE's files
+SUGARCREPE = "add_att add_obj replace_att replace_obj replace_rel swap_att swap_obj".split()
+PHENOMENA = """
+existence plurals counting-hard counting-small-quant counting-adversarial relations
+action-replacement actant-swap coreference-standard coreference-hard foil-it
+""".split()
+FOIL, BOTH, OF_FOUR, OF_FIVE = (0, -1), (0, 1), (0, -1, -1, -1), (0, -1, -1, -1, -1)
+TWO_RIGHT = "caption", "caption2", "negative_caption"
+SUGARCREPE_PP = functools.partial(sugarcrepe, folder="sugarcrepe_pp", texts=TWO_RIGHT)
+CHOICES = {
+    "winoground": Choices(winoground_examples, BOTH, "winoground"),
+    "sugarcrepe": Choices(sugarcrepe, FOIL, "coco", SUGARCREPE, means=True),
+    "sugarcrepe-pp": Choices(SUGARCREPE_PP, (0, 0, -1), "coco", SUGARCREPE[2:], means=True),
+    "valse": Choices(valse, FOIL, "valse", PHENOMENA, means=True),
+    "aro-relation": Choices(
+        aro, FOIL, "aro", ["relation"], True, apart=" ".join(NOT_IN_MEAN.split()).split(", ")
+    ),
+    "aro-attribution": Choices(aro, FOIL, "aro", ["attribution"], means=True, least=25),
+    "aro-coco-order": Choices(word_order, OF_FIVE, "coco", ["coco"]),
+    "aro-flickr30k-order": Choices(word_order, OF_FIVE, "flickr30k", ["flickr30k"]),
+    "whatsup-a": Choices(whatsup, OF_FOUR, "whatsup", ["controlled_images_dataset"]),
+    "whatsup-b": Choices(whatsup, OF_FOUR, "whatsup", ["controlled_clevr_dataset"]),
+    "whatsup-coco-one": Choices(whatsup_lists, FOIL, "coco", ["coco_qa_one_obj"]),
+    "whatsup-coco-two": Choices(whatsup_lists, FOIL, "coco", ["coco_qa_two_obj"]),
+    "whatsup-vg-one": Choices(whatsup_lists, FOIL, "vg", ["vg_qa_one_obj"]),
+    "whatsup-vg-two": Choices(whatsup_lists, FOIL, "vg", ["vg_qa_two_obj"]),
+    "colorswap": Choices(colorswap, BOTH, "colorswap"),
+    "bivlc": Choices(bivlc, BOTH, "bivlc"),
+}
 
 
 def argmax_entropy(run, head=""):
@@ -390,7 +636,7 @@ def argmax_entropy(run, head=""):
     (Pearson's) with how clearly an example is right: the scores of its two matched pairs less those
     of the mismatched.                                                            CACR sec. 5.2
     """
-    index, _, s = winoground_pairs(run, head)
+    index, _, s = choice_pairs(run, "winoground", head)
     entropy = np.zeros(len(index))
     for captions, batch, P in word_to_region(run, index, np.arange(len(index))):
         for c, attention, real in zip(captions, P, batch["text_mask"]):
@@ -415,7 +661,7 @@ def congruence(run):
     last layer, in nats a pair, of Winoground's captions with either image, and in percent how often
     the own has less: chance 50. CACR sec. 3.1 argues from it. Flat maps fit everything.
     """
-    index, _ = winoground_index(run)
+    index, _ = choice_index(run, "winoground")
     captions, found = np.arange(len(index)), np.zeros((2, len(index)))
     # pair by pair: cacr is the mean over pairs
     pair = torch.vmap(lambda *one: losses.cacr(*(x[None] for x in one)))
@@ -1840,7 +2086,7 @@ def attention_figure(runs, index, caption, picture, directions=("S_LV", "S_VL"))
 def attention_figures(runs, out, n=8):
     """Attention figures of the first n captions of Winoground; returns the paths."""
     run = next(iter(runs.values()))
-    index, _ = winoground_index(run)
+    index, _ = choice_index(run, "winoground")
     paths = []
     for c in range(min(n, len(index))):
         image_id = index.store.image_id(int(index.image[c]))
@@ -1856,7 +2102,7 @@ def head_figures(runs, out):
     """
     paths = []
     for name, run in runs.items():
-        index, _ = winoground_index(run)
+        index, _ = choice_index(run, "winoground")
         batch = to_device(index.batch(np.array([0]), index.image[:1]), run.device)
         layers, rows = range(len(getattr(run.model, "layers", ()))), []
         with evaluating(run.model):
@@ -2633,7 +2879,7 @@ def make_pack_parser():
 
 
 def main(argv=None):
-    """A benchmark, a photo, figures; or a region store made: pack, extract"""
+    """A benchmark, a photo, figures; or what they need made: pack, extract, crops"""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["extract"]:
@@ -2642,6 +2888,11 @@ def main(argv=None):
         if argv[:1] == ["pack"]:
             args = make_pack_parser().parse_args(argv[1:])
             pack(args.source, args.out, args.images)
+            return
+        if argv[:1] == ["crops"]:
+            parser = command_parser(crops)
+            parser.add_argument("--data", default="data/toy", help="the data tree")
+            print(json.dumps(crops(parser.parse_args(argv[1:]).data)))
             return
         args = make_parser().parse_args(argv)
         numbers = run_benchmark(args)
@@ -2697,6 +2948,11 @@ def run_benchmark(args):
     if not args.task:
         raise DataError("neither --task nor --image", "a benchmark, or a photo and a sentence")
     return BENCHMARKS.get(args.task, run_task)(runs, args)
+
+
+def run_choices(name, runs, args):
+    """A benchmark of CHOICES"""
+    return choose(next(iter(runs.values())), name, args.head)
 
 
 def run_pointing(runs, args):
@@ -2760,7 +3016,7 @@ def draw_figures(runs, args):
 
 # --task: (runs, args) -> numbers; all other names are downstream tasks
 BENCHMARKS = {
-    "winoground": lambda runs, args: winoground(next(iter(runs.values())), args.head),
+    **{name: functools.partial(run_choices, name) for name in CHOICES},
     "entropy": lambda runs, args: argmax_entropy(next(iter(runs.values())), args.head),
     "congruence": lambda runs, args: congruence(next(iter(runs.values()))),
     "retrieval": run_retrieval,

@@ -74,17 +74,13 @@ def test_recall_agrees_with_the_authors_where_theirs_is_right():
 
 
 def test_winoground_scores():
+    score = lambda s: {k: 100 * v.mean() for k, v in evaluate.choice_hits(s, (0, 1)).items()}
     good, ties, reverse = [[2.0, 1], [0, 3]], [[1.0, 1], [1, 1]], [[0.0, 1], [1, 0]]
     # each satisfies one of the two conditions
     text_only, image_only = [[5.0, 6], [4, 7]], [[5.0, 4], [6, 7]]
-    score, hits = evaluate.winoground_scores(np.array([good, ties, reverse, text_only, image_only]))
-    assert score == {"text": 40.0, "image": 40.0, "group": 20.0} and hits.tolist() == [
-        True,
-        False,
-        False,
-        False,
-        False,
-    ]
+    examples = np.array([good, ties, reverse, text_only, image_only])
+    assert score(examples) == {"text": 40.0, "image": 40.0, "group": 20.0}
+    assert evaluate.choice_hits(examples, (0, 1))["group"].tolist() == [True] + 4 * [False]
     for tied, text, image in (
         ([[2, 1], [2, 3]], 0, 100),
         ([[3, 2], [1, 2]], 0, 100),
@@ -92,13 +88,10 @@ def test_winoground_scores():
         ([[3, 1], [2, 2]], 100, 0),
     ):
         # one of the four comparisons is a tie: wrong
-        score, _ = evaluate.winoground_scores(np.array([tied]))
-        assert score == {"text": text, "image": image, "group": 0}
-    rng = np.random.default_rng(0)
-    chance, _ = evaluate.winoground_scores(rng.random((200_000, 2, 2)))
-    assert chance["text"] == pytest.approx(25, abs=0.5) and chance["group"] == pytest.approx(
-        100 / 6, abs=0.5
-    )
+        assert score(np.array([tied])) == {"text": text, "image": image, "group": 0}
+    chance = score(np.random.default_rng(0).random((200_000, 2, 2)))
+    assert chance["text"] == pytest.approx(25, abs=0.5)
+    assert chance["group"] == pytest.approx(100 / 6, abs=0.5)
 
 
 def test_command_line(toy_tree, pretrained, tmp_path):
@@ -167,7 +160,7 @@ def test_the_box_with_most_heat_for_its_area():
 def test_entropy_of_what_words_attend_to(toy_tree, pretrained, monkeypatch):
     """Each word another region: log2 of their number. All the same: 0."""
     run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
-    index, _ = evaluate.winoground_index(run)
+    index, _ = evaluate.choice_index(run, "winoground")
     n_words = index.n_words(np.arange(len(index))) - 2
     spread = np.eye(40)[None, (np.arange(40) - 1) % 40]
     for P, wanted in ((spread, np.log2(n_words).mean()), (np.ones((1, 40, 40)), 0)):
@@ -183,12 +176,14 @@ def test_entropy_of_what_words_attend_to(toy_tree, pretrained, monkeypatch):
 def test_winoground_by_kind_and_by_what_was_said(toy_tree, pretrained):
     """Of either tag, the scores of its values are means that give the whole, weighted by size."""
     run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
-    (_, tags), numbers = evaluate.winoground_index(run), evaluate.winoground(run)
-    assert {"Object", "Relation", "Both", "seen", "held out"} == set(tags.ravel())
-    for column in tags.T:
-        names, n = np.unique(column, return_counts=True)
-        parts = [numbers[f"winoground/group/{name}"] for name in names]
-        assert np.average(parts, weights=n) == pytest.approx(numbers["winoground/group"])
+    (_, notes), numbers = evaluate.choice_index(run, "winoground"), evaluate.winoground(run)
+    for names in ({"Object", "Relation", "Both"}, {"seen", "held out"}):
+        tags = [*({*note} & names for note in notes)]
+        assert set().union(*tags) == names and all(len(tag) == 1 for tag in tags)
+        n = Counter(tag for (tag,) in tags)
+        parts = [numbers[f"winoground/group/{name}"] for name in n]
+        whole = np.average(parts, weights=[*n.values()])
+        assert whole == pytest.approx(numbers["winoground/group"])
 
 
 @pytest.mark.parametrize("tag", [None, 3, ["a", "b"]])
@@ -199,13 +194,14 @@ def test_a_winoground_tag_of_another_kind_is_its_text(toy_tree, tmp_path, tag):
     text = "\n".join([json.dumps(odd), *lines[1:]])
     (tmp_path / "winoground/examples.jsonl").write_text(text)
     notes = [r.note for r in data.winoground_examples(tmp_path, "", Counter())]
-    assert notes[0][1] == ("" if tag is None else str(tag)) and notes[0] == notes[1]
+    second = [] if tag is None else [str(tag)]
+    assert [*notes[0]] == [odd["collapsed_tag"], *second] and notes[0] == notes[1]
 
 
 def test_congruence_of_matched_and_mismatched_pairs(toy_tree, pretrained):
     """The loss of each pair by itself, one after the other, is what is averaged and compared."""
     run, found = evaluate.load_run(f"{pretrained[0]}", toy_tree), []
-    index, _ = evaluate.winoground_index(run)
+    index, _ = evaluate.choice_index(run, "winoground")
     for c in range(len(index)):
         own, other = index.image[[c]], index.image[[c + 1 if c % 2 == 0 else c - 1]]
         for image in (own, other):
@@ -228,7 +224,7 @@ def test_ensembles_and_head_figures(toy_tree, pretrained, tmp_path):
     """Two of the same are one; a figure has a row for each layer, a panel for each head."""
     run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
     both = evaluate.Ensemble([run.model, run.model])
-    index, _ = evaluate.winoground_index(run)
+    index, _ = evaluate.choice_index(run, "winoground")
     batch = index.batch(np.arange(4), index.image[:4])
     with evaluate.evaluating(run.model):
         one, two = (m(**batch, heads=("match",)).match for m in (run.model, both))

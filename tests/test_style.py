@@ -94,16 +94,17 @@ def test_functions_are_short():
 
 @pytest.mark.skipif(not shutil.which("ruff"), reason="needs ruff, to measure size")
 def test_size_after_a_formatter():
-    """At most 3,000 lines each and 10,400 together: 10,000, what full size needs (260) and what
-    deciding the claims needs (140): scores along a run, shares of the gradient, its figure.
+    """At most 3,100 lines each and 11,300 together: 10,000, what full size needs (260), what
+    deciding the claims needs (140: scores along a run, shares of the gradient, its figure), and
+    the benchmarks and losses that came after the five papers (900).
     """
     command, sizes = ["ruff", "format", "--line-length", "100", "-"], {}
     for name, path in FILES.items():
         source = path.read_text()
         done = subprocess.run(command, input=source, capture_output=True, text=True)
         sizes[name] = len(done.stdout.splitlines())
-    assert 0 < min(sizes.values()) and max(sizes.values()) <= 3000, sizes
-    assert sum(sizes.values()) <= 10_400, sizes
+    assert 0 < min(sizes.values()) and max(sizes.values()) <= 3100, sizes
+    assert sum(sizes.values()) <= 11_300, sizes
 
 
 def test_comments_of_their_own():

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import COLUMNS, REFER, DataError, WordPiece, nlvr_presentations, read_json, write_atomic
-from evaluate import StoreWriter, need_new
+from evaluate import PHENOMENA, SUGARCREPE, StoreWriter, crops, need_new
 
 # NLVR's structured representations name shapes, colours and sizes by these words
 SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
 COLOURS = "red", "green", "blue", "yellow", "black", "purple"
 SIZES = "small", "medium", "large"
 # raised whenever the bytes change; an older tree is made again
-TOY_VERSION = 6
+TOY_VERSION = 7
 RGB = {
     "red": (214, 48, 40),
     "green": (46, 160, 67),
@@ -81,6 +81,7 @@ OUTLINES = {  # corners in the unit square
     ),
 }
 RELATIONS = "left of", "right of", "above", "below", "inside", "in front of"
+OPPOSITES = "right of", "left of", "below", "above", "in front of", "behind"
 # no caption to learn from says these, of Winoground's some do: "a circle left of", ... Each shape
 # and each relation is said with others
 HELD_OUT = set(zip(SHAPES, RELATIONS))
@@ -539,19 +540,21 @@ def make_toy(out, seed=0, scenes=6000):
         with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
             # these need no other's scenes: drawn beside the rest
             apart = {toy_nlvr2: scenes // 15, toy_vcr: scenes // 4, toy_winoground: scenes // 15}
-            apart |= {toy_web: max(40, scenes // 20)}
+            apart |= {toy_web: max(40, scenes // 20), toy_choices: max(8, scenes // 100)}
             beside = [pool.submit(draw, tmp, seed, n) for draw, n in apart.items()]
             seen, jobs = toy_coco(tmp, seed, cuts)
             said, more = toy_flickr30k(tmp, seed, cuts)
             known, views = toy_vg(tmp, seed, seen, scenes // 5)
             jobs += more + views + toy_gqa(tmp, seed, known, max(10, scenes // 30))
             toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
+            toy_edits(tmp, seed, seen, known, said)
             for part in beside:
                 jobs += part.result()
             for folder in {path.parent for path, _ in jobs}:
                 folder.mkdir(parents=True, exist_ok=True)
             drawn = pool.map(save_picture, jobs, chunksize=64)
             list(tqdm(drawn, "toy pictures", len(jobs), disable=None, leave=False))
+        crops(tmp)
         words = sorted(
             {*OTHER_WORDS, *SHAPES, *COLOURS, *SIZES, *(w for r in RELATIONS for w in r.split())}
         )
@@ -1430,6 +1433,178 @@ def toy_web(tmp, seed, n):
             tmp / f"sbu/SBU_captioned_photo_dataset_{name}.txt",
             "".join(row[column] + "\n" for row in names["sbu"]),
         )
+    return jobs
+
+
+# Benchmarks of choices: a caption against an edited one. Small: they show that files are read.
+
+
+def edits(rng, things):
+    """{SugarCrepe's kind: (true caption, another true one, false one)} of a scene"""
+    a, b = (things[int(i)] for i in rng.permutation(len(things))[:2])
+    # no two things share a shape or a colour: with another one it is nowhere
+    another = lambda names, own: str(rng.choice([name for name in names if name != own]))
+    colour, shape = another(COLOURS, a.colour), another(SHAPES, a.shape)
+    size = another(SIZES, a.size)
+    where, one, two = whereabouts(rng, a), phrase(a), phrase(b)
+    other, opposite = phrase(a._replace(shape=shape)), dict(zip(RELATIONS, OPPOSITES))
+    kinds = {
+        "add_att": (one, one + where, f"a {size} {a.colour} {a.shape}"),
+        "add_obj": (one, one + where, f"{one} and {other}"),
+        "replace_att": (one, one + where, phrase(a._replace(colour=colour))),
+        "replace_obj": (one, one + where, other),
+        "swap_att": (
+            f"{one} and {two}",
+            f"{two} and {one}",
+            f"a {b.colour} {a.shape} and a {a.colour} {b.shape}",
+        ),
+    }
+    if (how := relation(a, b)) in RELATIONS[:4]:
+        back, true = opposite[how], f"{one} {how} {two}"
+        kinds["replace_rel"] = true, f"{two} {back} {one}", f"{one} {back} {two}"
+        kinds["swap_obj"] = true, f"{two} {back} {one}", f"{two} {how} {one}"
+    return kinds
+
+
+def toy_edits(tmp, seed, seen, known, said):
+    """SugarCrepe, SugarCrepe++, What'sUp's questions and ARO's word order, of pictures that others
+    have: COCO's and Flickr30k's that nothing learns from, and Visual Genome's
+    """
+    rng = np.random.default_rng([seed, 20])
+    judged = [image for image in seen if image.split == "val2014"]
+    found, asked = edited(rng, judged), edited(rng, known[: len(judged)])
+    columns = "filename", "caption", "caption2", "negative_caption"
+    for kind, rows in found.items():
+        records = [dict(zip(columns, (f"{n:012d}.jpg", *captions))) for n, *captions in rows]
+        plain = [{k: v for k, v in r.items() if k != "caption2"} for r in records]
+        dump(tmp / f"sugarcrepe/{kind}.json", {str(k): r for k, r in enumerate(plain)})
+        if not kind.startswith("add"):
+            dump(tmp / f"sugarcrepe_pp/{kind}.json", [{"id": k} | r for k, r in enumerate(records)])
+    for part, kind in (("one", "replace_att"), ("two", "replace_rel")):
+        for name, rows in (("coco", found[kind]), ("vg", asked[kind])):
+            lists = [[n, true, false] for n, true, _, false in rows]
+            dump(tmp / f"whatsup/{name}_qa_{part}_obj.json", lists)
+    photos = [(f"flickr30k-images/{i.id}.jpg", i.things) for i in said if i.split == "test"]
+    coco = [(f"val2014/{coco_stem(i)}.jpg", i.things) for i in judged]
+    for name, images in (("coco", coco), ("flickr30k", photos)):
+        order = []
+        for path, things in images:
+            words = spoken(describe(rng, things)).split()
+            options = [words, *(rng.permutation(words) for _ in range(4))]
+            order.append({"image": path, "caption_options": list(map(" ".join, options))})
+        dump(tmp / f"aro/{name}_order.json", order)
+
+
+def edited(rng, images):
+    """{SugarCrepe's kind: [(image id, true caption, another true one, false one)]}; of a small
+    tree's few images several times
+    """
+    found = {kind: [] for kind in SUGARCREPE}
+    for image in images * -(-60 // len(images)):
+        for kind, captions in edits(rng, image.things).items():
+            found[kind].append((image.id, *captions))
+    return found
+
+
+def toy_choices(tmp, seed, n):
+    """VALSE, ARO, What'sUp's controlled images, ColorSwap, BiVLC: n scenes each, with their own
+    pictures and regions
+    """
+    rng, jobs = np.random.default_rng([seed, 21]), []
+
+    def drawn(store, folder, names, scenes, end="jpg"):
+        toy_store(tmp, store, scenes, names, seed)
+        jobs.extend((tmp / folder / f"{k}.{end}", things) for k, things in zip(names, scenes))
+
+    # VALSE: a phenomenon is one of the edits
+    names, scenes = [f"v7w_{k}" for k in range(n)], [draw_scene(rng) for _ in range(n)]
+    drawn("valse", "valse/images", names, scenes)
+    for k, phenomenon in enumerate(PHENOMENA):
+        records = {}
+        for name, things in zip(names, scenes):
+            kinds = list(edits(rng, things).values())
+            true, _, false = kinds[k % len(kinds)]
+            records[f"{phenomenon}_{name}"] = {
+                "dataset": "visual7w",
+                "image_file": f"{name}.jpg",
+                "linguistic_phenomena": phenomenon,
+                "caption": true,
+                "foil": false,
+                "mturk": {"foil": 0, "caption": 1 + len(records) % 3, "other": 0},
+            }
+        dump(tmp / f"valse/{phenomenon}.json", records)
+    # ARO: a red and a blue thing each, and the box that holds both
+    names, scenes, lists = [], [], {"relation": [], "attribution": []}
+    while len(names) < n:
+        shapes = rng.choice(list(SHAPES), 2, replace=False)
+        a, b = things = placed(rng, [(str(k), c) for k, c in zip(shapes, COLOURS)], "")
+        if (how := relation(a, b)) in RELATIONS[:4]:
+            corners = np.array([a.box, b.box])
+            x1, y1 = corners[:, :2].min(axis=0).tolist()
+            x2, y2 = corners[:, 2:].max(axis=0).tolist()
+            image, box = f"{len(names)}.jpg", {"bbox_x": x1, "bbox_y": y1}
+            box |= {"image_path": image, "bbox_w": x2 - x1, "bbox_h": y2 - y1}
+            jobs.append((tmp / "aro/images" / image, things))
+            names.append(f"{len(names)}_{x1}_{y1}_{x2 - x1}_{y2 - y1}")
+            moved = [np.array(t.box) - [x1, y1, x1, y1] for t in things]
+            scenes.append([t._replace(box=tuple(c.tolist())) for t, c in zip(things, moved)])
+            one, two = phrase(a), phrase(b)
+            captions = f"{one} {how} {two}", f"{two} {how} {one}"
+            told = dict(zip(("true_caption", "false_caption"), captions))
+            lists["relation"].append(box | told | {"relation_name": how})
+            crossed = f"a {b.colour} {a.shape} and a {a.colour} {b.shape}"
+            told = {"true_caption": f"{one} and {two}", "false_caption": crossed}
+            lists["attribution"].append(box | told | {"attributes": [a.colour, b.colour]})
+    toy_store(tmp, "aro", scenes, names, seed)
+    for part, records in lists.items():
+        dump(tmp / f"aro/visual_genome_{part}.json", records)
+    # What'sUp: two things in each of four ways
+    for part, pairs in (("images", OPPOSITES[:4]), ("clevr", (*OPPOSITES[:2], *OPPOSITES[4:]))):
+        names, scenes, records = [], [], []
+        for k in range(max(2, n // 4)):
+            kinds = draw_kinds(rng, 2)
+            a, b = (f"a {colour} {shape}" for shape, colour in kinds)
+            options = [f"{a} {how} {b}" for how in pairs]
+            for right, how in zip(options, pairs):
+                order = kinds[::-1] if how == "behind" else kinds
+                wanted = "in front of" if how == "behind" else how
+                while True:
+                    # the nearer thing is drawn first
+                    things = placed(rng, order, wanted if wanted == "in front of" else "")
+                    if relation(*things) == wanted:
+                        break
+                said = {"above": "on", "below": "under", "in front of": "in-front_of"}.get(how, how)
+                ends = [f"{colour}-{shape}" for shape, colour in kinds]
+                names.append(f"{ends[0]}{k}_{said.replace(' ', '_')}_{ends[1]}{k}")
+                scenes.append(things)
+                path = f"data/controlled_{part}/{names[-1]}.jpeg"
+                rest = [option for option in options if option != right]
+                records.append({"image_path": path, "caption_options": [right, *rest]})
+        stored = names, scenes
+        jobs += [(tmp / f"whatsup/controlled_{part}" / f"{k}.jpeg", t) for k, t in zip(*stored)]
+        dump(tmp / f"whatsup/controlled_{part}_dataset.json", records)
+        lists[part] = stored
+    names, scenes = ([*lists["images"][i], *lists["clevr"][i]] for i in (0, 1))
+    toy_store(tmp, "whatsup", scenes, names, seed)
+    # ColorSwap and BiVLC: the false caption has a picture too
+    for store in ("colorswap", "bivlc"):
+        names, scenes, records = [], [], []
+        for k in range(n):
+            (s, c), (t, d) = draw_kinds(rng, 2)
+            pair = [placed(rng, [(s, c), (t, d)], ""), placed(rng, [(s, d), (t, c)], "")]
+            texts = [" and ".join(map(phrase, things)) for things in pair]
+            files = [f"images/img_{k}_{i}.jpg" for i in (1, 2)]
+            if store == "colorswap":
+                told = {f"caption_{i}": text for i, text in zip((1, 2), texts)}
+                records.append({"id": k} | told | {f"image_{i}": f for i, f in zip((1, 2), files)})
+            else:
+                told = dict(zip(("caption", "negative_caption"), texts))
+                told |= dict(zip(("image", "negative_image"), files))
+                records.append(told | {"type": "swap", "subtype": "att"})
+            names += [Path(f).stem for f in files]
+            scenes += pair
+        drawn(store, f"{store}/images", names, scenes)
+        dump(tmp / store / "test.json", records)
     return jobs
 
 
