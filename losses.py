@@ -28,7 +28,9 @@ Everything is computed in float32 (float64 stays), also under autocast.
     contrast, distillation itc  itc_targets  negative_weights  mlm_distilled AMC eq. 1, 3 (ALBEF)
     heat maps              gradcam  unit_range                                  AMC eq. 4-6
                            amc  amc_mean  amc_max  amc_cosine                   AMC eq. 7-9, Table 3
-    helpers                wide  mean_over  masked_softmax  block_softmax  joint_softmax
+    after the five papers  eqsim  EqBen 2023;  sparc  Bica et al. 2024;  selfeq  He et al. 2024
+                           mdetr_align  MDETR 2021;  hard_rank  edit_gaps  CE-CLIP 2024
+    helpers                wide  product  mean_over  masked_softmax  block_softmax  joint_softmax
                            strongest_partner  row_mean_kl
 """
 
@@ -851,3 +853,139 @@ def amc_cosine(A, M):
     Helpers: wide.
     """
     return (1 - F.cosine_similarity(wide(A).flatten(1), wide(M).flatten(1), dim=1)).mean()
+
+
+# ------------------------------------------------------------------ losses after the five papers
+
+
+def eqsim(scores, margin=0.0, weights=(1.0, 1.0)):
+    """Equivariant similarity: a score changes as much whichever matched pair the change begins
+    from.
+
+        text side  = max(0, mean_{i<j} ((s_ii - s_ij) - (s_jj - s_ji))^2 - margin)
+        image side = max(0, mean_{i<j} ((s_ii - s_ji) - (s_jj - s_ij))^2 - margin)
+        loss = w_text text side + w_image image side
+
+    scores (..., B, B): s_ij of image i with caption j, the matched ones on the diagonal; leading
+             dimensions are taken together. 0 for B = 1
+    returns  scalar >= 0, squared scores
+    Source: Wang et al., ICCV 2023, and EqBen's code, whose runs have weights of 0.2 or 0.5.
+    Helpers: wide.
+    """
+    s = wide(scores)
+    i, j = torch.triu_indices(*s.shape[-2:], offset=1, device=s.device)
+    if not len(i):
+        return s.sum() * 0
+    own = s.diagonal(dim1=-2, dim2=-1)
+    of_i, of_j, ij, ji = own[..., i], own[..., j], s[..., i, j], s[..., j, i]
+    text = ((of_i - ij) - (of_j - ji)).square().mean()
+    image = ((of_i - ji) - (of_j - ij)).square().mean()
+    sides = [(side - margin).clamp(min=0) for side in (text, image)]
+    return weights[0] * sides[0] + weights[1] * sides[1]
+
+
+def sparc(words, regions, text_mask, region_mask, temperature=0.07):
+    """Each word should be told from the others of its sentence by the regions that it finds.
+
+        a_l = sim(t_l, .) to [0, 1], below 1 / N_V to 0, over its sum;   c_l = sum_p a_lp v_p
+        loss = mean_l of the cross-entropies of t_l against all c_k, and of c_l against all t_k,
+               over 2; cosines over the temperature
+
+    words (B, N_L, D), regions (B, N_V, D), text_mask (B, N_L), region_mask (B, N_V)
+    returns  scalar >= 0, nats per word: a mean over pairs of means over their words
+    Source: Bica et al., ICML 2024 (no code). Here the temperature is fixed, theirs is learned; a
+    word that likes all regions the same takes all.
+    Helpers: wide, product.
+    """
+    t, v, region = wide(words), wide(regions), region_mask[:, None]
+    sim = product(t, v.mT)  # (B, N_L, N_V)
+    low = sim.masked_fill(~region, float("inf")).amin(dim=-1, keepdim=True)
+    span = sim.masked_fill(~region, float("-inf")).amax(dim=-1, keepdim=True) - low
+    a = torch.where(span > 1e-7, (sim - low) / span.clamp(min=1e-7), torch.ones_like(sim))
+    sparse = region & (a >= 1 / region.sum(dim=-1, keepdim=True))
+    a = a.masked_fill(~sparse, 0)
+    c = product(a / a.sum(dim=-1, keepdim=True), v.masked_fill(~region_mask[..., None], 0))
+    # (B, N_L, N_L), rows are words
+    logits = product(F.normalize(t, dim=-1), F.normalize(c, dim=-1).mT) / temperature
+    nats = 0
+    for S in (logits, logits.mT):
+        S = S.masked_fill(~text_mask[:, None], float("-inf"))
+        nats = nats - S.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1) / 2
+    nats = nats.masked_fill(~text_mask, 0).sum(dim=-1)
+    return (nats / text_mask.sum(dim=-1)).mean()
+
+
+def mdetr_align(A, positive, text_mask, region_mask):
+    """Regions choose the words that stand for them, and words the regions.
+
+        mean over regions with a word of  -mean_{l positive} log softmax over words (A)_lj
+        and the same from words to regions; their mean
+
+    A (B, N_L, N_V): logits; positive (B, N_L, N_V) bool: word l stands for region j
+    returns  scalar >= 0, nats; 0 where nothing is positive
+    Source: Kamath et al., ICCV 2021, loss_contrastive_align, where A are cosines of projected
+    states over 0.07 and both sums are divided by the number of boxes. Here: AlignmentDecoder's A.
+    Helpers: wide.
+    """
+    A, total = wide(A), 0
+    positive = positive & text_mask[:, :, None] & region_mask[:, None]
+    for S, chosen, mask in ((A, positive, region_mask), (A.mT, positive.mT, text_mask)):
+        log_p = S.masked_fill(~mask[:, None], float("-inf")).log_softmax(dim=-1)
+        n = chosen.sum(dim=-1)
+        nats = -log_p.masked_fill(~chosen, 0).sum(dim=-1) / n.clamp(min=1)
+        total = total + nats.sum() / (n > 0).sum().clamp(min=1) / 2
+    return total
+
+
+def hard_rank(matched, edited, kind, margins):
+    """A caption outscores itself with a word exchanged, by a margin that grows with the model.
+
+        loss = mean_i max(0, s(I_i, edited_i) - s(I_i, T_i) + margin_kind(i))
+
+    matched, edited (G,): scores; kind (G,) int64: which kind of edit, -1: none, left out
+    margins (K,): edit_gaps of the update before
+    returns  scalar >= 0, in scores
+    Source: CE-CLIP, Zhang et al., CVPR 2024. Its other loss is not taken: in the code every target
+    is column 0.
+    Helpers: wide.
+    """
+    real = kind >= 0
+    hinge = (wide(edited) - wide(matched) + wide(margins)[kind.clamp(min=0)]).clamp(min=0)
+    return hinge.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
+
+
+def edit_gaps(matched, edited, kind, margins, most=10.0):
+    """The next margins of hard_rank: by how much a caption outscores its edit, a mean for each
+    kind, between 0 and `most`; where a kind did not occur, as before.
+
+    matched, edited, kind (G,), margins (K,) as hard_rank; returns (K,), without gradient
+    Source: CE-CLIP's code.
+    Helpers: wide.
+    """
+    of_kind = kind[:, None] == torch.arange(len(margins), device=kind.device)
+    gap, n = (wide(matched) - wide(edited)).detach()[:, None] * of_kind, of_kind.sum(dim=0)
+    mean = gap.sum(dim=0) / n.clamp(min=1)
+    return torch.where(n > 0, mean.clamp(0, most).to(margins.dtype), margins)
+
+
+def selfeq(A, A_paraphrase, k=0.8):
+    """Heat maps of a text and of its paraphrase should agree, without any box.
+
+        R = [A + A' >= k];  loss = smooth_l1(A', A) + ( std(A R) + std(A' R)
+              + max(0, k/2 - sum(A R) / sum R) + max(0, k/2 - sum(A' R) / sum R) ) / 2
+
+    A, A_paraphrase (B, ...): heat maps in [0, 1]; std over all entries of the batch; the gradient
+             goes to both
+    returns  scalar >= 0; where no place passes k, smooth_l1 + k / 2 (the authors' code: nan)
+    Source: He et al., CVPR 2024 (AMC's successor), and its code.
+    Helpers: wide.
+    """
+    A, B = wide(A), wide(A_paraphrase)
+    R = (A + B >= k).to(A.dtype)
+    consistency = 0
+    for x in (A, B):
+        inside = (x * R).sum() / R.sum().clamp(min=1)
+        # a standard deviation of 0 has no gradient
+        std = (x * R).var().clamp(min=1e-12).sqrt()
+        consistency = consistency + std + (k / 2 - inside).clamp(min=0)
+    return F.smooth_l1_loss(B, A) + consistency / 2

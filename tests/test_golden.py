@@ -750,6 +750,43 @@ def official_gradients(model, gradients):
         yield from ((translate_name(n, model), piece) for n, piece in parts if "decoder." not in n)
 
 
+@pytest.mark.parametrize(
+    "case, how",
+    [
+        ("text", dict(weights=(1, 0))),
+        ("image", dict(weights=(0, 1))),
+        ("both", {}),
+        ("both_margin", dict(margin=0.1, weights=(0.5, 0.5))),
+        ("both_large_margin", dict(margin="larger", weights=(0.5, 0.5))),
+    ],
+)
+def test_eqsim(case, how):
+    z = golden("eqsim")
+    s = torch.from_numpy(z["scores"]).double().requires_grad_()
+    if how.get("margin") == "larger":
+        how |= {"margin": 10 * losses.eqsim(s.detach()).item()}
+    value = losses.eqsim(s, **how)
+    close(value.detach(), z[f"{case}/loss"], 1e-6, 1e-6)
+    close(torch.autograd.grad(value, s)[0], z[f"{case}/grad"], 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("case", ["plain", "sharp", "none"])
+def test_selfeq(case):
+    """Where no place is above the threshold the authors' code gives nan, ours a finite value."""
+    z, names = golden("selfeq"), ("A", "A_paraphrase")
+    maps = [torch.from_numpy(z[f"{case}/{k}"]).double().requires_grad_() for k in names]
+    value = losses.selfeq(*maps)
+    gradients = torch.autograd.grad(value, maps)
+    if case == "none":
+        assert math.isnan(z["none/loss"]) and value.isfinite()
+        assert all(g.isfinite().all() for g in gradients)
+        close(value.detach(), z["none/similarity"] + 0.4, 1e-5)
+        return
+    close(value.detach(), z[f"{case}/loss"], 1e-6)
+    for name, gradient in zip(names, gradients):
+        close(gradient, z[f"{case}/grad_{name}"], 1e-6)
+
+
 def test_amc_heat_maps_and_losses(monkeypatch):
     """From the maps and their gradients alone, then through the whole model, both orders of
     differentiation.

@@ -765,6 +765,12 @@ def test_each_function_runs_when_copied_with_the_helpers_its_docstring_names(nam
         x |= dict(P=P, score=(P * torch.randn(2, 2, 3, 5)).sum((1, 2, 3)))
     if name in ("unit_range", "amc_mean", "amc_max", "amc", "amc_cosine"):
         x |= dict(A=torch.rand(2, 4, 4), M=(torch.rand(2, 4, 4) > 0.5).float())
+    if name in ("eqsim", "mdetr_align", "selfeq"):
+        A = torch.rand(2, 3, 4)
+        x |= dict(scores=torch.randn(2, 5, 5), A=A, A_paraphrase=A.flip(0), positive=A > 0.5)
+    if name in ("hard_rank", "edit_gaps"):
+        x |= dict(matched=torch.randn(4), edited=torch.randn(4), margins=torch.rand(3))
+        x |= dict(kind=torch.tensor([0, -1, 2, 0]))
     needed = [
         p.name
         for p in inspect.signature(getattr(losses, name)).parameters.values()
@@ -793,6 +799,7 @@ def test_docstrings_tell_what_a_reader_needs(name):
         assert "return" in doc.lower() and any(
             paper in doc
             for paper in ("UNITER", "CACR", "IAIS", "Kervadec", "MAF", "AMC", "ALBEF", "eq. (13)")
+            + ("EqBen", "Bica", "Kamath", "CE-CLIP")
         ), name
 
 
