@@ -1877,6 +1877,17 @@ def vg_triplets(data, split, stats, kinds=("box", "region"), min_area=0.08):
             number += 1
 
 
+def vg_paraphrases(data, split, stats, **how):
+    """vg_triplets, each text as vg/paraphrases.json says it in other words, or as it was: {text:
+    paraphrase} of a language model, as He et al. 2024 made them
+    """
+    path = Path(data) / "vg" / "paraphrases.json"
+    said = need_record(read_json(path, "paraphrases, {text: paraphrase}"), path)
+    for record in vg_triplets(data, split, stats, **how):
+        other = field(said, record.text, path, str) if record.text in said else record.text
+        yield record._replace(text=other)
+
+
 def vg_boxed_texts(data, images, kinds):
     """Yields (kind, image, text, box x y w h)."""
     for image, _, r, where in vg_regions(data) if "region" in kinds else ():
@@ -2419,6 +2430,8 @@ class BatchOptions(NamedTuple):
     similarity: object = None  # train.WordSimilarity of the pointed words
     soft_target: Callable = None  # losses.soft_alignment_target
     phrase_input: Callable = None  # evaluate.PhraseInput of the captions
+    # (batches, rng, rows, share, batch) -> what else a batch holds: other texts of its images
+    other_texts: Callable = None
 
 
 class Batches:
@@ -2514,6 +2527,8 @@ class Batches:
             columns[c][share] = column[np.resize(good, len(share))]
         share = share if len(good) else good
         batch = self.kind.collate(self, self.rng(k, 1), k, share, *columns)
+        if self.other_texts and batch["names"]:
+            batch |= self.other_texts(self, self.rng(k, 2), columns[0], share, batch)
         return batch | {"unreadable": unreadable}
 
     def __getitem__(self, k):
@@ -2892,12 +2907,13 @@ def aligned_words(batches, rows, images, match):
         # colours of patches are no names
         ids = store.read(images, column)[row] if store.has_names else np.full(mask.shape, -1)
         similar.append(as_tensor(batches.similarity(word, ids, column)))
-    boxes = as_tensor(store.read(images, "boxes")[row])
-    target = batches.soft_target(as_tensor(box), boxes, *similar, as_tensor(mask))
+    boxes, box = as_tensor(store.read(images, "boxes")[row]), as_tensor(box)
+    target = batches.soft_target(box, boxes, *similar, as_tensor(mask))
     # a pointer that matches nothing is none
     keep = target.sum(dim=-1) > 0
-    aligned = {"aligned": as_tensor(place)[keep], "aligned_row": as_tensor(row)[keep]}
-    return aligned | {"alignment": target[keep]}
+    aligned = {"aligned": as_tensor(place), "aligned_row": as_tensor(row), "alignment": target}
+    aligned |= {"pointer": box[:, None], "pointer_boxes": boxes}
+    return {name: values[keep] for name, values in aligned.items()}
 
 
 def collate_phrases(batches, rng, k, share, rows):
@@ -2932,11 +2948,7 @@ def collate_pictures(batches, rng, k, share, rows):
     )
     # as wide on all processes
     text, real = (x[own] for x in index.text(rows))
-    left, right = (index.tokenizer(side) for side in ("left", "right"))
-    # in a mirrored picture left is right; AMC's code leaves the text as it is
-    if len(left) == len(right) == 1:
-        mirrored = np.where(text == left[0], right[0], np.where(text == right[0], left[0], text))
-        text = np.where(flip[own, None], mirrored, text)
+    text = np.where(flip[own, None], mirrored(index.tokenizer, text), text)
     masked, new = masked[own] & real, new[own]
     images = index.image[rows[own]]
     pixels = []
@@ -2945,6 +2957,7 @@ def collate_pictures(batches, rng, k, share, rows):
     batch = as_tensors(
         {
             "own": own,
+            "flip": flip[own],
             "u": negatives.astype(np.float32),
             "text": text,
             "masked_text": np.where(masked & (new >= 0), new, text),
@@ -2957,6 +2970,14 @@ def collate_pictures(batches, rng, k, share, rows):
     batch |= {"task": batches.task, "names": index.names(rows[own], images), "number": k}
     batch["counts"] = {"": len(own), "mlm": int(masked.sum())}
     return add_boxed(batches, batch, rows[own], range(len(own)), u[3, own], flip[own])
+
+
+def mirrored(tokenizer, text):
+    """Texts of mirrored pictures, where left is right; AMC's code leaves them as they are."""
+    left, right = (tokenizer(side) for side in ("left", "right"))
+    if not len(left) == len(right) == 1:
+        return text
+    return np.where(text == left[0], right[0], np.where(text == right[0], left[0], text))
 
 
 def augment_picture(pixels, flip, factors, grey):

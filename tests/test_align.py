@@ -613,6 +613,7 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     [
         ["--loss", "align", "--optimizer", "bertadam", "--schedule", "linear-from-0"],
         ["--loss", "maf"],
+        ["--recipe", "toy", "--init", "none", "--loss", "eqsim+hard-rank", "--candidates", 0],
     ],
 )
 def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):

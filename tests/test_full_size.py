@@ -216,6 +216,11 @@ class Waits(torch.utils._python_dispatch.TorchDispatchMode):
         ["--recipe", "toy-grounding"],
         ["--recipe", "toy-amc", "--init", "none", "--batch-size", 8],
         ["--recipe", "toy-amc-patches"],
+        ["--recipe", "toy", "--loss", "eqsim+hard-rank+sparc", "--candidates", 0],
+        ["--recipe", "toy-pretrain", "--pretrain", "mlm+itm", "--loss", "eqsim+hard-rank"],
+        ["--recipe", "toy-align", "--loss", "mdetr-align"],
+        ["--recipe", "toy-amc", "--loss", "selfeq", "--init", "none", "--batch-size", 8],
+        ["--recipe", "toy-amc-patches", "--loss", "selfeq"],
     ],
     ids=lambda argv: "-".join(map(str, argv[1:4])),
 )

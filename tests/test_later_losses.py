@@ -2,13 +2,19 @@
 padding, precision, edge cases.
 """
 
+import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import evaluate
 import losses
+import train
+from conftest import QUICK, argv, prepared_run, run, same, weights
 from test_losses import prefix_mask, spoil
 
 
@@ -206,3 +212,150 @@ def test_mdetr_is_the_logits_cross_entropy_where_each_has_one():
     wanted = (F.cross_entropy(A[0], own) + F.cross_entropy(A[0].T, own)) / 2
     found = losses.mdetr_align(A, torch.eye(4, dtype=torch.bool)[None], mask, mask)
     torch.testing.assert_close(found, wanted)
+
+
+# --------------------------------------------------------------------------- in training
+
+
+def prepared(toy_tree, how, *more):
+    """A config, its model and the first batch of each of its streams"""
+    cfg = train.parse(argv(how, "--init none --data", toy_tree, *more, *QUICK))
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
+    model = train.build_model(cfg, runtime, tokenizer, streams)
+    return cfg, model.eval(), [stream[0] for stream in streams.train], streams.train
+
+
+@pytest.mark.parametrize("model", ["uniter", "lxmert"])
+@pytest.mark.parametrize("head", ["rank", "match"])
+def test_scores_of_exchanged_images_and_of_edits(toy_tree, model, head):
+    """Each pair scored by itself gives the two losses"""
+    how = (
+        "--recipe toy --candidates 0" if head == "rank" else "--recipe toy-pretrain --pretrain itm"
+    )
+    more = f"--loss eqsim+hard-rank --batch-tokens 400 --model {model}"
+    cfg, network, (batch,), (stream,) = prepared(toy_tree, how, more)
+    batch["edit_margins"] = margins = torch.tensor([0.3, 0.2, 0.1])
+    x = batch["positive" if head == "rank" else "input"]
+    rows = range(len(x["text"])) if head == "rank" else batch["matched"].tolist()
+    edited, kind = batch["edited"], batch["edit_kind"]
+    with torch.no_grad():
+        terms = train.OBJECTIVES[batch["task"]][0](cfg, network, batch)
+
+        def score(caption, image, text=None):
+            one = {k: x[k][[caption]] for k in ("text", "text_mask")}
+            one |= {k: x[k][[image]] for k in ("regions", "boxes", "region_mask")}
+            one |= {} if text is None else {"text": text[[caption]]}
+            return evaluate.pair_scores(network(**one, heads=(head,)), head).item()
+
+        own = torch.tensor([score(r, r) for r in rows])
+        pairs = [(rows[p], rows[p + 1]) for p in range(0, len(rows) // 2 * 2, 2)]
+        s = torch.tensor([[[score(c, i) for c in pair] for i in pair] for pair in pairs])
+        changed = torch.tensor([score(r, r, edited) for r in rows])
+    assert len(pairs) > 2 and (kind[list(rows)] >= 0).any()
+    torch.testing.assert_close(terms["eqsim"], losses.eqsim(s), rtol=1e-3, atol=1e-7)
+    how = own, changed, kind[list(rows)], margins
+    torch.testing.assert_close(terms["hard-rank"], losses.hard_rank(*how))
+    torch.testing.assert_close(batch["edit_gaps"], losses.edit_gaps(*how), rtol=1e-3, atol=1e-6)
+
+
+def test_edited_captions(toy_tree):
+    """One word exchanged with one of its kind, the same each time; opposites for relations."""
+    _, _, (batch,), (stream,) = prepared(toy_tree, "--recipe toy --candidates 0 --loss hard-rank")
+    again, edits, tokenizer = stream[0], stream.other_texts, stream.index.tokenizer
+    assert (again["edited"] == batch["edited"]).all()
+    text, kinds = batch["positive"]["text"], batch["edit_kind"].tolist()
+    assert set(kinds) >= {0, 1}
+    for before, after, kind in zip(text.numpy(), batch["edited"].numpy(), kinds):
+        at = np.flatnonzero(before != after)
+        assert len(at) == 0 if kind < 0 else 1 <= len(at) <= 2
+        assert (edits.kind[before[at]] == kind).all() and (edits.kind[after[at]] == kind).all()
+        if len(at) == 2:
+            assert sorted(before[at]) == sorted(after[at])
+    said = lambda ids: " ".join(tokenizer.pieces[i] for i in ids)
+    for where in np.random.default_rng(0).random((200, 3)):
+        ids = np.array(tokenizer("a red star left of a blue square"))
+        kind = edits.edit(ids, where)
+        assert (
+            said(ids)
+            in (
+                ("a red square left of a blue star",),
+                ("a blue star left of a red square",),
+                ("a red star right of a blue square",),
+            )[kind]
+        )
+    ids = np.array(tokenizer("a a a"))
+    assert edits.edit(ids, (0.5, 0.5, 0.5)) == -1 and said(ids) == "a a a"
+
+
+def test_margins_are_the_runs(toy_tree, tmp_path):
+    """In the checkpoint are the gaps of the last update; the next one has them for margins."""
+    args = "--recipe toy --init none --loss hard-rank --candidates 0 --batch-tokens 400 --steps 4"
+    run(tmp_path, args, "--data", toy_tree, "--save-every 2 --out o", *QUICK)
+    saved = torch.load(tmp_path / "o/last.pt", weights_only=True)["optimizer"]
+    margins = saved["param_groups"][0]["edit_margins"]
+    assert margins.shape == (3,) and (margins > 0).any() and (margins <= 10).all()
+    gaps = [torch.tensor([1.0, 2, 3]), torch.tensor([3.0, 2, 1])]
+    alone = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    assert train.next_margins(alone, gaps, margins).tolist() == [2, 2, 2]
+    assert torch.equal(train.next_margins(alone, [], margins), margins)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_pairs_and_margins(toy_tree, tmp_path):
+    """Of the same batch, which is made in as many parts"""
+    args = (
+        "--recipe toy --init none --loss eqsim+hard-rank --candidates 0 --batch-tokens 300 --gpus 2"
+    )
+    args += " --steps 4 --warmup 1 --dropout 0 --align-schedule constant"
+    for name, processes in (("one", 1), ("two", 2)):
+        run(tmp_path, args, "--data", toy_tree, "--out", name, *QUICK, processes=processes)
+    same(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
+    states = [torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("one", "two")]
+    first, second = (s["optimizer"]["param_groups"][0]["edit_margins"] for s in states)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("how", ["--loss selfeq", "--loss selfeq --model uniter"])
+def test_paraphrases(toy_tree, tmp_path, how):
+    """Each text in other words, mirrored with its picture; of the same words the maps agree."""
+    size = "--batch-size 24 --queue 48" if "uniter" not in how else "--batch-tokens 1024"
+    cfg, model, batches, streams = prepared(toy_tree, how, size)
+    said = json.loads((toy_tree / "vg/paraphrases.json").read_text())
+    assert all(" in " in other and other != text for text, other in said.items())
+    stream, batch = next((s, b) for s, b in zip(streams, batches) if b["task"] in ("itm", "albef"))
+    index, others = stream.index, stream.other_texts.index
+    assert len(index) == len(others)
+    told = [(index.decode(r), others.decode(r)) for r in range(0, len(index), 37)]
+    strip = lambda text: text.replace("[CLS] ", "").replace(" [SEP]", "")
+    assert sum(a != b for a, b in told) > len(told) / 3
+    for a, b in told:
+        assert said.get(strip(a), strip(a)) == strip(b)
+    flip = batch.get("flip")
+    assert flip is None or flip.any() and not flip.all()
+    # heat maps of the text itself
+    text = batch["text"] if "text" in batch else batch["input"]["text"]
+    mask = batch["text_mask"] if "text_mask" in batch else batch["input"]["text_mask"]
+    assert batch["paraphrase"]["text"].shape[0] == len(text)
+    batch["paraphrase"] = {"text": text, "text_mask": mask}
+    terms = train.OBJECTIVES[batch["task"]][0](cfg, model, batch)
+    A = torch.rand(5, 16)
+    same_maps = train.paraphrase_losses(cfg, A, A)["selfeq"]
+    assert same_maps.item() == pytest.approx(losses.selfeq(*2 * [losses.unit_range(A)]).item())
+    assert terms["selfeq"].isfinite() and terms["selfeq"].item() < 1
+
+
+@pytest.mark.parametrize(
+    "how, wanted",
+    [
+        ("--loss eqsim --task vqa", "--task retrieval, or itm"),
+        ("--loss hard-rank --recipe toy-align", "--task retrieval, or itm"),
+        ("--loss mdetr-align --recipe toy", "multitask"),
+        ("--loss selfeq --recipe toy", "texts with boxes"),
+        ("--loss eqsim --recipe toy-albef", "--model albef"),
+    ],
+)
+def test_losses_say_what_they_need(toy_tree, how, wanted):
+    with pytest.raises(train.UserError) as error:
+        train.parse(argv(how, "--data", toy_tree))
+    assert wanted in str(error.value)

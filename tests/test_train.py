@@ -718,8 +718,8 @@ def test_alignment_of_a_batch_is_a_mean_over_all_of_its_pairs(toy_tree):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_evaluate_says_what_train_said(toy_tree, pretrained, tmp_path, monkeypatch, precision):
     """One way of judging: in the precision of the training."""
-    judged, judge = [], evaluate.winoground
-    monkeypatch.setattr(evaluate, "winoground", lambda *a: (judged.append(a[0]), judge(*a))[1])
+    judged, judge = [], evaluate.choose
+    monkeypatch.setattr(evaluate, "choose", lambda *a: (judged.append(a[0]), judge(*a))[1])
     args = [*toy_run(toy_tree, pretrained, "--steps", 3), "--precision", precision, "--out", "o"]
     said = last_line(run(tmp_path, *args))
     again = ["--task winoground --ckpt o/last.pt --data", toy_tree]

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections import Counter
@@ -1129,6 +1130,10 @@ def toy_vg(tmp, seed, seen, n):
         )
     for name, records in files.items():
         dump(tmp / f"vg/{name}.json", records)
+    said = {r["phrase"] for image in files["region_descriptions"] for r in image["regions"]}
+    said |= {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES}
+    in_colour = lambda text: re.sub(rf"\b({'|'.join(COLOURS)}) (\w+)", r"\2 in \1", text)
+    dump(tmp / "vg/paraphrases.json", {text: in_colour(text) for text in sorted(said)})
     toy_store(
         tmp, "vg", [i.things for i in chosen], [str(2_000_000 + k) for k in range(2 * n)], seed
     )
