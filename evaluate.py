@@ -2228,6 +2228,185 @@ def grounding_figures(runs, out, split="test", n=4):
     return paths
 
 
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>Attention, word by word</title>
+<style>
+body { font: 15px sans-serif; margin: 1.5em; color: #222 }
+.runs { display: flex; flex-wrap: wrap; gap: 2em }
+.picture { position: relative; width: 480px }
+.picture img, .picture canvas { width: 100%; display: block }
+.picture canvas { position: absolute; inset: 0; height: 100%; opacity: 0.55 }
+.box { position: absolute; box-sizing: border-box; border: 1px solid #888; font-size: 11px }
+.word { display: inline-block; padding: 3px 4px; border-radius: 3px; cursor: default }
+.on { outline: 3px solid #06c }
+label { margin-right: 1.5em }
+</style>
+<h1>What words attend to, and regions</h1>
+<p>Point at a word: the boxes show how its attention is shared out among the regions, in percent. At
+a box: the words show how the region's attention is shared out among them.</p>
+<p><button id="back">&larr;</button> <button id="next">&rarr;</button> <span id="number"></span>
+<label>layer <input id="layer" type="range" min="0"> <span id="layer-says"></span></label>
+<label>head <input id="head" type="range" min="0"> <span id="head-says"></span></label>
+<label><input id="heat" type="checkbox"> heat map</label></p>
+<div class="runs" id="runs"></div>
+<script type="application/json" id="data">DATA</script>
+<script>
+const data = JSON.parse(document.getElementById("data").textContent);
+const el = id => document.getElementById(id);
+let at = 0;
+
+// mean over heads for head 0, as the losses take it; else one head
+function weights(run, direction, from) {
+  const heads = run[direction][+el("layer").value], head = +el("head").value;
+  const chosen = head ? [heads[head - 1]] : heads;
+  return chosen[0][from].map((_, to) =>
+    chosen.reduce((sum, map) => sum + map[from][to], 0) / chosen.length / 1000);
+}
+
+function clear() {
+  document.querySelectorAll(".box, .word").forEach(x => {
+    x.classList.remove("on");
+    x.style.background = "";
+    delete x.dataset.weight;
+    if (x.className == "box") x.textContent = "";
+  });
+}
+
+// the i-th word or box of every run
+function light(kind, i) {
+  clear();
+  const [direction, targets] = kind == ".word" ? ["S_LV", ".box"] : ["S_VL", ".word"];
+  document.querySelectorAll(".run").forEach(panel => {
+    const from = panel.querySelectorAll(kind)[i];
+    if (!from) return;
+    from.classList.add("on");
+    const found = weights(panel.run, direction, i);
+    panel.querySelectorAll(targets).forEach((x, i) => {
+      x.dataset.weight = found[i];
+      x.style.background = `rgba(255, 140, 0, ${0.85 * found[i]})`;
+      if (targets == ".box") x.textContent = Math.round(100 * found[i]);
+    });
+  });
+}
+
+function add(parent, tag, name) {
+  const x = parent.appendChild(document.createElement(tag));
+  x.className = name;
+  return x;
+}
+
+function draw_heat(picture, heat) {
+  const canvas = picture.appendChild(document.createElement("canvas"));
+  canvas.width = heat[0].length;
+  canvas.height = heat.length;
+  const pen = canvas.getContext("2d");
+  heat.forEach((row, y) => row.forEach((x, column) => {
+    pen.fillStyle = `rgb(${255 * x / 1000}, ${200 * (x / 1000) ** 2}, ${90 * (1 - x / 1000)})`;
+    pen.fillRect(column, y, 1, 1);
+  }));
+}
+
+function draw_run(name, run, example) {
+  const panel = add(el("runs"), "div", "run");
+  panel.run = run;
+  add(panel, "h3", "name").textContent = name;
+  const words = add(panel, "p", "words"), picture = add(panel, "div", "picture");
+  add(picture, "img", "photo").src = example.picture;
+  if (run.heat && el("heat").checked) draw_heat(picture, run.heat);
+  run.words.forEach((word, i) => {
+    const x = add(words, "span", "word");
+    x.textContent = word;
+    x.onmouseenter = () => light(".word", i);
+    x.onmouseleave = clear;
+  });
+  if (!run.words.length) words.textContent = example.text;
+  run.boxes.forEach((box, i) => {
+    const x = add(picture, "div", "box"), [x1, y1, x2, y2] = box.map(v => 100 * v);
+    Object.assign(x.style, { left: x1 + "%", top: y1 + "%" });
+    Object.assign(x.style, { width: x2 - x1 + "%", height: y2 - y1 + "%" });
+    x.onmouseenter = () => light(".box", i);
+    x.onmouseleave = clear;
+  });
+}
+
+function draw() {
+  const example = data[at], runs = Object.entries(example.runs);
+  const most = of => Math.max(1, ...runs.map(([, run]) => of(run)));
+  const layers = most(run => run.S_LV.length), heads = most(run => (run.S_LV[0] || []).length);
+  el("layer").max = layers - 1;
+  el("head").max = heads;
+  el("number").textContent = `${at + 1} of ${data.length}`;
+  el("layer-says").textContent = `${+el("layer").value + 1} of ${layers}`;
+  el("head-says").textContent = +el("head").value ? `${el("head").value} of ${heads}` : "mean";
+  el("runs").replaceChildren();
+  runs.forEach(([name, run]) => draw_run(name, run, example));
+}
+
+el("back").onclick = () => { at = (at + data.length - 1) % data.length; draw(); };
+el("next").onclick = () => { at = (at + 1) % data.length; draw(); };
+for (const id of ["layer", "head", "heat"]) el(id).oninput = draw;
+draw();
+el("layer").value = el("layer").max;
+draw();
+</script>
+"""
+
+
+def thousandths(x):
+    """Nested lists of whole numbers: a tensor in [0, 1] in a fifth of the letters"""
+    return (1000 * x).round().int().tolist()
+
+
+def page_of_run(run, record):
+    """What PAGE shows of a run and one caption: words, boxes as shares of the picture, attention of
+    every layer and head from words to regions and back, each shared out within its block; a heat
+    map where the model learned them
+    """
+    store, found = run.vision.open("winoground"), {"words": [], "boxes": [], "heat": None}
+    found |= {"S_LV": [], "S_VL": []}
+    albef = isinstance(run.model, Albef)
+    if albef or run.settings.get("triplets"):
+        ((_, _, A),) = heat_maps_of(run, [record], store)
+        A = torch.as_tensor(A)[None, None].float()
+        A = torch.nn.functional.adaptive_avg_pool2d(losses.unit_range(A), 32)
+        found["heat"] = thousandths(A[0, 0])
+    if not albef:
+        index = make_index([record], store, run.tokenizer, name="page")
+        batch = to_device(index.batch(np.array([0]), index.image), run.device)
+        blocks = getattr(run.model, "cross_layers", None) or run.model.layers
+        with evaluating(run.model):
+            maps = run.model(**batch, maps=tuple(range(len(blocks)))).maps
+        found["words"] = [run.tokenizer.pieces[i] for i in batch["text"][0].tolist()]
+        found["boxes"] = batch["boxes"][0, :, :4].cpu().double().numpy().round(4).tolist()
+        for name, mask in (("S_LV", "region_mask"), ("S_VL", "text_mask")):
+            found[name] = [
+                thousandths(losses.masked_softmax(getattr(S, name), batch[mask])[0]) for S in maps
+            ]
+    return found
+
+
+def attention_page(runs, out, n=12):
+    """Write OUT/attention.html: the first n captions of Winoground, where pointing at a word lights
+    the regions that it attends to, and pointing at a region the words; runs side by side. Without
+    any outside address. Returns [its path].
+    """
+    run, examples = next(iter(runs.values())), []
+    for record in list(winoground_examples(run.data, "", Counter()))[:n]:
+        picture = read_picture(find_picture(run.data, "winoground", record.image))
+        picture.thumbnail((480, 480))
+        picture.save(file := io.BytesIO(), "JPEG", quality=85)
+        source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        example = {"text": record.text, "picture": source}
+        example["runs"] = {name: page_of_run(each, record) for name, each in runs.items()}
+        examples.append(example)
+    path = Path(out) / "attention.html"
+    # a text may hold what ends a script
+    text = json.dumps(examples, separators=(",", ":")).replace("<", "\\u003c")
+    write_atomic(path, PAGE.replace("DATA", text))
+    return [path]
+
+
 def benchmarks_of(settings):
     """What a finished run is measured on and drawn as: ([benchmark], [figure function])."""
     if settings["loss"] == "maf":
@@ -2834,7 +3013,8 @@ def make_parser():
 TASK_HELP = (
     "pointing: do words attend where GQA's annotation points, or heat maps lie inside boxes; "
     "entropy: do words attend to different regions [CACR sec. 5.2]; "
-    "grounding: MAF; figures: attention, heat maps or grounded phrases, training curve"
+    "grounding: MAF; figures: attention, heat maps or grounded phrases, training curve; page: "
+    "attention to explore in a browser"
 )
 CKPT_HELP = (
     "a last.pt of train.py, or an official checkpoint (see below); several: figures compares them, "
@@ -3023,6 +3203,7 @@ BENCHMARKS = {
     "pointing": run_pointing,
     "grounding": lambda runs, args: grounding(next(iter(runs.values())), args.split),
     "figures": draw_figures,
+    "page": lambda runs, args: {"page": str(attention_page(runs, args.out)[0])},
 }
 # what official checkpoints are like, with their size where there is one; classes that LXMERT's
 # detector knows come without the background

@@ -94,7 +94,7 @@ def test_functions_are_short():
 
 @pytest.mark.skipif(not shutil.which("ruff"), reason="needs ruff, to measure size")
 def test_size_after_a_formatter():
-    """At most 3,100 lines each and 11,300 together: 10,000, what full size needs (260), what
+    """At most 3,300 lines each and 11,300 together: 10,000, what full size needs (260), what
     deciding the claims needs (140: scores along a run, shares of the gradient, its figure), and
     the benchmarks and losses that came after the five papers (900).
     """
@@ -103,7 +103,7 @@ def test_size_after_a_formatter():
         source = path.read_text()
         done = subprocess.run(command, input=source, capture_output=True, text=True)
         sizes[name] = len(done.stdout.splitlines())
-    assert 0 < min(sizes.values()) and max(sizes.values()) <= 3100, sizes
+    assert 0 < min(sizes.values()) and max(sizes.values()) <= 3300, sizes
     assert sum(sizes.values()) <= 11_300, sizes
 
 
