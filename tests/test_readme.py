@@ -59,6 +59,8 @@ def test_commands_parse():
             assert same == run, f"two different runs would go to {cfg.out}"
         elif script == "evaluate.py" and args[0] == "extract":
             evaluate.make_extract_parser().parse_args(args[1:])
+        elif script == "evaluate.py" and args[0] == "crops":
+            assert args[1] == "--data"
         elif script == "evaluate.py" and args[0] == "pack":
             evaluate.make_pack_parser().parse_args(args[1:])
         elif script == "evaluate.py":
