@@ -3011,10 +3011,10 @@ def make_parser():
 
 
 TASK_HELP = (
-    "pointing: do words attend where GQA's annotation points, or heat maps lie inside boxes; "
-    "entropy: do words attend to different regions [CACR sec. 5.2]; "
-    "grounding: MAF; figures: attention, heat maps or grounded phrases, training curve; page: "
-    "attention to explore in a browser"
+    "choices: all of winoground to bivlc; pointing: do words attend where GQA's annotation "
+    "points, or heat maps lie inside boxes; entropy: do words attend to different regions "
+    "[CACR sec. 5.2]; grounding: MAF; figures: attention, heat maps or grounded phrases, training "
+    "curve; page: attention to explore in a browser"
 )
 CKPT_HELP = (
     "a last.pt of train.py, or an official checkpoint (see below); several: figures compares them, "
@@ -3135,6 +3135,12 @@ def run_choices(name, runs, args):
     return choose(next(iter(runs.values())), name, args.head)
 
 
+def run_all_choices(runs, args):
+    """Every benchmark of CHOICES"""
+    found = [run_choices(name, runs, args) for name in CHOICES]
+    return {name: value for numbers in found for name, value in numbers.items()}
+
+
 def run_pointing(runs, args):
     """Of heat maps, or of words"""
     run = next(iter(runs.values()))
@@ -3197,6 +3203,7 @@ def draw_figures(runs, args):
 # --task: (runs, args) -> numbers; all other names are downstream tasks
 BENCHMARKS = {
     **{name: functools.partial(run_choices, name) for name in CHOICES},
+    "choices": run_all_choices,
     "entropy": lambda runs, args: argmax_entropy(next(iter(runs.values())), args.head),
     "congruence": lambda runs, args: congruence(next(iter(runs.values()))),
     "retrieval": run_retrieval,

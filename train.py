@@ -2046,7 +2046,7 @@ def without_loss(cfg):
         if out != cfg.out and done.exists():
             numbers = json.loads(done.read_text())
         elif out != cfg.out and out == "out/toy-none-seed0":
-            numbers = json.loads(results.read_text())["claims"]["none"]["0"]
+            numbers = json.loads(results.read_text())["claims"]["first none"]["0"]
     wanted = "winoground/text", "winoground/image", "winoground/group"
     return {f"without_loss/{name}": numbers[name] for name in wanted if name in numbers}
 
@@ -2175,9 +2175,9 @@ RECIPES = {
     # Without the first, shapes are not learned in time [measured: README]
     "toy-crops": TOY_PRETRAIN | dict(vision="patches", corpora="crops", steps=4000, lr=1e-3),
     "toy-patches": TOY_PRETRAIN | dict(vision="patches", init="toy-crops", steps=11_000),
-    "toy-short": TOY_PRETRAIN | dict(steps=3000),
+    "toy-short": TOY_PRETRAIN | dict(steps=2700, lr=7e-4),
     "toy": TOY
-    | dict(task="retrieval", dataset="coco", steps=400, warmup=40, batch_tokens=1536)
+    | dict(task="retrieval", dataset="coco", steps=250, warmup=40, batch_tokens=1536)
     | dict(negatives=3, candidates=8, alternate=True, save_every=100, eval_every=50)
     | dict(init="toy-short"),
     # towers, counts, walls, negation: the words of NLVR's sentences

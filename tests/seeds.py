@@ -3,6 +3,7 @@ whichever wins; every command goes on where it stopped and fills tests/results.j
 
 python tests/seeds.py --claims                       all claims of tests/claims.json, many hours
 python tests/seeds.py --claims Winoground MAF        those whose words have one of these
+python tests/seeds.py --seeds 0 1 2 3 4 --losses     every loss on every benchmark, many hours
 python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy
 checkpoint and from scratch
 python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour
@@ -87,17 +88,69 @@ def run_arm(name, seed, threads, results):
         return out
     command = CLAIMS["arms"][name]
     for other in re.findall(r"{(.*?)}", command):
-        folder = run_arm(other, seed, threads, results)
-        if not (ROOT / folder / "last.pt").exists():
-            # its numbers came with the results file, its checkpoint did not
-            results["claims"][other].pop(str(seed))
-            run_arm(other, seed, threads, results)
-        command = command.replace(f"{{{other}}}", f"{folder}/last.pt")
+        command = command.replace(f"{{{other}}}", checkpoint_of(other, seed, threads, results))
     how = ["--data", world(seed), "--seed", seed, "--resume", "--out", out]
     numbers = numbers_of("train.py", *command.split(), *how, threads=threads)
     log = [json.loads(line) for line in (ROOT / out / "log.jsonl").read_text().splitlines()]
     keep(results, "claims", name, str(seed), numbers=numbers | curve_numbers(log))
     return out
+
+
+def checkpoint_of(name, seed, threads, results):
+    """The checkpoint of an arm's run, which is made where it is missing"""
+    folder = run_arm(name, seed, threads, results)
+    if not (ROOT / folder / "last.pt").exists():
+        # its numbers came with the results file, its checkpoint did not
+        results["claims"][name].pop(str(seed))
+        run_arm(name, seed, threads, results)
+    return f"{folder}/last.pt"
+
+
+def benchmarks(seed, threads, results):
+    """Every benchmark of the toy tree, of the runs that the table of losses is about"""
+    for arm in (arm for arms in CLAIMS["losses"].values() for arm in arms):
+        if str(seed) not in results.get("losses", {}).get(arm, {}):
+            how = "--ckpt", checkpoint_of(arm, seed, threads, results), "--data", world(seed)
+            numbers = numbers_of("evaluate.py", "--task", "choices", *how, threads=threads)
+            keep(results, "losses", arm, str(seed), numbers=numbers)
+
+
+# the one number of each benchmark that its papers compare
+COMPARED = (
+    "winoground/group",
+    "sugarcrepe/mean",
+    "sugarcrepe-pp/mean",
+    "valse/mean",
+    "aro-relation/mean",
+    "aro-attribution/mean",
+    "aro-coco-order/accuracy",
+    "whatsup-a/accuracy",
+    "whatsup-b/accuracy",
+    "whatsup-coco-two/accuracy",
+    "colorswap/group",
+    "bivlc/group",
+)
+
+
+def losses_table(results):
+    """Each encoder without a loss; then each loss's difference from it, seed by seed"""
+    lines, found = [], results.get("losses", {})
+    for encoder, (none, *arms) in CLAIMS["losses"].items():
+        for arm in (none, *arms):
+            seeds = sorted(found.get(none, {}).keys() & found.get(arm, {}).keys())
+            if len(seeds) < 2:
+                continue
+            cells = [f"`{CLAIMS['arms'][arm].split(' --track')[0]}`", encoder, str(len(seeds))]
+            for name in COMPARED:
+                base, own = ([found[a][s][name] for s in seeds] for a in (none, arm))
+                plus = "" if arm == none else "+"
+                own = [x - y for x, y in zip(own, base)] if plus else own
+                middle, half = interval(own)
+                cells.append(f"{middle:{plus}.1f} ± {half:.1f}")
+            lines.append("| " + " | ".join(cells) + " |")
+    head = ["`train.py`", "encoder", "seeds", *COMPARED]
+    lines[:0] = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def curve_numbers(log):
@@ -547,6 +600,8 @@ def main(argv=None):
         help="AMC's tables instead; a number: only its first so many rows",
     )
     parser.add_argument("--patches", action="store_true", help="CACR and AMC on patches instead")
+    every = "every loss on every benchmark instead"
+    parser.add_argument("--losses", action="store_true", help=every)
     args = parser.parse_args(argv)
     for word in args.claims or ():
         if not any(word in claim["claim"] for claim in CLAIMS["claims"]):
@@ -557,6 +612,8 @@ def main(argv=None):
     def one(seed):
         if args.pixels or args.patches:
             pixel_seed(seed, threads, results, args.pixels, args.patches)
+        elif args.losses:
+            benchmarks(seed, threads, results)
         elif args.align:
             align_seed(seed, threads, results)
         elif args.nlvr:
@@ -572,6 +629,7 @@ def main(argv=None):
     fill(
         claims=claims_table(results),
         arms=arms_table(results),
+        losses=losses_table(results),
         nlvr=nlvr_table(results),
         align=align_table(results),
         maf=maf_table(results),

@@ -85,6 +85,7 @@ def test_set_up_commands_are_there_and_ci_runs_one():
 TABLES = {
     "claims": seeds.claims_table,
     "arms": seeds.arms_table,
+    "losses": seeds.losses_table,
     "nlvr": seeds.nlvr_table,
     "tasks": tasks.table,
     "ablation": tasks.ablation,

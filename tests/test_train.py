@@ -170,7 +170,7 @@ def test_the_last_line_says_what_the_score_is_without_the_loss(tmp_path, monkeyp
     assert without("--loss amc --seed 3") == {"without_loss/winoground/text": 7.0}
     (folder / "done.json").write_text('{"winoground/gro')
     assert without("--loss cacr --seed 3") == {}
-    known = json.loads((ROOT / "tests/results.json").read_text())["claims"]["none"]["0"]
+    known = json.loads((ROOT / "tests/results.json").read_text())["claims"]["first none"]["0"]
     assert without("--loss cacr")["without_loss/winoground/group"] == known["winoground/group"]
 
 
