@@ -456,7 +456,8 @@ def entries(path, what):
 @functools.lru_cache(1)
 def coco_stems(data):
     """{COCO image id: file stem}; the images of 2017 are those of 2014 by other names"""
-    return {i["cocoid"]: Path(i["filename"]).stem for i in karpathy_images(data, "coco")}
+    stem = lambda image: Path(field(image, "filename", "Karpathy's COCO", str)).stem
+    return {image["cocoid"]: stem(image) for image in karpathy_images(data, "coco")}
 
 
 def coco_image(data, name, where):
@@ -496,7 +497,10 @@ def aro(data, part, stats):
     for where, name, e in entries(path, f"ARO's {part}"):
         corner = [field(e, f"bbox_{side}", where, NUMBER) for side in "xywh"]
         image = "_".join(map(str, (Path(field(e, "image_path", where, str)).stem, *corner)))
-        kind = e.get("relation_name") or "_".join(field(e, "attributes", where, list))
+        if part == "relation":
+            kind = field(e, "relation_name", where, str)
+        else:
+            kind = "_".join(map(str, field(e, "attributes", where, list)))
         for text in ("true_caption", "false_caption"):
             yield Record(image, field(e, text, where, str), name, note={kind: name})
 
@@ -525,6 +529,8 @@ def whatsup(data, part, stats):
     axis = {"left": "across", "right": "across"}
     for where, name, e in entries(Path(data) / "whatsup" / f"{part}.json", "What'sUp's images"):
         image = Path(field(e, "image_path", where, str)).stem
+        if image.count("_") < 2:
+            raise DataError(f"{where}: image {image}", "a name as mug_left_of_table.jpeg")
         first, how, *_, last = image.split("_")
         note = {how: name, "pair": (first, last, axis.get(how)), "set": (first, last)}
         for text in captions_to_choose(e, where, 4):
@@ -534,11 +540,11 @@ def whatsup(data, part, stats):
 def whatsup_lists(data, part, stats):
     """What'sUp's questions of COCO and Visual Genome: [image id, right caption, wrong caption]"""
     for where, name, e in entries(Path(data) / "whatsup" / f"{part}.json", "What'sUp's lists"):
-        if not isinstance(e, list) or len(e) != 3:
+        if not isinstance(e, list) or [isinstance(x, str) for x in e[1:]] != [True, True]:
             raise DataError(f"{where}: {e!r:.80}", "[image id, right caption, wrong caption]")
         image = coco_image(data, e[0], where) if part.startswith("coco") else e[0]
         for text in e[1:]:
-            yield Record(image, str(text), name, note={})
+            yield Record(image, text, name, note={})
 
 
 def colorswap(data, part, stats):

@@ -65,6 +65,20 @@ def phrases(tree):
     evaluate.PhraseInput(str(tree), index)(np.arange(4), index.image[:4])
 
 
+def choices_of(name):
+    """Reads and indexes a benchmark of choices, and what its examples count for."""
+
+    def read(tree):
+        row = evaluate.CHOICES[name]
+        evaluate.coco_stems.cache_clear()
+        found = [r for part in row.parts for r in row.reader(str(tree), part, Counter())]
+        words = data.WordPiece(tree / "bert-base-cased/vocab.txt", lower=False)
+        data.make_index(found, data.RegionStore(tree / "regions" / row.store), words)
+        assert all(hash((kind, which)) for r in found for kind, which in r.note.items())
+
+    return read
+
+
 vqa = functools.partial(data.vqa_questions, answers=ANSWERS)
 gqa = functools.partial(data.gqa_questions, answers=ANSWERS)
 refer = functools.partial(data.referring_expressions, dataset="refcoco")
@@ -72,6 +86,17 @@ READS = {
     "coco/annotations/captions_val2014.json": index_of(data.coco_captions, "val2014", "coco"),
     "coco/dataset_coco.json": index_of(data.karpathy_captions, "val", "coco"),
     "winoground/examples.jsonl": records(data.winoground_examples, ""),
+    "sugarcrepe/swap_att.json": choices_of("sugarcrepe"),
+    "sugarcrepe_pp/swap_att.json": choices_of("sugarcrepe-pp"),
+    "valse/plurals.json": choices_of("valse"),
+    "aro/visual_genome_relation.json": choices_of("aro-relation"),
+    "aro/visual_genome_attribution.json": choices_of("aro-attribution"),
+    "aro/coco_order.json": choices_of("aro-coco-order"),
+    "whatsup/controlled_clevr_dataset.json": choices_of("whatsup-b"),
+    "whatsup/coco_qa_two_obj.json": choices_of("whatsup-coco-two"),
+    "colorswap/test.json": choices_of("colorswap"),
+    "bivlc/test.json": choices_of("bivlc"),
+    "vg/paraphrases.json": records(data.vg_paraphrases, "train"),
     "vg/image_data.json": records(data.vg_descriptions, "train"),
     "vg/region_descriptions.json": records(data.vg_crops, "train"),
     "vg/attributes.json": records(data.vg_triplets, "train"),
