@@ -2430,8 +2430,8 @@ class BatchOptions(NamedTuple):
     similarity: object = None  # train.WordSimilarity of the pointed words
     soft_target: Callable = None  # losses.soft_alignment_target
     phrase_input: Callable = None  # evaluate.PhraseInput of the captions
-    # (batches, rng, rows, share, batch) -> what else a batch holds: other texts of its images
-    other_texts: Callable = None
+    # each (batches, rng, rows, share, batch) -> what else a batch holds: other texts of its images
+    other_texts: tuple = ()
 
 
 class Batches:
@@ -2527,8 +2527,8 @@ class Batches:
             columns[c][share] = column[np.resize(good, len(share))]
         share = share if len(good) else good
         batch = self.kind.collate(self, self.rng(k, 1), k, share, *columns)
-        if self.other_texts and batch["names"]:
-            batch |= self.other_texts(self, self.rng(k, 2), columns[0], share, batch)
+        for other in self.other_texts if batch["names"] else ():
+            batch |= other(self, self.rng(k, 2), columns[0], share, batch)
         return batch | {"unreadable": unreadable}
 
     def __getitem__(self, k):

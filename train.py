@@ -38,9 +38,8 @@ import losses
 # data.py: errors and files, readers, batches
 from data import INDEX_VERSION, DataError, check_names, detector_names, exists, kept, memory_mapped
 from data import cc3m_captions, cc12m_captions, coco_corpus, own_captions, sbu_captions, vg_crops
-from data import mirrored, vg_paraphrases
 from data import entity_captions, karpathy_captions, multitask_coco, multitask_vg, vcr_choices
-from data import vg_descriptions, vg_triplets
+from data import mirrored, vg_descriptions, vg_paraphrases, vg_triplets
 from data import HARDEST, Batches, collate_negatives, mismatched_images, normalize_pixels
 from data import strip_punctuation, write_atomic
 from evaluate import TASKS, PhraseInput, Run, WordVectors, ablate_modality, all_answers
@@ -705,7 +704,7 @@ def retrieval_streams(cfg, runtime, run, share):
     ranking = {"negatives": cfg.negatives, "candidates": cfg.candidates}
     ranking |= {"alternate": cfg.alternate, "mined": cfg.mine_every > 0}
     if "edits" in given_to(cfg):
-        ranking["other_texts"] = EditedCaptions(cfg.data, indexes[0])
+        ranking["other_texts"] = [EditedCaptions(cfg.data, indexes[0])]
     train = Batches("rank", indexes[0], **batch_size_of(cfg), **share, **ranking)
     val = Batches("rank", indexes[1], cfg.batch_tokens, cfg.seed, negatives=cfg.negatives)
     return Streams([train], [1], {"rank": val}, indexes[0].store)
@@ -734,14 +733,18 @@ def pretrain_streams(cfg, runtime, run, share):
             index = run.index(reader, split, store, name=name, skip_missing=skip, layout=layout)
             print_index(runtime, index)
             indexes.append(index)
+        how["other_texts"] = []
         if "edits" in given_to(cfg):
-            how["other_texts"] = EditedCaptions(cfg.data, indexes[0])
+            how["other_texts"].append(EditedCaptions(cfg.data, indexes[0]))
         if "paraphrase" in [LOSSES[name].blocks for name in loss_names(cfg)]:
             options = {"skip_missing": skip, "layout": layout, "name": "their paraphrases"}
             same = functools.partial(vg_paraphrases, kinds=kinds, min_area=cfg.min_box_area)
-            how["other_texts"] = Paraphrases(run.index(same, "train", row.store, **options))
+            same = run.index(same, "train", row.store, **options)
+            how["other_texts"].append(Paraphrases(same))
         for task, task_weight in tasks.items():
             own = dict(corpus=number, **share, **how, **batch_size_of(cfg))
+            # masked words and regions have texts enough
+            own["other_texts"] = how["other_texts"] if task in ("itm", "albef") else ()
             streams.append(Batches(task, indexes[0], **own))
             sampling_weights.append((weight or len(indexes[0])) * task_weight)
             # what is validated of ALBEF is its contrast
@@ -821,7 +824,9 @@ class EditedCaptions:
 
     def __init__(self, data, index):
         one_piece = lambda words: [ids[0] for w in words if len(ids := index.tokenizer(w)) == 1]
-        said = np.bincount(index.tokens, minlength=len(index.tokenizer)) > 0
+        said = np.zeros(len(index.tokenizer), bool)
+        for start in range(0, len(index.tokens), 1 << 22):
+            said[index.tokens[start : start + (1 << 22)]] = True
         # of each word piece: its kind, and what alone it is exchanged with
         self.kind, self.opposite = np.full((2, len(said)), -1)
         for number, names in enumerate(("objects", "attributes")):

@@ -262,7 +262,7 @@ def test_scores_of_exchanged_images_and_of_edits(toy_tree, model, head):
 def test_edited_captions(toy_tree):
     """One word exchanged with one of its kind, the same each time; opposites for relations."""
     _, _, (batch,), (stream,) = prepared(toy_tree, "--recipe toy --candidates 0 --loss hard-rank")
-    again, edits, tokenizer = stream[0], stream.other_texts, stream.index.tokenizer
+    again, edits, tokenizer = stream[0], stream.other_texts[0], stream.index.tokenizer
     assert (again["edited"] == batch["edited"]).all()
     text, kinds = batch["positive"]["text"], batch["edit_kind"].tolist()
     assert set(kinds) >= {0, 1}
@@ -324,7 +324,7 @@ def test_paraphrases(toy_tree, tmp_path, how):
     said = json.loads((toy_tree / "vg/paraphrases.json").read_text())
     assert all(" in " in other and other != text for text, other in said.items())
     stream, batch = next((s, b) for s, b in zip(streams, batches) if b["task"] in ("itm", "albef"))
-    index, others = stream.index, stream.other_texts.index
+    index, others = stream.index, stream.other_texts[0].index
     assert len(index) == len(others)
     told = [(index.decode(r), others.decode(r)) for r in range(0, len(index), 37)]
     strip = lambda text: text.replace("[CLS] ", "").replace(" [SEP]", "")
