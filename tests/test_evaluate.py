@@ -1,6 +1,9 @@
 """Metrics against slow loops, perfect and reversed rankers, and the figures."""
 
+import contextlib
+import functools
 import json
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -233,6 +236,38 @@ def test_ensembles_and_head_figures(toy_tree, pretrained, tmp_path):
     layers, heads = len(run.model.layers), run.model.layers[0].attention.heads
     width, height = Image.open(path).size
     assert (width, height) == (heads * 102, layers * 120)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bf16_where_the_hardware_has_it(monkeypatch, emulated):
+    """A GPU that emulates bf16 (V100, T4) says that it supports it, unless asked for more."""
+    plain = contextlib.nullcontext
+    supported = lambda including_emulation=True: including_emulation or not emulated
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(evaluate, "native_bf16", lambda: not emulated)
+    for kind in ("cuda", "cpu"):
+        of = functools.partial(evaluate.autocast_for, torch.device(kind))
+        assert (of("auto") is plain) == emulated
+        assert of("fp32") is plain and of("bf16") is not plain
+
+
+def test_the_best_answers_alone_are_kept(toy_tree, pretrained):
+    """Of a thousand answers to each question, as of GQA's: what a batch's scores were is gone."""
+    run, alive, most = evaluate.load_run(str(pretrained[0]), toy_tree), [], 0
+    index = evaluate.open_task(run, "ve", "dev")
+
+    def scores(out, batch, group):
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in alive))
+        made = torch.arange(1000.0).repeat(len(out.match), 1)
+        alive.append(weakref.ref(made))
+        return made
+
+    task = evaluate.TASKS["ve"]._replace(output="match", scores=scores)
+    best = evaluate.predict(run, task, index, batch_tokens=512)
+    assert len(alive) > 3 and most <= 1 and best.shape == (len(index),) and (best == 999).all()
+    whole = evaluate.predict(run, task, index, batch_tokens=512, whole=True)
+    assert whole.shape == (len(index), 1000)
 
 
 def test_each_process_has_its_share(monkeypatch):
