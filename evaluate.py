@@ -526,13 +526,13 @@ def whatsup(data, part, stats):
     """What'sUp's controlled images (Kamath et al. 2023): four pictures of the same two things, as
     the files' names tell: mug_left_of_table.jpeg
     """
-    axis = {"left": "across", "right": "across"}
     for where, name, e in entries(Path(data) / "whatsup" / f"{part}.json", "What'sUp's images"):
         image = Path(field(e, "image_path", where, str)).stem
         if image.count("_") < 2:
             raise DataError(f"{where}: image {image}", "a name as mug_left_of_table.jpeg")
         first, how, *_, last = image.split("_")
-        note = {how: name, "pair": (first, last, axis.get(how)), "set": (first, last)}
+        beside = how in ("left", "right")
+        note = {how: name, "pair": (first, last, beside), "set": (first, last)}
         for text in captions_to_choose(e, where, 4):
             yield Record(image, text, name, note=note)
 
@@ -576,7 +576,8 @@ def crops(data):
             picture = folder / "images" / field(e, "image_path", where, str)
             out = folder / "crops" / f"{picture.stem}_{x}_{y}_{w}_{h}.png"
             if not out.exists():
-                save_png(read_picture(picture).crop((x, y, x + w, y + h)), out)
+                read_picture(picture).crop((x, y, x + w, y + h)).save(file := io.BytesIO(), "PNG")
+                write_atomic(out, file.getvalue())
             number += 1
     return {"crops": number}
 
