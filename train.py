@@ -2180,9 +2180,9 @@ RECIPES = {
     # Without the first, shapes are not learned in time [measured: README]
     "toy-crops": TOY_PRETRAIN | dict(vision="patches", corpora="crops", steps=4000, lr=1e-3),
     "toy-patches": TOY_PRETRAIN | dict(vision="patches", init="toy-crops", steps=11_000),
-    "toy-short": TOY_PRETRAIN | dict(steps=2700, lr=7e-4),
+    "toy-short": TOY_PRETRAIN | dict(steps=2500, lr=7e-4),
     "toy": TOY
-    | dict(task="retrieval", dataset="coco", steps=250, warmup=40, batch_tokens=1536)
+    | dict(task="retrieval", dataset="coco", steps=220, warmup=40, batch_tokens=1536)
     | dict(negatives=3, candidates=8, alternate=True, save_every=100, eval_every=50)
     | dict(init="toy-short"),
     # towers, counts, walls, negation: the words of NLVR's sentences
