@@ -147,7 +147,7 @@ def test_toy_is_left_alone_or_made_again(tmp_path):
 def test_killed_toy_leaves_nothing(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests')\nimport toy, os\n"
-        "toy.toy_winoground = lambda *a: os.kill(os.getpid(), 9)\n"
+        "toy.toy_vg = lambda *a: os.kill(os.getpid(), 9)\n"
         f"toy.make_toy({str(tmp_path / 'toy')!r}, scenes=60)"
     )
     assert (

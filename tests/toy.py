@@ -12,6 +12,8 @@ import pickle
 import re
 import shutil
 import sys
+import threading
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import permutations, product
@@ -514,6 +516,17 @@ def detect(rng, things, looks, given=False):
     return {name: column[order] for name, column in row.items()}
 
 
+def die_with(parent):
+    """End this worker once its parent has been killed, which could not tell it."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def make_toy(out, seed=0, scenes=6000):
     """Write the toy tree: every data set in its official formats, region stores, vocabularies.
     Same seed, same bytes.
@@ -538,7 +551,8 @@ def make_toy(out, seed=0, scenes=6000):
         )
     )
     try:
-        with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        how = {"initializer": die_with, "initargs": (os.getpid(),)}
+        with ProcessPoolExecutor(max_workers=os.cpu_count(), **how) as pool:
             # these need no other's scenes: drawn beside the rest
             apart = {toy_nlvr2: scenes // 15, toy_vcr: scenes // 4, toy_winoground: scenes // 15}
             apart |= {toy_web: max(40, scenes // 20), toy_choices: max(8, scenes // 100)}
