@@ -1205,7 +1205,8 @@ class HeldOut(NamedTuple):
 
 # benchmarks of COCO's images of 2017: their files, and what a number looks like in them
 BENCHMARK_IMAGES = {
-    "SugarCrepe": ("sugarcrepe*/*", r"(\d{12})\.jpg"),
+    "SugarCrepe": ("sugarcrepe/*", r"(\d{12})\.jpg"),
+    "SugarCrepe++": ("sugarcrepe_pp/*", r"(\d{12})\.jpg"),
     "VALSE": ("valse/*", r"(\d{12})\.jpg"),
     "What'sUp": ("whatsup/coco_qa_*", r"\[\s*(\d+)"),
 }

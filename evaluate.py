@@ -423,8 +423,8 @@ def choose(run, name, head=""):
     """
     row, (_, notes, s) = CHOICES[name], choice_pairs(run, name, head)
     hits, kinds = choice_hits(s, row.right), {}
-    *_, (last, whole) = hits.items()
-    for note, hit in zip(notes, whole):
+    whole = "group" if "group" in hits else "accuracy"
+    for note, hit in zip(notes, hits[whole]):
         for kind, which in note.items():
             kinds.setdefault(kind, {}).setdefault(which, []).append(hit)
     score = {kind: 100 * np.mean([all(h) for h in of.values()]) for kind, of in kinds.items()}
@@ -432,7 +432,8 @@ def choose(run, name, head=""):
     counted = [k for k in kinds if len(kinds[k]) >= row.least and k not in row.apart]
     if row.means and counted:
         numbers["mean"] = np.mean([score[k] for k in counted])
-    numbers |= {f"{last}/{k}" if last == "group" else k: score[k] for k in sorted(score)}
+    prefix = "group/" if whole == "group" else ""
+    numbers |= {f"{prefix}{kind}": score[kind] for kind in sorted(score)}
     return {f"{name}/{k}": float(v) for k, v in numbers.items()}
 
 
@@ -606,6 +607,7 @@ wading in, waiting for, walking across, walking by, walking down, walking next t
 through, working in, working on, worn on, wrapped around, wrapped in, by, of, near, next to, with,
 beside, on the side of, around
 """
+NOT_IN_MEAN = " ".join(NOT_IN_MEAN.split()).split(", ")
 # SugarCrepe's and VALSE's files
 SUGARCREPE = "add_att add_obj replace_att replace_obj replace_rel swap_att swap_obj".split()
 PHENOMENA = """
@@ -620,9 +622,7 @@ CHOICES = {
     "sugarcrepe": Choices(sugarcrepe, FOIL, "coco", SUGARCREPE, means=True),
     "sugarcrepe-pp": Choices(SUGARCREPE_PP, (0, 0, -1), "coco", SUGARCREPE[2:], means=True),
     "valse": Choices(valse, FOIL, "valse", PHENOMENA, means=True),
-    "aro-relation": Choices(
-        aro, FOIL, "aro", ["relation"], True, apart=" ".join(NOT_IN_MEAN.split()).split(", ")
-    ),
+    "aro-relation": Choices(aro, FOIL, "aro", ["relation"], means=True, apart=NOT_IN_MEAN),
     "aro-attribution": Choices(aro, FOIL, "aro", ["attribution"], means=True, least=25),
     "aro-coco-order": Choices(word_order, OF_FIVE, "coco", ["coco"]),
     "aro-flickr30k-order": Choices(word_order, OF_FIVE, "flickr30k", ["flickr30k"]),
@@ -2365,13 +2365,12 @@ def thousandths(x):
     return (1000 * x).round().int().tolist()
 
 
-def page_of_run(run, record):
+def page_of_run(run, store, record):
     """What PAGE shows of a run and one caption: words, boxes as shares of the picture, attention of
     every layer and head from words to regions and back, each shared out within its block; a heat
     map where the model learned them
     """
-    store, found = run.vision.open("winoground"), {"words": [], "boxes": [], "heat": None}
-    found |= {"S_LV": [], "S_VL": []}
+    found = {"words": [], "boxes": [], "heat": None, "S_LV": [], "S_VL": []}
     albef = isinstance(run.model, Albef)
     if albef or run.settings.get("triplets"):
         ((_, _, A),) = heat_maps_of(run, [record], store)
@@ -2379,6 +2378,7 @@ def page_of_run(run, record):
         A = torch.nn.functional.adaptive_avg_pool2d(losses.unit_range(A), 32)
         found["heat"] = thousandths(A[0, 0])
     if not albef:
+        need_kind(run, Encoder, "have attention or heat maps of a caption", "--loss cacr")
         index = make_index([record], store, run.tokenizer, name="page")
         batch = to_device(index.batch(np.array([0]), index.image), run.device)
         blocks = getattr(run.model, "cross_layers", None) or run.model.layers
@@ -2393,24 +2393,29 @@ def page_of_run(run, record):
     return found
 
 
-def attention_page(runs, out, n=12):
-    """Write OUT/attention.html: the first n captions of Winoground, where pointing at a word lights
-    the regions that it attends to, and pointing at a region the words; runs side by side. Without
-    any outside address. Returns [its path].
+def attention_page(runs, out, n=12, most=2_500_000):
+    """Write OUT/attention.html: the first n captions of Winoground, or as many as `most` letters
+    hold, where pointing at a word lights the regions that it attends to, and pointing at a region
+    the words; runs side by side. Without any outside address. Returns [its path].
     """
-    run, examples = next(iter(runs.values())), []
+    run, examples, size = next(iter(runs.values())), [], 0
+    stores = {name: each.vision.open("winoground") for name, each in runs.items()}
     for record in list(winoground_examples(run.data, "", Counter()))[:n]:
         picture = read_picture(find_picture(run.data, "winoground", record.image))
         picture.thumbnail((480, 480))
         picture.save(file := io.BytesIO(), "JPEG", quality=85)
         source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
         example = {"text": record.text, "picture": source}
-        example["runs"] = {name: page_of_run(each, record) for name, each in runs.items()}
-        examples.append(example)
+        shown = {name: page_of_run(each, stores[name], record) for name, each in runs.items()}
+        # a text may hold what ends a script
+        text = json.dumps(example | {"runs": shown}, separators=(",", ":"))
+        examples.append(text.replace("<", "\\u003c"))
+        size += len(text)
+        # of a base model a caption is half a megabyte
+        if size * (1 + 1 / len(examples)) > most:
+            break
     path = Path(out) / "attention.html"
-    # a text may hold what ends a script
-    text = json.dumps(examples, separators=(",", ":")).replace("<", "\\u003c")
-    write_atomic(path, PAGE.replace("DATA", text))
+    write_atomic(path, PAGE.replace("DATA", f"[{','.join(examples)}]"))
     return [path]
 
 
@@ -3143,9 +3148,17 @@ def run_choices(name, runs, args):
 
 
 def run_all_choices(runs, args):
-    """Every benchmark of CHOICES"""
-    found = [run_choices(name, runs, args) for name in CHOICES]
-    return {name: value for numbers in found for name, value in numbers.items()}
+    """Every benchmark of CHOICES whose files are there; what is wrong with the others is said."""
+    found = {}
+    for name in CHOICES:
+        try:
+            found |= run_choices(name, runs, args)
+        except DataError as error:
+            if is_main():
+                print(f"{name} left out: {error}", file=sys.stderr)
+    if not found:
+        raise DataError("no benchmark could be read", f"the files of one of {', '.join(CHOICES)}")
+    return found
 
 
 def run_pointing(runs, args):

@@ -160,6 +160,8 @@ def test_sugarcrepes_real_files(tmp_path):
         every |= {int(line[:12]) for line in lines}
         out = data.held_out(tmp_path)
         assert out.counts["SugarCrepe"] == len(every) == 1560 and every <= out.coco
+        # files that come later make an index again
+        assert {str(tmp_path / folder) for folder in ("sugarcrepe", "valse")} <= {*data.sources}
 
 
 def test_valses_real_files(tmp_path):
@@ -287,3 +289,20 @@ def test_crops_are_cut_where_the_boxes_are(toy_tree, tmp_path):
         crop = np.array(data.read_picture(tree / "aro/crops" / name))
         whole = np.array(data.read_picture(tree / "aro/images" / e["image_path"]))
         assert (crop == whole[y : y + h, x : x + w]).all()
+
+
+def test_all_benchmarks_whose_files_are_there(toy_tree, pretrained, tmp_path, capsys):
+    """The others are said; none at all is an error."""
+    tree = tmp_path / "tree"
+    shutil.copytree(toy_tree, tree)
+    for folder in ("valse", "aro", "whatsup", "sugarcrepe", "sugarcrepe_pp", "bivlc"):
+        shutil.rmtree(tree / folder)
+    how = ["--task choices --ckpt", pretrained[0], "--data", tree]
+    done = inside(tmp_path, how, main=evaluate.main)
+    found = json.loads(str(done.stdout).strip().splitlines()[-1])
+    assert {name.split("/")[0] for name in found} == {"winoground", "colorswap"}
+    assert "valse left out" in done.stderr and "aro-coco-order left out" in done.stderr
+    for folder in ("winoground", "colorswap"):
+        shutil.rmtree(tree / folder)
+    done = inside(tmp_path, how, main=evaluate.main)
+    assert done.returncode and "no benchmark could be read" in done.stderr

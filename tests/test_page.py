@@ -102,6 +102,24 @@ def test_heat_maps_and_awkward_texts(toy_tree, tmp_path, monkeypatch):
     assert heat.shape == (32, 32) and 0 <= heat.min() and 900 <= heat.max() <= 1000
 
 
+def test_the_page_of_a_large_model_is_small(toy_tree, pretrained, tmp_path):
+    """As many captions as fit, at least one"""
+    one = evaluate.load_run(str(pretrained[0]), toy_tree)
+    sizes = []
+    for most in (10**7, 30_000, 10):
+        (path,) = evaluate.attention_page({"one": one}, tmp_path, most=most)
+        sizes.append((len(json.loads(Page(path.read_text()).json)), path.stat().st_size))
+    (whole, _), (some, letters), (least, _) = sizes
+    assert whole == 12 > some > 1 == least and letters < 30_000 + len(evaluate.PAGE)
+
+
+def test_a_model_without_maps_has_no_page(toy_tree, tmp_path):
+    run(tmp_path, "--loss maf --steps 2 --out o --workers 0", "--data", toy_tree)
+    phrases = evaluate.load_run(str(tmp_path / "o/last.pt"), toy_tree)
+    with pytest.raises(evaluate.CheckpointError, match="does not have attention"):
+        evaluate.attention_page({"maf": phrases}, tmp_path)
+
+
 PROBE = """<script>
 const out = [], seen = () => [...document.querySelectorAll(".run")].map(panel =>
   [...panel.querySelectorAll(".box, .word")].map(x => x.dataset.weight || ""));
