@@ -1278,7 +1278,8 @@ def vg_items(data, name, key):
     path = Path(data) / "vg" / f"{name}.json"
     records = json_items(path, f"Visual Genome's {name}")
     for item in tqdm(records, desc=f"Visual Genome's {name}", disable=None, leave=False):
-        image = field(item, "id" if "id" in (item or ()) else "image_id", path)
+        item = need_record(item, path)
+        image = field(item, "id" if "id" in item else "image_id", path)
         where = f"{path}, image {image}"
         yield image, field(item, key, where, list), where
 
@@ -1678,7 +1679,7 @@ def gqa_questions(data, split, stats, answers=(), pointers=True):
         if scenes is not None:
             notes = need_record(q.get("annotations", {}), where)
             words = need_record(notes.get("question", {}), where)
-            spans = pointed_spans(words, scenes.get(image, {}), stats)
+            spans = pointed_spans(words, scenes.get(image, {}), where, stats)
         if "answer" in q:
             answer = field(q, "answer", where, str)
             target = {numbers[answer]: 1.0} if answer in numbers else {}
@@ -1693,11 +1694,13 @@ def scene_boxes(graph, where):
     return {o: clip_box(*vg_box(t, f"{where}, object {o}", "xywh"), graph) for o, t in things}
 
 
-def pointed_spans(words, boxes, stats):
+def pointed_spans(words, boxes, where, stats):
     """[(first word, end word, box)] of {"first:end": object} and scene_boxes."""
     spans = []
-    for span, name in words.items():
-        first, _, end = span.partition(":")
+    for span in words:
+        name, (first, _, end) = field(words, span, where, str), span.partition(":")
+        if not re.fullmatch(r"\d+(:\d*)?", span):
+            raise DataError(f"{where}: words {span!r}", f"first:end, numbers of words. {AGAIN}")
         stats["pointers left out: object not in the scene graph"] += name not in boxes
         stats["pointers left out: a box of no area"] += boxes.get(name, ()) is None
         box = boxes.get(name)
