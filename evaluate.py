@@ -2240,11 +2240,13 @@ PAGE = """<!doctype html>
 <title>Attention, word by word</title>
 <style>
 body { font: 15px sans-serif; margin: 1.5em; color: #222 }
-.runs { display: flex; flex-wrap: wrap; gap: 2em }
-.picture { position: relative; width: 480px }
+.runs { display: flex; gap: 2em }
+.run { flex: 1; max-width: 480px }
+.picture { position: relative }
 .picture img, .picture canvas { width: 100%; display: block }
 .picture canvas { position: absolute; inset: 0; height: 100%; opacity: 0.55 }
-.box { position: absolute; box-sizing: border-box; border: 1px solid #888; font-size: 11px }
+.box { position: absolute; box-sizing: border-box; border: 1px solid #888 }
+.share { background: #fff; font-size: 12px; padding: 0 2px }
 .word { display: inline-block; padding: 3px 4px; border-radius: 3px; cursor: default }
 .on { outline: 3px solid #06c }
 label { margin-right: 1.5em }
@@ -2254,7 +2256,7 @@ label { margin-right: 1.5em }
 a box: the words show how the region's attention is shared out among them.</p>
 <p><button id="back">&larr;</button> <button id="next">&rarr;</button> <span id="number"></span>
 <label>layer <input id="layer" type="range" min="0"> <span id="layer-says"></span></label>
-<label>head <input id="head" type="range" min="0"> <span id="head-says"></span></label>
+<label>head <input id="head" type="range" min="0" value="0"> <span id="head-says"></span></label>
 <label><input id="heat" type="checkbox"> heat map</label></p>
 <div class="runs" id="runs"></div>
 <script type="application/json" id="data">DATA</script>
@@ -2274,9 +2276,9 @@ function weights(run, direction, from) {
 function clear() {
   document.querySelectorAll(".box, .word").forEach(x => {
     x.classList.remove("on");
-    x.style.background = "";
+    x.style.background = x.style.boxShadow = "";
     delete x.dataset.weight;
-    if (x.className == "box") x.textContent = "";
+    if (x.className == "box") x.replaceChildren();
   });
 }
 
@@ -2291,8 +2293,12 @@ function light(kind, i) {
     const found = weights(panel.run, direction, i);
     panel.querySelectorAll(targets).forEach((x, i) => {
       x.dataset.weight = found[i];
-      x.style.background = `rgba(255, 140, 0, ${0.85 * found[i]})`;
-      if (targets == ".box") x.textContent = Math.round(100 * found[i]);
+      if (targets == ".word") x.style.background = `rgba(255, 140, 0, ${found[i]})`;
+      else {
+        // a frame, as wide as the weight says: the picture keeps its colours
+        x.style.boxShadow = `inset 0 0 0 ${16 * found[i]}px #ff8c00`;
+        add(x, "span", "share").textContent = Math.round(100 * found[i]);
+      }
     });
   });
 }
@@ -2332,6 +2338,8 @@ function draw_run(name, run, example) {
     const x = add(picture, "div", "box"), [x1, y1, x2, y2] = box.map(v => 100 * v);
     Object.assign(x.style, { left: x1 + "%", top: y1 + "%" });
     Object.assign(x.style, { width: x2 - x1 + "%", height: y2 - y1 + "%" });
+    // a small box before the large one that it lies in
+    x.style.zIndex = Math.round(10000 - (x2 - x1) * (y2 - y1));
     x.onmouseenter = () => light(".box", i);
     x.onmouseleave = clear;
   });

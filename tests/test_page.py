@@ -123,7 +123,8 @@ def test_a_model_without_maps_has_no_page(toy_tree, tmp_path):
 PROBE = """<script>
 const out = [], seen = () => [...document.querySelectorAll(".run")].map(panel =>
   [...panel.querySelectorAll(".box, .word")].map(x => x.dataset.weight || ""));
-const point = x => { x.onmouseenter(); out.push(seen()); x.onmouseleave(); out.push(seen()); };
+const move = (x, how) => x.dispatchEvent(new MouseEvent("mouse" + how));
+const point = x => { move(x, "enter"); out.push(seen()); move(x, "leave"); out.push(seen()); };
 const start = performance.now();
 draw();
 out.push(performance.now() - start);
@@ -152,8 +153,10 @@ class Element {
     const wanted = names.split(", ").map(name => name.slice(1));
     return this.all().filter(x => wanted.includes(x.className));
   }
+  dispatchEvent(event) { this["on" + event.type](); }
   getContext() { return { fillRect: () => {} }; }
 }
+class MouseEvent { constructor(type) { this.type = type; } }
 const named = {}, body = new Element("body"), document = {
   body,
   getElementById: id => named[id] = named[id] || body.appendChild(new Element(id)),
