@@ -188,7 +188,12 @@ def evaluating(model):
 
 def pair_scores(out, head):
     """How well pairs match, float32: the ranking score, or the log-odds of matching."""
-    return out.rank.float() if head == "rank" else (out.match[:, 1] - out.match[:, 0]).float()
+    return out.rank.float() if head == "rank" else log_odds(out.match)
+
+
+def log_odds(match):
+    """(B, 2) logits -> (B,) how much likelier a match is than none, float32"""
+    return (match[:, 1] - match[:, 0]).float()
 
 
 def score_pairs(
@@ -215,6 +220,20 @@ def score_pairs(
         # fetched once: nothing waits for the device between batches
         scores[np.concatenate(order)] = torch.cat(found).cpu().numpy()
     return scores
+
+
+def score_pairs_by_albef(run, index, rows, images, progress=None, batch=64):
+    """score_pairs() from pictures: (K,) log-odds of matching"""
+    found, device, title = [torch.zeros(0)], run.device, {"desc": progress, "unit": " batches"}
+    parts = range(0, len(rows), batch)
+    with evaluating(run.model):
+        for at in tqdm(parts, **title, disable=None if progress else True, leave=False):
+            ids, mask = (torch.from_numpy(x).to(device) for x in index.text(rows[at : at + batch]))
+            pixels = torch.from_numpy(index.store.pixels(images[at : at + batch])).to(device)
+            with run.autocast():
+                match, _ = run.model(ids, mask, normalize_pixels(pixels))
+            found.append(log_odds(match).cpu())
+    return torch.cat(found).numpy()
 
 
 def score_matrix(path, shape):
@@ -382,7 +401,7 @@ def choice_index(run, name):
     """The Index of a benchmark of CHOICES, its examples' texts one after the other, and the note of
     each example. One whose image is missing is an error, or left out and counted.
     """
-    need_kind(run, Encoder, "score a caption with an image", "--loss cacr")
+    need_kind(run, (Encoder, Albef), "score a caption with an image", "--loss cacr")
     row, stats = CHOICES[name], Counter()
     records = [r for part in row.parts for r in row.reader(run.data, part, stats)]
     store, T = run.vision.open(row.store), len(row.right)
@@ -394,7 +413,9 @@ def choice_index(run, name):
     for what, n in stats.items():
         if n and is_main():
             print(f"{name}: {n:,} {what}", file=sys.stderr)
-    index = make_index(records, store, run.tokenizer, name=name)
+    albef = isinstance(run.model, Albef)
+    layout = "albef" if albef else "bert"
+    index = make_index(records, store, run.tokenizer, name=name, layout=layout)
     return index, [record.note for record in records[::T]]
 
 
@@ -409,9 +430,13 @@ def choice_pairs(run, name, head=""):
     texts = np.arange(len(index)).reshape(len(notes), -1, 1)
     rows, images = np.broadcast_arrays(texts, index.image[texts[:, first, 0]][:, None])
     own, s = shared_out(np.arange(len(notes))), np.zeros(rows.shape, np.float32)
-    how = {"head": head or ranking_head(run), "autocast": run.autocast}
-    how["progress"] = name if len(notes) > 1000 else None
-    found = score_pairs(run.model, index, rows[own].ravel(), images[own].ravel(), **how)
+    what, albef = (index, rows[own].ravel(), images[own].ravel()), isinstance(run.model, Albef)
+    how = {"progress": name if len(notes) > 1000 else None}
+    if albef:
+        found = score_pairs_by_albef(run, *what, **how)
+    else:
+        how |= {"head": head or ranking_head(run), "autocast": run.autocast}
+        found = score_pairs(run.model, *what, **how)
     for examples, scores in gathered((own, found)):
         s[examples] = scores.reshape(-1, *s.shape[1:])
     return index, notes, s
@@ -2740,14 +2765,10 @@ def score_photo(run, photo, text, out, detector="", regions=(36, 36), sides=(800
 def score_photo_by_albef(run, record, store, picture, figure):
     """score_photo of a model with heat maps: {"match", "hottest", "figure"}"""
     ((_, _, A),) = heat_maps_of(run, [record], store)
-    index = make_index([record], store, run.tokenizer, layout="albef")
-    ids, mask = (torch.from_numpy(x).to(run.device) for x in index.text(np.array([0])))
-    pixels = torch.from_numpy(store.pixels(np.array([0]))).to(run.device)
-    with evaluating(run.model):
-        match, _ = run.model(ids, mask, normalize_pixels(pixels))
+    index, one = make_index([record], store, run.tokenizer, layout="albef"), np.zeros(1, np.int64)
+    odds = float(score_pairs_by_albef(run, index, one, one)[0])
     save_png(draw_heat(picture, A, [], record.text), figure)
-    share = float(match.softmax(-1)[0, 1])
-    return {"match": share, "hottest": list(hottest(A)), "figure": str(figure)}
+    return {"match": 1 / (1 + math.exp(-odds)), "hottest": list(hottest(A)), "figure": str(figure)}
 
 
 def list_pictures(folder):

@@ -44,7 +44,7 @@ from data import HARDEST, Batches, collate_negatives, mismatched_images, normali
 from data import strip_punctuation, write_atomic
 from evaluate import TASKS, PhraseInput, Run, WordVectors, ablate_modality, all_answers
 from evaluate import gathered, glove, glove_file, join_processes, load_wordpiece, open_task
-from evaluate import autocast_for, content_words, pair_scores, to_device, vision_of
+from evaluate import autocast_for, content_words, log_odds, pair_scores, to_device, vision_of
 from model import ALBEF_SIZES, SIZES, TWO_STREAM_LAYERS, CheckpointError, Maf, build
 from model import init_rank_from_match, load_pretrained, read_checkpoint
 
@@ -434,7 +434,7 @@ ON_STATES = *ATTENTION, "hidden", "heat", "scores", "edits"
 ENCODERS = {
     "uniter": (SIZES, "mlm itm mrfr mrc mrckl wra", (*ON_STATES, "phrases")),
     "lxmert": (TWO_STREAM_LAYERS, "mlm itm mrfr wra multitask", (*ON_STATES, "pointers")),
-    "albef": (ALBEF_SIZES, "mlm itm", ("heat",)),
+    "albef": (ALBEF_SIZES, "mlm itm", ("hidden", "heat", "scores", "edits")),
 }
 
 
@@ -839,7 +839,9 @@ class EditedCaptions:
 
     def __call__(self, batches, rng, rows, share, batch):
         u = rng.random((len(rows), 3))[share]
-        text, _ = batches.index.text(rows[share])
+        # ALBEF's are mirrored with their pictures
+        text = batch["text"].numpy().copy() if "text" in batch else None
+        text = batches.index.text(rows[share])[0] if text is None else text
         kinds = [self.edit(ids, where) for ids, where in zip(text, u)]
         return {"edited": torch.from_numpy(text), "edit_kind": torch.tensor(kinds)}
 
@@ -1128,7 +1130,8 @@ def objective_itm(cfg, model, batch):
     if {"scores", "edits"} & {*given_to(cfg)} and len(matched):
         own = pair_scores(out, "match")[matched]
         batch |= rows_of({k: batch[k] for k in ("edited", "edit_kind") if k in batch}, matched)
-        terms |= score_losses(cfg, model, batch, rows_of(batch["input"], matched), own, "match")
+        x = rows_of(batch["input"], matched)
+        terms |= score_losses(cfg, batch, own, scorer(model, x, "match"))
     return terms | matched_alignment(cfg, out, batch)
 
 
@@ -1143,29 +1146,39 @@ def heat_of(out, text_mask, rows=slice(None)):
     return losses.gradcam(P, out.match[rows, 1], text_mask, block_of=block_of)
 
 
-def score_losses(cfg, model, batch, x, own, head):
-    """{name: loss} of losses on scores of whole pairs. x: the model's input of matched pairs; own
-    (G,) their scores
+def score_losses(cfg, batch, own, score):
+    """{name: loss} of losses on scores of whole pairs. own (G,): of the matched ones; score(n,
+    images, text) (n,): of the first n, with these images (rows), or with these texts
     """
     terms, n = {}, len(own) // 2 * 2
     for name in loss_names(cfg):
         row = LOSSES[name]
         if row.given == "scores" and n:
             # pairs 2p and 2p + 1 exchange their images
-            swap = torch.arange(n, device=own.device) ^ 1
-            wrong, seen = rows_of(x, slice(n)), ("regions", "boxes", "region_mask", "region_type")
-            wrong |= rows_of({k: x[k] for k in seen if k in x}, swap)
-            wrong["length"] = x["text"].shape[1] + x["regions"].shape[1]
-            s = pair_scores(model(**wrong, heads=(head,)), head)
+            s = score(n, images=torch.arange(n, device=own.device) ^ 1)
             # (P, image, caption); s[2p] is of caption 2p with image 2p + 1
             s = torch.stack([own[:n:2], s[1::2], s[::2], own[1:n:2]], dim=-1).view(-1, 2, 2)
             terms[name] = row.function(s)
         if row.given == "edits":
-            edited = pair_scores(model(**(x | {"text": batch["edited"]}), heads=(head,)), head)
+            edited = score(len(own), text=batch["edited"])
             how = own, edited, batch["edit_kind"], batch["edit_margins"]
             terms[name] = row.function(*how)
             batch["edit_gaps"] = losses.edit_gaps(*how)
     return terms
+
+
+def scorer(model, x, head):
+    """score of score_losses(); x: the model's input of matched pairs"""
+
+    def score(n, images=None, text=None):
+        changed, seen = rows_of(x, slice(n)), ("regions", "boxes", "region_mask", "region_type")
+        if images is not None:
+            changed |= rows_of({k: x[k] for k in seen if k in x}, images)
+            changed["length"] = x["text"].shape[1] + x["regions"].shape[1]
+        changed |= {} if text is None else {"text": text}
+        return pair_scores(model(**changed, heads=(head,)), head)
+
+    return score
 
 
 def matched_alignment(cfg, out, batch):
@@ -1245,7 +1258,8 @@ def objective_maf(cfg, model, batch):
 
 
 def objective_albef(cfg, model, batch):
-    """ALBEF's three losses (Li et al. 2021), and AMC's on the pairs whose text describes a box.
+    """ALBEF's three losses (Li et al. 2021), AMC's on the pairs whose text describes a box, and
+    those on scores (of this process's pairs) or states (words and patches before they are fused).
 
     itc   against the momentum model's features of all processes' pairs and of the queue, targets
           softened by its own similarities
@@ -1310,6 +1324,18 @@ def objective_albef(cfg, model, batch):
         seen_m, _ = teacher.fuse(masked_m, text_mask, image_m)
         logits_m = teacher.word_logits_at(seen_m, batch["masked_words"])
     terms["mlm"] = losses.mlm_distilled(logits, batch["word_targets"], logits_m, alpha)
+
+    def score(n, images=slice(None), text=None):
+        read = words if text is None else student.read(text, text_mask)
+        return log_odds(model.score(student.fuse(read[:n], text_mask[:n], image[images][:n])[0]))
+
+    terms |= score_losses(cfg, batch, log_odds(match[: len(own)]), score)
+    for name in loss_names(cfg):
+        if LOSSES[name].given == "hidden":
+            # before they see each other, in the space where they are contrasted
+            x, y = student.text_proj(words), student.vision_proj(image[:, 1:])
+            seen = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
+            terms[name] = LOSSES[name].function(x, y, text_mask, seen)
     if heat:
         boxed = batch["boxed"]
         A = losses.gradcam(P, match[: len(own), 1], text_mask)[boxed]
@@ -1384,7 +1410,8 @@ def objective_rank(cfg, model, batch):
     wrong = torch.cat([model(**b, heads=("rank",)).rank for b in batch["negatives"]])
     scores = torch.cat([out.rank[:, None], wrong[batch["order"]]], dim=1)  # (G, 1 + K)
     terms = {"rank": losses.ranking(scores, cfg.margin)}
-    terms |= score_losses(cfg, model, batch, batch["positive"], pair_scores(out, "rank"), "rank")
+    score = scorer(model, batch["positive"], "rank")
+    terms |= score_losses(cfg, batch, pair_scores(out, "rank"), score)
     return terms | alignment(cfg, out, batch["positive"], batch["anchor"])
 
 

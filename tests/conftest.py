@@ -188,6 +188,21 @@ def pretrained(toy_tree, tmp_path_factory):
     return folder / "run/last.pt", done
 
 
+@pytest.fixture(scope="session")
+def albef(toy_tree, tmp_path_factory):
+    """A barely trained ALBEF, and what its run printed."""
+    folder = tmp_path_factory.mktemp("albef")
+    done = run(
+        folder,
+        "--recipe toy-albef",
+        "--data",
+        toy_tree,
+        "--steps 6 --warmup 2 --batch-size 8 --queue 20 --out run",
+        *QUICK,
+    )
+    return folder / "run/last.pt", done
+
+
 def prepared_run(cfg, tokenizer):
     """What train.train() makes of the settings before it loads data."""
     import dataclasses

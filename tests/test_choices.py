@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import evaluate
@@ -84,6 +85,25 @@ def test_numbers_are_the_models(toy_tree, pretrained):
                     image = index.image[e * T + right.index(i)]
                     one = evaluate.score_pairs(run.model, index, [e * T + t], [image], "match")
                     assert s[e, t, i] == pytest.approx(one[0], abs=1e-4)
+
+
+def test_numbers_are_albefs(toy_tree, albef, monkeypatch):
+    """From pictures, by the head of matching, whatever the batch"""
+    run = evaluate.load_run(str(albef[0]), toy_tree)
+    for name in ("valse", "bivlc", "aro-relation"):
+        index, notes, s = evaluate.choice_pairs(run, name)
+        right, e, odds = CHOICES[name].right, len(notes) - 1, []
+        rows = e * len(right) + np.arange(len(right))
+        for i in range(s.shape[2]):
+            pixels = index.store.pixels(index.image[[rows[right.index(i)]] * len(rows)])
+            text, mask = (torch.from_numpy(x) for x in index.text(rows))
+            with torch.no_grad():
+                match, _ = run.model.eval()(text, mask, data.normalize_pixels(torch.tensor(pixels)))
+            odds.append((match[:, 1] - match[:, 0]).numpy())
+        np.testing.assert_allclose(s[e].T, odds, atol=1e-4)
+        assert len(np.unique(s)) > len(notes) and set(evaluate.choose(run, name))
+    none = evaluate.score_pairs_by_albef(run, index, np.zeros(0, int), np.zeros(0, int))
+    assert none.shape == (0,)
 
 
 def noted(monkeypatch, row, notes, hits):

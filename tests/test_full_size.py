@@ -218,6 +218,7 @@ class Waits(torch.utils._python_dispatch.TorchDispatchMode):
         ["--recipe", "toy-amc-patches"],
         ["--recipe", "toy", "--loss", "eqsim+hard-rank+sparc", "--candidates", 0],
         ["--recipe", "toy-pretrain", "--pretrain", "mlm+itm", "--loss", "eqsim+hard-rank"],
+        ["--recipe", "toy-albef", "--loss", "eqsim+hard-rank+sparc"],
         ["--recipe", "toy-align", "--loss", "mdetr-align"],
         ["--recipe", "toy-amc", "--loss", "selfeq", "--init", "none", "--batch-size", 8],
         ["--recipe", "toy-amc-patches", "--loss", "selfeq"],

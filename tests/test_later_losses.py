@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import evaluate
 import losses
 import train
@@ -259,6 +260,42 @@ def test_scores_of_exchanged_images_and_of_edits(toy_tree, model, head):
     torch.testing.assert_close(batch["edit_gaps"], losses.edit_gaps(*how), rtol=1e-3, atol=1e-6)
 
 
+def test_albef_takes_losses_on_scores_and_on_states(toy_tree):
+    """Pairs scored by forward() one by one; words and patches by the projections"""
+    how = "--loss eqsim+hard-rank+sparc+wra --batch-size 7 --queue 20"
+    cfg, model, batches, streams = prepared(toy_tree, "--recipe toy-albef", how)
+    for batch, stream in zip(batches, streams):
+        batch["edit_margins"] = margins = torch.tensor([0.3, 0.2, 0.1])
+        text, mask, edited, kind = (batch[k] for k in ("text", "text_mask", "edited", "edit_kind"))
+        assert batch["flip"].any() and edited.shape == text.shape
+        changed = (text != edited).sum(dim=1)
+        assert ((changed > 0) == (kind >= 0)).all() and (changed <= 2).all() and changed.any()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            terms = train.OBJECTIVES["albef"][0](cfg, model, batch)
+            pixels = data.normalize_pixels(batch["pixels"])
+
+            def score(caption, image, text=text):
+                match, _ = model(text[[caption]], mask[[caption]], pixels[[image]])
+                return (match[0, 1] - match[0, 0]).item()
+
+            own = torch.tensor([score(r, r) for r in range(7)])
+            after = torch.tensor([score(r, r, edited) for r in range(7)])
+            pairs = (0, 1), (2, 3), (4, 5)
+            s = torch.tensor([[[score(c, i) for c in pair] for i in pair] for pair in pairs])
+            words = model.student.text_proj(model.student.read(text, mask))
+            patches = model.student.vision_proj(model.student.vision(pixels)[:, 1:])
+        torch.testing.assert_close(terms["eqsim"], losses.eqsim(s), rtol=1e-3, atol=1e-7)
+        gaps = own, after, kind, margins
+        torch.testing.assert_close(terms["hard-rank"], losses.hard_rank(*gaps))
+        wanted = losses.edit_gaps(*gaps)
+        torch.testing.assert_close(batch["edit_gaps"], wanted, rtol=1e-3, atol=1e-6)
+        seen = torch.ones(patches.shape[:2], dtype=torch.bool)
+        for name in ("sparc", "wra"):
+            wanted = train.LOSSES[name].function(words, patches, mask, seen)
+            torch.testing.assert_close(terms[name], wanted)
+
+
 def test_edited_captions(toy_tree):
     """One word exchanged with one of its kind, the same each time; opposites for relations."""
     _, _, (batch,), (stream,) = prepared(toy_tree, "--recipe toy --candidates 0 --loss hard-rank")
@@ -352,7 +389,7 @@ def test_paraphrases(toy_tree, tmp_path, how):
         ("--loss hard-rank --recipe toy-align", "--task retrieval, or itm"),
         ("--loss mdetr-align --recipe toy", "multitask"),
         ("--loss selfeq --recipe toy", "texts with boxes"),
-        ("--loss eqsim --recipe toy-albef", "--model albef"),
+        ("--loss cacr --recipe toy-albef", "--model albef"),
     ],
 )
 def test_losses_say_what_they_need(toy_tree, how, wanted):

@@ -41,21 +41,6 @@ def tokenizer(toy_tree):
     return WordPiece(toy_tree / "bert-base-uncased/vocab.txt", True)
 
 
-@pytest.fixture(scope="module")
-def albef(toy_tree, tmp_path_factory):
-    """A barely trained ALBEF, and what its run printed."""
-    folder = tmp_path_factory.mktemp("albef")
-    done = run(
-        folder,
-        "--recipe toy-albef",
-        "--data",
-        toy_tree,
-        "--steps 6 --warmup 2 --batch-size 8 --queue 20 --out run",
-        *QUICK,
-    )
-    return folder / "run/last.pt", done
-
-
 # ---------------------------------------------------------------------------------------- patches
 
 
