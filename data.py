@@ -1886,10 +1886,14 @@ def vg_paraphrases(data, split, stats, **how):
     paraphrase} of a language model, as He et al. 2024 made them
     """
     path = Path(data) / "vg" / "paraphrases.json"
-    said = need_record(read_json(path, "paraphrases, {text: paraphrase}"), path)
+    said, found = need_record(read_json(path, "paraphrases, {text: paraphrase}"), path), False
     for record in vg_triplets(data, split, stats, **how):
-        other = field(said, record.text, path, str) if record.text in said else record.text
-        yield record._replace(text=other)
+        known = record.text in said
+        stats["texts without a paraphrase, which are their own"] += not known
+        yield record._replace(text=field(said, record.text, path, str) if known else record.text)
+        found |= known
+    if not found:
+        raise DataError(f"{path} has none of the texts", "{text of a region: paraphrase}")
 
 
 def vg_boxed_texts(data, images, kinds):

@@ -740,6 +740,7 @@ def pretrain_streams(cfg, runtime, run, share):
             options = {"skip_missing": skip, "layout": layout, "name": "their paraphrases"}
             same = functools.partial(vg_paraphrases, kinds=kinds, min_area=cfg.min_box_area)
             same = run.index(same, "train", row.store, **options)
+            print_index(runtime, same)
             how["other_texts"].append(Paraphrases(same))
         for task, task_weight in tasks.items():
             own = dict(corpus=number, **share, **how, **batch_size_of(cfg))

@@ -4,6 +4,7 @@ padding, precision, edge cases.
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import data
 import evaluate
 import losses
 import train
-from conftest import QUICK, argv, prepared_run, run, same, weights
+from conftest import QUICK, argv, prepared_run, read, run, same, weights
 from test_losses import prefix_mask, spoil
 
 
@@ -380,6 +381,25 @@ def test_paraphrases(toy_tree, tmp_path, how):
     same_maps = train.paraphrase_losses(cfg, A, A)["selfeq"]
     assert same_maps.item() == pytest.approx(losses.selfeq(*2 * [losses.unit_range(A)]).item())
     assert terms["selfeq"].isfinite() and terms["selfeq"].item() < 1
+
+
+def test_a_text_without_a_paraphrase_is_its_own(toy_tree, tmp_path):
+    """It is counted; a file for other texts is an error."""
+    for path in toy_tree.iterdir():
+        if path.name != "vg":
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(toy_tree / "vg", tmp_path / "vg", ignore=shutil.ignore_patterns("VG_*"))
+    texts = [r.text for r in read(data.vg_triplets, tmp_path, "train")[0]]
+    path = tmp_path / "vg/paraphrases.json"
+    path.write_text(json.dumps({texts[0]: "in other words"}))
+    found, counted = read(data.vg_paraphrases, tmp_path, "train")
+    others = [text if text != texts[0] else "in other words" for text in texts]
+    assert [r.text for r in found] == others
+    own = texts.count(texts[0])
+    assert counted["texts without a paraphrase, which are their own"] == len(texts) - own
+    path.write_text(json.dumps({"of another": "data set"}))
+    with pytest.raises(data.DataError, match="none of the texts"):
+        read(data.vg_paraphrases, tmp_path, "train")
 
 
 @pytest.mark.parametrize(
