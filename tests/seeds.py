@@ -4,6 +4,7 @@ whichever wins; every command goes on where it stopped and fills tests/results.j
 python tests/seeds.py --claims                       all claims of tests/claims.json, many hours
 python tests/seeds.py --claims Winoground MAF        those whose words have one of these
 python tests/seeds.py --seeds 0 1 2 3 4 --losses     every loss on every benchmark, many hours
+python tests/seeds.py --seeds 0 1 --losses uniter    of one encoder, two hours
 python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy
 checkpoint and from scratch
 python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour
@@ -105,9 +106,9 @@ def checkpoint_of(name, seed, threads, results):
     return f"{folder}/last.pt"
 
 
-def benchmarks(seed, threads, results):
+def benchmarks(seed, threads, results, encoders):
     """Every benchmark of the toy tree, of the runs that the table of losses is about"""
-    for arm in (arm for arms in CLAIMS["losses"].values() for arm in arms):
+    for arm in (arm for encoder in encoders for arm in CLAIMS["losses"][encoder]):
         if str(seed) not in results.get("losses", {}).get(arm, {}):
             how = "--ckpt", checkpoint_of(arm, seed, threads, results), "--data", world(seed)
             numbers = numbers_of("evaluate.py", "--task", "choices", *how, threads=threads)
@@ -591,8 +592,8 @@ def main(argv=None):
         help="AMC's tables instead; a number: only its first so many rows",
     )
     parser.add_argument("--patches", action="store_true", help="CACR and AMC on patches instead")
-    every = "every loss on every benchmark instead"
-    parser.add_argument("--losses", action="store_true", help=every)
+    every = "every loss on every benchmark instead, of all encoders or of these"
+    parser.add_argument("--losses", nargs="*", choices=list(CLAIMS["losses"]), help=every)
     args = parser.parse_args(argv)
     for word in args.claims or ():
         if not any(word in claim["claim"] for claim in CLAIMS["claims"]):
@@ -603,8 +604,8 @@ def main(argv=None):
     def one(seed):
         if args.pixels or args.patches:
             pixel_seed(seed, threads, results, args.pixels, args.patches)
-        elif args.losses:
-            benchmarks(seed, threads, results)
+        elif args.losses is not None:
+            benchmarks(seed, threads, results, args.losses or CLAIMS["losses"])
         elif args.align:
             align_seed(seed, threads, results)
         elif args.nlvr:
