@@ -840,9 +840,11 @@ class EditedCaptions:
 
     def __call__(self, batches, rng, rows, share, batch):
         u = rng.random((len(rows), 3))[share]
-        # ALBEF's are mirrored with their pictures
-        text = batch["text"].numpy().copy() if "text" in batch else None
-        text = batches.index.text(rows[share])[0] if text is None else text
+        # ALBEF's texts are mirrored with their pictures
+        if "text" in batch:
+            text = batch["text"].numpy().copy()
+        else:
+            text, _ = batches.index.text(rows[share])
         kinds = [self.edit(ids, where) for ids, where in zip(text, u)]
         return {"edited": torch.from_numpy(text), "edit_kind": torch.tensor(kinds)}
 

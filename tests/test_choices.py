@@ -87,7 +87,7 @@ def test_numbers_are_the_models(toy_tree, pretrained):
                     assert s[e, t, i] == pytest.approx(one[0], abs=1e-4)
 
 
-def test_numbers_are_albefs(toy_tree, albef, monkeypatch):
+def test_numbers_are_albefs(toy_tree, albef):
     """From pictures, by the head of matching, whatever the batch"""
     run = evaluate.load_run(str(albef[0]), toy_tree)
     for name in ("valse", "bivlc", "aro-relation"):
