@@ -413,8 +413,7 @@ def choice_index(run, name):
     for what, n in stats.items():
         if n and is_main():
             print(f"{name}: {n:,} {what}", file=sys.stderr)
-    albef = isinstance(run.model, Albef)
-    layout = "albef" if albef else "bert"
+    layout = ("bert", "albef")[isinstance(run.model, Albef)]
     index = make_index(records, store, run.tokenizer, name=name, layout=layout)
     return index, [record.note for record in records[::T]]
 

@@ -841,10 +841,7 @@ class EditedCaptions:
     def __call__(self, batches, rng, rows, share, batch):
         u = rng.random((len(rows), 3))[share]
         # ALBEF's texts are mirrored with their pictures
-        if "text" in batch:
-            text = batch["text"].numpy().copy()
-        else:
-            text, _ = batches.index.text(rows[share])
+        text = np.array(batch["text"] if "text" in batch else batches.index.text(rows[share])[0])
         kinds = [self.edit(ids, where) for ids, where in zip(text, u)]
         return {"edited": torch.from_numpy(text), "edit_kind": torch.tensor(kinds)}
 
