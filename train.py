@@ -841,7 +841,8 @@ class EditedCaptions:
     def __call__(self, batches, rng, rows, share, batch):
         u = rng.random((len(rows), 3))[share]
         # ALBEF's texts are mirrored with their pictures
-        text = np.array(batch["text"] if "text" in batch else batches.index.text(rows[share])[0])
+        text = batch["text"].numpy() if "text" in batch else batches.index.text(rows[share])[0]
+        text = text.copy()
         kinds = [self.edit(ids, where) for ids, where in zip(text, u)]
         return {"edited": torch.from_numpy(text), "edit_kind": torch.tensor(kinds)}
 
