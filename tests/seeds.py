@@ -132,6 +132,11 @@ COMPARED = (
 )
 
 
+def label_of(arm):
+    """What tells an arm from the others of its table"""
+    return re.sub(" --(track|steps|init).*", "", CLAIMS["arms"][arm])
+
+
 def losses_table(results):
     """Each encoder without a loss; then each loss's difference from it, seed by seed"""
     lines, found = [], results.get("losses", {})
@@ -140,7 +145,7 @@ def losses_table(results):
             seeds = sorted(found.get(none, {}).keys() & found.get(arm, {}).keys())
             if len(seeds) < 2:
                 continue
-            cells = [f"`{CLAIMS['arms'][arm].split(' --track')[0]}`", encoder, str(len(seeds))]
+            cells = [f"`{label_of(arm)}`", encoder, str(len(seeds))]
             for name in COMPARED:
                 base, own = ([found[a][s][name] for s in seeds] for a in (none, arm))
                 plus = "" if arm == none else "+"
@@ -221,8 +226,8 @@ def arms_table(results):
         reached = f"{len(above)} of {len(rows)}"
         if above:
             reached = f"{statistics.mean(above):.0f}, {reached}"
-        command = CLAIMS["arms"][name].split(" --track")[0]
-        lines.append(f"| `{command}` | {mean(starts)} | " + " | ".join(cells) + f" | {reached} |")
+        cells = f"`{label_of(name)}`", mean(starts), *cells, reached
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
