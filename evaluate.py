@@ -87,6 +87,11 @@ class Run(NamedTuple):
         """Where the model is"""
         return next(self.model.parameters()).device
 
+    @property
+    def is_albef(self):
+        """Does it read whole pictures?"""
+        return isinstance(self.model, Albef)
+
     def index(self, reader, split, store, **options):
         """The Index of a reader's records with this run's tokenizer"""
         # a checkpoint is evaluated on texts cut as in its training
@@ -223,17 +228,23 @@ def score_pairs(
 
 
 def score_pairs_by_albef(run, index, rows, images, progress=None, batch=64):
-    """score_pairs() from pictures: (K,) log-odds of matching"""
-    found, device, title = [torch.zeros(0)], run.device, {"desc": progress, "unit": " batches"}
-    parts = range(0, len(rows), batch)
+    """score_pairs() from pictures: (K,) log-odds of matching, float32 numpy"""
+    parts, found = range(0, len(rows), batch), [torch.zeros(0, device=run.device)]
     with evaluating(run.model):
-        for at in tqdm(parts, **title, disable=None if progress else True, leave=False):
-            ids, mask = (torch.from_numpy(x).to(device) for x in index.text(rows[at : at + batch]))
-            pixels = torch.from_numpy(index.store.pixels(images[at : at + batch])).to(device)
+        for at in tqdm(parts, progress, disable=None if progress else True, leave=False):
+            x = picture_batch(index, rows[at : at + batch], images[at : at + batch])
             with run.autocast():
-                match, _ = run.model(ids, mask, normalize_pixels(pixels))
-            found.append(log_odds(match).cpu())
-    return torch.cat(found).numpy()
+                found.append(log_odds(run.model(**to_device(x, run.device))[0]))
+    # fetched once: nothing waits for the device between batches
+    return torch.cat(found).cpu().numpy()
+
+
+def picture_batch(index, rows, images):
+    """ALBEF's input of texts and their pictures, each of which is read and encoded once"""
+    text, mask = (torch.from_numpy(x) for x in index.text(rows))
+    shown, of = np.unique(images, return_inverse=True)
+    pixels = normalize_pixels(torch.from_numpy(index.store.pixels(shown)))
+    return dict(text=text, text_mask=mask, image=pixels, image_of=torch.from_numpy(of))
 
 
 def score_matrix(path, shape):
@@ -413,7 +424,7 @@ def choice_index(run, name):
     for what, n in stats.items():
         if n and is_main():
             print(f"{name}: {n:,} {what}", file=sys.stderr)
-    layout = ("bert", "albef")[isinstance(run.model, Albef)]
+    layout = "albef" if run.is_albef else "bert"
     index = make_index(records, store, run.tokenizer, name=name, layout=layout)
     return index, [record.note for record in records[::T]]
 
@@ -429,9 +440,9 @@ def choice_pairs(run, name, head=""):
     texts = np.arange(len(index)).reshape(len(notes), -1, 1)
     rows, images = np.broadcast_arrays(texts, index.image[texts[:, first, 0]][:, None])
     own, s = shared_out(np.arange(len(notes))), np.zeros(rows.shape, np.float32)
-    what, albef = (index, rows[own].ravel(), images[own].ravel()), isinstance(run.model, Albef)
-    how = {"progress": name if len(notes) > 1000 else None}
-    if albef:
+    what, how = (index, rows[own].ravel(), images[own].ravel()), {}
+    how["progress"] = name if len(notes) > 1000 else None
+    if run.is_albef:
         found = score_pairs_by_albef(run, *what, **how)
     else:
         how |= {"head": head or ranking_head(run), "autocast": run.autocast}
@@ -1783,9 +1794,7 @@ def grounding(run, split=""):
 
 
 def heat_map(model, batch):
-    """Grad-CAM of the matching score: (b, patches) >= 0, no gradient; batch: text, text_mask and
-    image for ALBEF, else Index.batch().
-    """
+    """Grad-CAM of matching, (b, patches) >= 0, no gradient, of picture_batch() or Index.batch()"""
     how = {}
     # Grad-CAM is a derivative, in evaluation too
     with torch.enable_grad():
@@ -1829,9 +1838,9 @@ def heat_maps_of(run, records, store, batch_size=64, name="pointing"):
     """Yields (record, its picture's number, heat map at the picture's size) of each Record; texts
     of one size of picture go together.
     """
-    albef, model = isinstance(run.model, Albef), run.model
-    how = {"layout": "albef" if albef else "bert", "name": name}
+    model, how = run.model, {"layout": "albef" if run.is_albef else "bert", "name": name}
     index = make_index(records, store, run.tokenizer, run.settings.get("max_words", 60), **how)
+    read = functools.partial(picture_batch, index) if run.is_albef else index.batch
     # maps are compared with boxes in pixels of the picture itself
     sizes = {i: store.size(i) for i in index.images.tolist()}
     n_words = index.n_words(np.arange(len(index)))
@@ -1846,14 +1855,7 @@ def heat_maps_of(run, records, store, batch_size=64, name="pointing"):
         size = sizes[int(index.image[order[0]])]
         rows = np.array([c for c in order[:batch_size] if sizes[int(index.image[c])] == size])
         order = order[len(rows) :]
-        images = index.image[rows]
-        if albef:
-            text, mask = (torch.from_numpy(x) for x in index.text(rows))
-            shown, at = np.unique(images, return_inverse=True)
-            pixels = normalize_pixels(torch.from_numpy(store.pixels(shown)))
-            batch = {"image": pixels[at], "text": text, "text_mask": mask}
-        else:
-            batch = index.batch(rows, images)
+        batch = read(rows, index.image[rows])
         with run.autocast():
             A = heat_map(model, to_device(batch, run.device))
         for c, full in zip(rows, at_size(A, size)):
@@ -2300,7 +2302,7 @@ function weights(run, direction, from) {
 function clear() {
   document.querySelectorAll(".box, .word").forEach(x => {
     x.classList.remove("on");
-    x.style.background = x.style.boxShadow = "";
+    x.style.boxShadow = "";
     delete x.dataset.weight;
     if (x.className == "box") x.replaceChildren();
   });
@@ -2317,12 +2319,9 @@ function light(kind, i) {
     const found = weights(panel.run, direction, i);
     panel.querySelectorAll(targets).forEach((x, i) => {
       x.dataset.weight = found[i];
-      if (targets == ".word") x.style.background = `rgba(255, 140, 0, ${found[i]})`;
-      else {
-        // a frame, as wide as the weight says: the picture keeps its colours
-        x.style.boxShadow = `inset 0 0 0 ${16 * found[i]}px #ff8c00`;
-        add(x, "span", "share").textContent = Math.round(100 * found[i]);
-      }
+      // a frame, as wide as the weight says: the picture keeps its colours
+      x.style.boxShadow = `inset 0 0 0 ${16 * found[i]}px #ff8c00`;
+      if (targets == ".box") add(x, "span", "share").textContent = Math.round(100 * found[i]);
     });
   });
 }
@@ -2403,13 +2402,12 @@ def page_of_run(run, store, record):
     map where the model learned them
     """
     found = {"words": [], "boxes": [], "heat": None, "S_LV": [], "S_VL": []}
-    albef = isinstance(run.model, Albef)
-    if albef or run.settings.get("triplets"):
+    if run.is_albef or run.settings.get("triplets"):
         ((_, _, A),) = heat_maps_of(run, [record], store)
         A = torch.as_tensor(A)[None, None].float()
         A = torch.nn.functional.adaptive_avg_pool2d(losses.unit_range(A), 32)
         found["heat"] = thousandths(A[0, 0])
-    if not albef:
+    if not run.is_albef:
         need_kind(run, Encoder, "have attention or heat maps of a caption", "--loss cacr")
         index = make_index([record], store, run.tokenizer, name="page")
         batch = to_device(index.batch(np.array([0]), index.image), run.device)
@@ -2745,7 +2743,7 @@ def score_photo(run, photo, text, out, detector="", regions=(36, 36), sides=(800
             store = RegionStore(store)
         else:
             store = PatchStore(folder, "vg", run.vision.resolution, run.vision.patch)
-        if isinstance(run.model, Albef):
+        if run.is_albef:
             return score_photo_by_albef(run, record, store, picture, figure)
         index = make_index([record], store, run.tokenizer, run.settings.get("max_words", 60))
         one, scores = np.zeros(1, np.int64), {}
@@ -3192,7 +3190,7 @@ def run_all_choices(runs, args):
 def run_pointing(runs, args):
     """Of heat maps, or of words"""
     run = next(iter(runs.values()))
-    if isinstance(run.model, Albef) or run.settings.get("triplets"):
+    if run.is_albef or run.settings.get("triplets"):
         return pointing_games(run, [args.dataset] if args.dataset else POINTING_SETS)
     return pointing(run, args.split)
 

@@ -882,11 +882,12 @@ class Albef(nn.Module):
         self.text_queue[:, at] = text.T.to(self.text_queue.dtype)
         self.queue_ptr.copy_((self.queue_ptr + len(image)) % self.image_queue.shape[1])
 
-    def forward(self, text, text_mask, image, need_gradcam=False):
+    def forward(self, text, text_mask, image, image_of=slice(None), need_gradcam=False):
         """match (B, 2) logits, column 1 = they match; and P (B, H, N_L, 1 + patches) of
-        gradcam_layer(), if the score is to be explained, else None.
+        gradcam_layer(), if the score is to be explained, else None. image_of (B,): the image of
+        each text, where several have one.
         """
-        words, image = self.student.read(text, text_mask), self.student.vision(image)
+        words, image = self.student.read(text, text_mask), self.student.vision(image)[image_of]
         states, P = self.student.fuse(words, text_mask, image, need_gradcam)
         return self.score(states), P
 

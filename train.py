@@ -1132,7 +1132,7 @@ def objective_itm(cfg, model, batch):
         own = pair_scores(out, "match")[matched]
         batch |= rows_of({k: batch[k] for k in ("edited", "edit_kind") if k in batch}, matched)
         x = rows_of(batch["input"], matched)
-        terms |= score_losses(cfg, batch, own, scorer(model, x, "match"))
+        terms |= score_losses(cfg, batch, own, functools.partial(score_again, model, x, "match"))
     return terms | matched_alignment(cfg, out, batch)
 
 
@@ -1168,18 +1168,14 @@ def score_losses(cfg, batch, own, score):
     return terms
 
 
-def scorer(model, x, head):
-    """score of score_losses(); x: the model's input of matched pairs"""
-
-    def score(n, images=None, text=None):
-        changed, seen = rows_of(x, slice(n)), ("regions", "boxes", "region_mask", "region_type")
-        if images is not None:
-            changed |= rows_of({k: x[k] for k in seen if k in x}, images)
-            changed["length"] = x["text"].shape[1] + x["regions"].shape[1]
-        changed |= {} if text is None else {"text": text}
-        return pair_scores(model(**changed, heads=(head,)), head)
-
-    return score
+def score_again(model, x, head, n, images=None, text=None):
+    """score of score_losses(), by a single or double stream; x: its input of matched pairs"""
+    changed, seen = rows_of(x, slice(n)), ("regions", "boxes", "region_mask", "region_type")
+    if images is not None:
+        changed |= rows_of({k: x[k] for k in seen if k in x}, images)
+        changed["length"] = x["text"].shape[1] + x["regions"].shape[1]
+    changed |= {} if text is None else {"text": text}
+    return pair_scores(model(**changed, heads=(head,)), head)
 
 
 def matched_alignment(cfg, out, batch):
@@ -1259,8 +1255,7 @@ def objective_maf(cfg, model, batch):
 
 
 def objective_albef(cfg, model, batch):
-    """ALBEF's three losses (Li et al. 2021), AMC's on the pairs whose text describes a box, and
-    those on scores (of this process's pairs) or states (words and patches before they are fused).
+    """ALBEF's three losses (Li et al. 2021), and those of --loss on its matched pairs.
 
     itc   against the momentum model's features of all processes' pairs and of the queue, targets
           softened by its own similarities
@@ -1282,10 +1277,8 @@ def objective_albef(cfg, model, batch):
         features_m = teacher.features(image_m, teacher.read(batch["text"], text_mask))
         # (B, E), B = pairs of all processes
         image_all, text_all = (all_gather_with_grad(f.float()) for f in features_m)
-        candidates = [
-            torch.cat([text_all, model.text_queue.T]),
-            torch.cat([image_all, model.image_queue.T]),
-        ]
+        past = (text_all, model.text_queue.T), (image_all, model.image_queue.T)
+        candidates = [torch.cat(parts) for parts in past]
     image, words = student.vision(pixels), student.read(batch["text"], text_mask)
 
     # contrast: image with texts, text with images
@@ -1326,25 +1319,34 @@ def objective_albef(cfg, model, batch):
         logits_m = teacher.word_logits_at(seen_m, batch["masked_words"])
     terms["mlm"] = losses.mlm_distilled(logits, batch["word_targets"], logits_m, alpha)
 
+    return terms | albef_alignment(cfg, model, batch, words, image, match[: len(own)], P)
+
+
+def albef_alignment(cfg, model, batch, words, image, match, P):
+    """{name: loss} of --loss on a process's matched pairs. words, image: before they are fused;
+    match (b, 2) logits; P: the fusion's map that explains them, None if no text has a box
+    """
+    student, text_mask, terms = model.student, batch["text_mask"], {}
+    for name in loss_names(cfg):
+        if LOSSES[name].given == "hidden":
+            # in the space where they are contrasted
+            x, y = student.text_proj(words), student.vision_proj(image[:, 1:])
+            whole = torch.ones_like(y[..., 0], dtype=torch.bool)
+            terms[name] = LOSSES[name].function(x, y, text_mask, whole)
+
     def score(n, images=slice(None), text=None):
         read = words if text is None else student.read(text, text_mask)
         return log_odds(model.score(student.fuse(read[:n], text_mask[:n], image[images][:n])[0]))
 
-    terms |= score_losses(cfg, batch, log_odds(match[: len(own)]), score)
-    for name in loss_names(cfg):
-        if LOSSES[name].given == "hidden":
-            # before they see each other, in the space where they are contrasted
-            x, y = student.text_proj(words), student.vision_proj(image[:, 1:])
-            seen = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
-            terms[name] = LOSSES[name].function(x, y, text_mask, seen)
-    if heat:
+    terms |= score_losses(cfg, batch, log_odds(match), score)
+    if P is not None:
         boxed = batch["boxed"]
-        A = losses.gradcam(P, match[: len(own), 1], text_mask)[boxed]
+        A = losses.gradcam(P, match[:, 1], text_mask)[boxed]
         terms |= heat_losses(cfg, A, batch["region_target"])
         if "paraphrase" in batch:
             text, mask = (x[boxed] for x in batch["paraphrase"].values())
-            words = student.read(text, mask)
-            states, P = student.fuse(words, mask, image[boxed], need_gradcam=True)
+            other = student.read(text, mask)
+            states, P = student.fuse(other, mask, image[boxed], need_gradcam=True)
             A_paraphrase = losses.gradcam(P, model.score(states[:, :1])[:, 1], mask)
             terms |= paraphrase_losses(cfg, A, A_paraphrase)
     return terms
@@ -1411,7 +1413,7 @@ def objective_rank(cfg, model, batch):
     wrong = torch.cat([model(**b, heads=("rank",)).rank for b in batch["negatives"]])
     scores = torch.cat([out.rank[:, None], wrong[batch["order"]]], dim=1)  # (G, 1 + K)
     terms = {"rank": losses.ranking(scores, cfg.margin)}
-    score = scorer(model, batch["positive"], "rank")
+    score = functools.partial(score_again, model, batch["positive"], "rank")
     terms |= score_losses(cfg, batch, pair_scores(out, "rank"), score)
     return terms | alignment(cfg, out, batch["positive"], batch["anchor"])
 

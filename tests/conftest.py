@@ -172,35 +172,25 @@ def last_line(done):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def barely_trained(folder, toy_tree, args):
+    """A checkpoint, and what its run printed"""
+    done = run(folder, args, "--data", toy_tree, "--out run", *QUICK)
+    return folder / "run/last.pt", done
+
+
 @pytest.fixture(scope="session")
 def pretrained(toy_tree, tmp_path_factory):
-    """A barely trained toy checkpoint to start from, and the run that made it."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    done = run(
-        folder,
-        "--recipe toy-pretrain",
-        "--data",
-        toy_tree,
-        "--steps 20 --warmup 5 --batch-tokens 512 --out run",
-        *QUICK,
-        "--pretrain mlm+itm+mrfr+mrc+mrckl+wra",
-    )
-    return folder / "run/last.pt", done
+    """A toy checkpoint to start from"""
+    args = "--recipe toy-pretrain --steps 20 --warmup 5 --batch-tokens 512"
+    args += " --pretrain mlm+itm+mrfr+mrc+mrckl+wra"
+    return barely_trained(tmp_path_factory.mktemp("pretrained"), toy_tree, args)
 
 
 @pytest.fixture(scope="session")
 def albef(toy_tree, tmp_path_factory):
-    """A barely trained ALBEF, and what its run printed."""
-    folder = tmp_path_factory.mktemp("albef")
-    done = run(
-        folder,
-        "--recipe toy-albef",
-        "--data",
-        toy_tree,
-        "--steps 6 --warmup 2 --batch-size 8 --queue 20 --out run",
-        *QUICK,
-    )
-    return folder / "run/last.pt", done
+    """The same of ALBEF"""
+    args = "--recipe toy-albef --steps 6 --warmup 2 --batch-size 8 --queue 20"
+    return barely_trained(tmp_path_factory.mktemp("albef"), toy_tree, args)
 
 
 def prepared_run(cfg, tokenizer):

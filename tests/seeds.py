@@ -139,7 +139,7 @@ def label_of(arm):
 
 def losses_table(results):
     """Each encoder without a loss; then each loss's difference from it, seed by seed"""
-    lines, found = [], results.get("losses", {})
+    lines, clear, found = [], [], results.get("losses", {})
     for encoder, (none, *arms) in CLAIMS["losses"].items():
         for arm in (none, *arms):
             seeds = sorted(found.get(none, {}).keys() & found.get(arm, {}).keys())
@@ -151,10 +151,13 @@ def losses_table(results):
                 plus = "" if arm == none else "+"
                 own = [x - y for x, y in zip(own, base)] if plus else own
                 middle, half = interval(own)
+                clear += [abs(middle) > half] if plus else []
                 cells.append(f"{middle:{plus}.1f} ± {half:.1f}")
             lines.append("| " + " | ".join(cells) + " |")
     head = ["`train.py`", "encoder", "seeds", *COMPARED]
     lines[:0] = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    chance = f"by chance {0.05 * len(clear):.0f} do"
+    lines += ["", f"*{sum(clear)} of {len(clear)} intervals leave out 0; {chance}.*"] if clear else []
     return "\n".join(lines) if len(lines) > 2 else "Not run yet."
 
 
