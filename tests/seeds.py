@@ -156,8 +156,9 @@ def losses_table(results):
             lines.append("| " + " | ".join(cells) + " |")
     head = ["`train.py`", "encoder", "seeds", *COMPARED]
     lines[:0] = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    chance = f"by chance {0.05 * len(clear):.0f} do"
-    lines += ["", f"*{sum(clear)} of {len(clear)} intervals leave out 0; {chance}.*"] if clear else []
+    if clear:
+        chance = f"by chance {0.05 * len(clear):.0f} do"
+        lines += ["", f"*{sum(clear)} of {len(clear)} intervals leave out 0; {chance}.*"]
     return "\n".join(lines) if len(lines) > 2 else "Not run yet."
 
 
