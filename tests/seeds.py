@@ -5,13 +5,8 @@ python tests/seeds.py --claims                       all claims of tests/claims.
 python tests/seeds.py --claims Winoground MAF        those whose words have one of these
 python tests/seeds.py --seeds 0 1 2 3 4 --losses     every loss on every benchmark, many hours
 python tests/seeds.py --seeds 0 1 --losses uniter    of one encoder, two hours
-python tests/seeds.py --seeds 0 --nlvr DATA/nlvr     NLVR v1 instead, from each seed's toy
-checkpoint and from scratch
-python tests/seeds.py --seeds 0 1 2 --align          Kervadec's and MAF's tables instead, an hour
-and a half
-python tests/seeds.py --seeds 0 1 2 --pixels         AMC's tables instead
-python tests/seeds.py --seeds 0 1 2 --patches        CACR and AMC on patches instead, an hour and
-a half
+python tests/seeds.py --seeds 0 1 2 --tables amc     another table: align, maf_ablation, amc,
+                                                     patches; nlvr where it is in the trees
 """
 
 import argparse
@@ -24,6 +19,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "tests/results.json", ROOT / "README.md"
@@ -33,11 +29,6 @@ FIRST_ABOVE = "winoground/updates to 50"
 # Student's t: what 97.5 % lie below, for 1 to 19 degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
-NLVR = {
-    "from a toy checkpoint": [],
-    "from scratch": ["--init", "none"],
-    "its pictures, from a toy checkpoint of patches": ["--vision", "patches"],
-}
 
 
 def run(*command, **env):
@@ -134,7 +125,8 @@ COMPARED = (
 
 def label_of(arm):
     """What tells an arm from the others of its table"""
-    return re.sub(" --(track|steps|init).*", "", CLAIMS["arms"][arm])
+    command = re.sub(r" --track| --steps \d+", "", CLAIMS["arms"][arm])
+    return re.sub(r" --init {(plain|albef|patches).*?}", "", command)
 
 
 def losses_table(results):
@@ -235,50 +227,7 @@ def arms_table(results):
     return "\n".join(lines)
 
 
-def nlvr_seed(seed, threads, results, nlvr):
-    """NLVR v1 from the seed's toy checkpoint and from scratch"""
-    data = world(seed)
-    if not (ROOT / data / "nlvr").exists():
-        (ROOT / data / "nlvr").symlink_to(Path(nlvr).resolve())
-    for name, args in NLVR.items():
-        if f"{name}/{seed}" not in results:
-            out = f"out/seeds/{name.replace(' ', '-')}-{seed}"
-            how = ["--data", data, "--seed", seed, "--out", out, "--resume"]
-            numbers = numbers_of("train.py", "--task", "nlvr", *args, *how, threads=threads)
-            keep(results, f"{name}/{seed}", numbers=numbers)
-
-
-ALIGN = {
-    "none": (["--recipe", "toy-align", "--loss", "none"], "54.9, 79.5", "74.5 (73.1, 76.0)"),
-    "align": (["--loss", "align"], "60.5, 89.7", "75.5 (74.5, 77.2)"),
-    **{
-        f"{loss}, {steps} steps": ([*how, "--steps", str(steps)], "", "")
-        for steps in (1500, 3600)
-        for loss, how in (
-            ("none", ["--recipe", "toy-align", "--loss", "none"]),
-            ("align", ["--loss", "align"]),
-        )
-    },
-}
-MAF_USE = {
-    ("attention", "label+feature"): "61.43",
-    ("average", "label"): "55.73",
-    ("average", "feature"): "56.18",
-    ("average", "label+feature"): "59.51",
-    ("attention", "label"): "57.23",
-    ("attention", "feature"): "58.49",
-    ("attention", "attribute"): "24.08",
-    ("attention", "label+attribute"): "53.20",
-    ("attention", "attribute+feature"): "57.98",
-    ("attention", "label+attribute+feature"): "60.86",
-}
-# W_f, W_p; the paper's columns in their order
-MAF_START = {
-    ("xavier", "xavier"): "58.54",
-    ("zero", "xavier"): "60.05",
-    ("xavier", "identity"): "59.68",
-    ("zero", "identity"): "61.28",
-}
+# what MAF and the baselines of its table 5 have there
 MAF_GUESS = {
     "random": "7.19",
     "center-obj": "18.24",
@@ -293,212 +242,187 @@ MAF_GUESS = {
 }
 
 
-def align_seed(seed, threads, results):
-    """Kervadec's table 2 and 4, MAF's 3, 4 and 5, on one seed's world."""
-    data = world(seed)
+class Table(NamedTuple):
+    """One of the README's tables: runs of tests/claims.json and what they measured"""
 
-    def measure(name, script, *args):
-        if name not in results:
-            numbers = numbers_of(script, *args, "--data", data, threads=threads)
-            keep(results, name, numbers=numbers)
-
-    common = ["--seed", str(seed), "--resume"]
-    for name, (args, _, _) in ALIGN.items():
-        out = f"out/seeds/align-{name.replace(' ', '-')}-{seed}"
-        measure(f"align/{name}/{seed}", "train.py", *args, *common, "--out", out)
-        measure(
-            f"align/{name}/nlvr2/{seed}",
-            "train.py",
-            "--task",
-            "nlvr2",
-            "--model",
-            "lxmert",
-            "--nlvr2-head",
-            "pair-mlp",
-            "--no-cased",
-            "--steps",
-            "500",
-            "--init",
-            f"{out}/last.pt",
-            *common,
-            "--out",
-            f"{out}-nlvr2",
-        )
-        for part in ("balanced", "unbalanced"):
-            measure(
-                f"align/{name}/{part}/{seed}",
-                "evaluate.py",
-                "--task",
-                "nlvr2",
-                "--split",
-                f"{part}/{part}_dev",
-                "--ckpt",
-                f"{out}-nlvr2/last.pt",
-            )
-    for phrases, use in MAF_USE:
-        measure(
-            f"maf/{phrases}/{use}/{seed}",
-            "train.py",
-            "--loss",
-            "maf",
-            "--phrase-pooling",
-            phrases,
-            "--region-inputs",
-            use,
-            *common,
-            "--out",
-            f"out/seeds/maf-{phrases}-{use}-{seed}",
-        )
-    for f, p in MAF_START:
-        measure(
-            f"maf/start/{f}/{p}/{seed}",
-            "train.py",
-            "--loss",
-            "maf",
-            "--init-w-f",
-            f,
-            "--init-w-p",
-            p,
-            *common,
-            "--out",
-            f"out/seeds/maf-{f}-{p}-{seed}",
-        )
+    paper: str  # head of the column of the paper's numbers
+    columns: dict  # {head: name of a run's number}; a row has those that its run measured
+    rows: dict  # {arm: the paper's numbers}
 
 
-# what is typed: paper's Flickr30k, ReferIt, RefCOCO+ testA, testB (tables 1, 3, 4)
-AMC = {
-    "--recipe toy-amc --loss none": "",
-    "--loss amc": "86.59, 64.27, 80.34, 64.55",
-    "--loss amc --triplets box": "86.49, 62.65, 78.89, 61.16",
-    "--loss amc --triplets region": "85.14, 59.16, 77.89, 61.26",
-    "--loss amc-cosine": "84.85, 61.21, 76.41, 60.81",
-    "--loss amc-mean": "82.83, 57.63, 75.34, 56.90",
-    "--loss amc-max": "86.56, 62.79, 80.34, 64.47",
+POINTING = {
+    "Flickr30k": "pointing/flickr30k",
+    "by chance": "pointing/flickr30k/chance",
+    "testA": "pointing/refcoco+/testA",
+    "testB": "pointing/refcoco+/testB",
+    "testA, clean": "pointing/refcoco+/testA/clean",
+    "testA, Recall@1": "pointing/refcoco+/testA/boxes",
+}
+TABLES = {
+    "align": Table(
+        paper="GQA accuracy, consistency; NLVR2 test-P",
+        columns={
+            "GQA accuracy": "gqa/accuracy",
+            "consistency": "gqa/consistency",
+            "words that point to their object": "pointing/accuracy",
+            "by chance": "pointing/chance",
+            "NLVR2 dev": "nlvr2/accuracy",
+        },
+        rows={
+            "align none": "54.9, 79.5",
+            "align": "60.5, 89.7",
+            "align none, nlvr2": "74.5",
+            "align, nlvr2": "75.5",
+        },
+    ),
+    "maf_ablation": Table(
+        paper="tables 3, 4",
+        columns={"accuracy": "grounding/accuracy"},
+        rows={
+            "maf": "61.43",
+            "maf average, label": "55.73",
+            "maf average, feature": "56.18",
+            "maf average": "59.51",
+            "maf label": "57.23",
+            "maf features": "58.49",
+            "maf attribute": "24.08",
+            "maf label+attribute": "53.20",
+            "maf attribute+feature": "57.98",
+            "maf label+attribute+feature": "60.86",
+            "maf xavier, xavier": "58.54",
+            "maf zero, xavier": "60.05",
+            "maf xavier": "59.68",
+        },
+    ),
+    "amc": Table(
+        paper="Flickr30k, ReferIt, RefCOCO+ testA, testB",
+        columns=POINTING,
+        rows={
+            "albef": "79.14, 50.69, 69.37, 53.77",
+            "amc none": "",
+            "amc": "86.59, 64.27, 80.34, 64.55",
+            "amc box": "86.49, 62.65, 78.89, 61.16",
+            "amc region": "85.14, 59.16, 77.89, 61.26",
+            "amc cosine": "84.85, 61.21, 76.41, 60.81",
+            "amc mean": "82.83, 57.63, 75.34, 56.90",
+            "amc max": "86.56, 62.79, 80.34, 64.47",
+        },
+    ),
+    "patches": Table(
+        paper="",
+        columns={f"Winoground {n}": f"winoground/{n}" for n in ("group", "text", "image")}
+        | {head: POINTING[head] for head in ("Flickr30k", "testA", "testB")},
+        rows=dict.fromkeys(("patches cacr", "patches none", "patches amc", "patches amc+cacr"), ""),
+    ),
+    "nlvr": Table(
+        paper="",
+        columns={
+            "dev, six orders of the boxes": "nlvr/accuracy",
+            "as given": "nlvr/accuracy/as_given",
+            "always the majority answer": "nlvr/majority",
+        },
+        rows=dict.fromkeys(("nlvr", "nlvr scratch", "nlvr patches"), ""),
+    ),
 }
 
 
-PATCHES = (
-    "--loss cacr --vision patches",
-    "--recipe toy-amc-patches --loss none",
-    "--loss amc --model uniter",
-    "--loss amc+cacr --model uniter",
+def runs_of(arm, results):
+    """What the arm's runs measured, by seed; those of an earlier ShapesWorld until there are more"""
+    if arm in results:
+        return [results[arm]]
+    found = results.get("claims", {}).get(arm) or results.get("ShapesWorld 5", {}).get(arm, {})
+    return [found[seed] for seed in sorted(found, key=int)]
+
+
+def table(mark, results):
+    """Mean and deviation over an arm's runs; the last column has each run's first number"""
+    paper, columns, rows = TABLES[mark]
+    told = [f"paper: {paper}"] if paper else []
+    head = ["`train.py`", *told, *columns, "seed by seed"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for arm, there in rows.items():
+        runs = runs_of(arm, results)
+        have = [key for key in columns.values() if runs and key in runs[0]]
+        cells = [
+            mean([run[key] for run in runs]) if key in have else "" for key in columns.values()
+        ]
+        each = " ".join(f"{run[have[0]]:.1f}" for run in runs) if runs else "not run yet"
+        old = "" if results.get("claims", {}).get(arm) or not runs else ", ShapesWorld 5"
+        told = [there] if paper else []
+        lines.append("| " + " | ".join([f"`{label_of(arm)}`", *told, *cells, each + old]) + " |")
+    return "\n".join(lines)
+
+
+class Compared(NamedTuple):
+    """A row of the README's first table"""
+
+    paper: str  # which of its tables
+    command: str
+    there: str  # the paper's numbers
+    arms: str  # runs of tests/claims.json or of tests/tasks.py
+    keys: str  # what they measured
+
+
+REPRODUCED = (
+    Compared(
+        "CACR 3, Winoground group: none, CACR",
+        "`tests/seeds.py --claims Winoground`",
+        "8.50, 14.25",
+        "none, cacr",
+        "winoground/group",
+    ),
+    Compared("UNITER 3, VQA", "`train.py --task vqa`", "72.70", "tasks/vqa", "vqa/accuracy"),
+    Compared("UNITER 3, VCR Q→AR", "`train.py --task vcr`", "58.20", "tasks/vcr", "vcr/q_ar"),
+    Compared(
+        "UNITER 3, 5, NLVR2", "`train.py --task nlvr2`", "77.18", "tasks/nlvr2", "nlvr2/accuracy"
+    ),
+    Compared("UNITER 3, SNLI-VE", "`train.py --task ve`", "78.59", "tasks/ve", "ve/accuracy"),
+    Compared(
+        "UNITER 3, RefCOCO val, val^d",
+        "`train.py --task re`",
+        "91.64, 81.24",
+        "tasks/re",
+        "re/gt/accuracy, re/det/accuracy",
+    ),
+    Compared(
+        "UNITER 3, Flickr30k IR, TR R@1",
+        "`train.py --task retrieval`",
+        "72.52, 85.90",
+        "tasks/retrieval",
+        "retrieval/image/r1, retrieval/text/r1",
+    ),
+    Compared(
+        "Kervadec 2, GQA: without, with alignment",
+        "`train.py --recipe toy-align --loss none`, `--loss align`",
+        "54.9, 60.5",
+        "align none, align",
+        "gqa/accuracy",
+    ),
+    Compared(
+        "MAF 2, 5, Flickr30k Entities: unsupervised, trained",
+        "`train.py --loss maf`",
+        "56.05, 61.43",
+        "maf",
+        "grounding/glove-att, grounding/accuracy",
+    ),
+    Compared(
+        "AMC 1, Flickr30k pointing: without, with",
+        "`train.py --recipe toy-amc --loss none`, `--loss amc`",
+        "79.14, 86.59",
+        "amc none, amc",
+        "pointing/flickr30k",
+    ),
 )
 
 
-def pixel_seed(seed, threads, results, only, patches):
-    """AMC's tables on one seed's world: ALBEF first, then each loss from it; or the rows of
-    PATCHES. only: how many of the rows.
-    """
-    data = world(seed)
-
-    def measure(name, *args):
-        out = f"out/seeds/{name.replace('/', '-').replace(' ', '')}"
-        if name not in results:
-            how = ["--data", data, "--seed", seed, "--resume", "--out", out]
-            keep(results, name, numbers=numbers_of("train.py", *args, *how, threads=threads))
-        return f"{out}/last.pt"
-
-    if patches:
-        for typed in PATCHES:
-            measure(f"patches/{typed}/{seed}", *typed.split())
-        return
-    start = measure(f"amc/--recipe toy-albef/{seed}", "--recipe", "toy-albef")
-    for typed in list(AMC)[:only]:
-        measure(f"amc/{typed}/{seed}", *typed.split(), "--init", start)
-
-
-def amc_table(results):
-    keys = (
-        "flickr30k",
-        "flickr30k/chance",
-        "refcoco+/testA",
-        "refcoco+/testB",
-        "refcoco+/testA/clean",
-        "refcoco+/testA/boxes",
-    )
-    lines = [
-        "| `train.py` | paper: Flickr30k, ReferIt, RefCOCO+ testA, testB | toy: Flickr30k "
-        "| by chance | "
-        "testA | testB | testA, clean | testA, Recall@1 | Flickr30k, seed by seed |",
-        "|" + "---|" * 9,
-    ]
-    for typed, paper in ({"--recipe toy-albef": "79.14, 50.69, 69.37, 53.77"} | AMC).items():
-        if rows := several(results, f"amc/{typed}/{{}}"):
-            lines.append(
-                f"| `{typed}` | {paper} | "
-                + " | ".join(mean([r[f"pointing/{k}"] for r in rows]) for k in keys)
-                + " | "
-                + " ".join(f"{r['pointing/flickr30k']:.1f}" for r in rows)
-                + " |"
-            )
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def patches_table(results):
-    keys = (
-        "winoground/text",
-        "winoground/image",
-        "winoground/group",
-        "pointing/flickr30k",
-        "pointing/refcoco+/testA",
-        "pointing/refcoco+/testB",
-    )
-    lines = [
-        "| `train.py`, single stream on 4 x 4 patches | Winoground text | image | group | "
-        "pointing, Flickr30k | RefCOCO+ testA | testB | seed by seed |",
-        "|" + "---|" * 8,
-    ]
-    for typed in PATCHES:
-        if rows := several(results, f"patches/{typed}/{{}}"):
-            have = [k if k in rows[0] else None for k in keys]
-            lines.append(
-                f"| `{typed}` | "
-                + " | ".join(mean([r[k] for r in rows]) if k else "" for k in have)
-                + " | "
-                + " ".join(f"{r[next(k for k in (keys[2], keys[3]) if k in r)]:.1f}" for r in rows)
-                + " |"
-            )
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def several(results, pattern):
-    """[results of each seed] whose name is the pattern with a number for {}."""
-    first, _, last = pattern.partition("{}")
-    return [
-        results[k]
-        for k in sorted(results)
-        if k.startswith(first) and k.endswith(last) and k[len(first) : len(k) - len(last)].isdigit()
-    ]
-
-
-def align_table(results):
-    lines = [
-        "| two-stream, toy | paper: GQA accuracy, consistency | GQA accuracy | consistency | "
-        "words that point to their object | accuracy, seed by seed | paper: NLVR2 test-P "
-        "(balanced, "
-        "unbalanced) | NLVR2 dev | balanced | unbalanced |",
-        "|" + "---|" * 10,
-    ]
-    for name, (args, gqa, pair) in ALIGN.items():
-        rows, fine, parts = (
-            several(results, f"align/{name}/{{}}"),
-            several(results, f"align/{name}/nlvr2/{{}}"),
-            [several(results, f"align/{name}/{p}/{{}}") for p in ("balanced", "unbalanced")],
-        )
-        if rows and fine and all(parts):
-            of = lambda rows, key: mean([r[key] for r in rows])
-            lines.append(
-                f"| `train.py {' '.join(args)}` | {gqa} | {of(rows, 'gqa/accuracy')} | "
-                f"{of(rows, 'gqa/consistency')} | {of(rows, 'pointing/accuracy')} | "
-                + " ".join(f"{r['gqa/accuracy']:.1f}" for r in rows)
-                + f" | {pair} | "
-                + " | ".join(of(rows, "nlvr2/accuracy") for rows in (fine, *parts))
-                + " |"
-            )
-            chance = of(rows, "pointing/chance")
-    return (
-        "\n".join([*lines, f"| any region | | | | {chance} | | | | | |"]) if len(lines) > 2 else ""
-    )
+def front_table(results):
+    """The papers' main numbers beside ours"""
+    lines = ["| paper's table | command | paper | toy |", "|---|---|---|---|"]
+    for row in REPRODUCED:
+        runs = [runs_of(arm, results) for arm in row.arms.split(", ")]
+        cells = [mean([r[key] for r in found]) for found in runs for key in row.keys.split(", ")]
+        lines.append("| " + " | ".join([*row[:3], ", ".join(cells)]) + " |")
+    return "\n".join(lines)
 
 
 def maf_table(results):
@@ -513,53 +437,10 @@ def maf_table(results):
     return "\n".join(lines) if rows else ""
 
 
-def maf_ablation(results):
-    lines = [
-        "| phrases, regions (table 3); start of W_f, W_p (table 4) | paper | toy |",
-        "|---|---|---|",
-    ]
-    for (a, b), paper, name in [
-        *((k, v, f"maf/{k[0]}/{k[1]}/{{}}") for k, v in MAF_USE.items()),
-        *((k, v, f"maf/start/{k[0]}/{k[1]}/{{}}") for k, v in MAF_START.items()),
-    ]:
-        if rows := several(results, name):
-            flag = (
-                f"--phrase-pooling {a} --region-inputs {b}"
-                if "start" not in name
-                else f"--init-w-f {a} --init-w-p {b}"
-            )
-            lines.append(
-                f"| `{flag}` | {paper} | {mean([r['grounding/accuracy'] for r in rows])} |"
-            )
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
 def mean(xs):
-    if len(xs) == 1:
-        return f"{xs[0]:.1f}"
+    if len(xs) < 2:
+        return "".join(f"{x:.1f}" for x in xs)
     return f"{statistics.mean(xs):.1f} ± {statistics.stdev(xs):.1f}"
-
-
-def nlvr_table(results):
-    lines = [
-        "| NLVR v1 dev, percent right | six orders of the boxes | as given | seed by seed |",
-        "|---|---|---|---|",
-    ]
-    for name in NLVR:
-        rows = [r for k, r in sorted(results.items()) if k.startswith(name + "/")]
-        if rows:
-            right = [r["nlvr/accuracy"] for r in rows]
-            lines.append(
-                f"| {name} | {mean(right)} | {mean([r['nlvr/accuracy/as_given'] for r in rows])} | "
-                + " ".join(f"{x:.1f}" for x in right)
-                + " |"
-            )
-            majority = rows[0]["nlvr/majority"]
-    return (
-        "\n".join([*lines, f"| always the majority answer | {majority:.1f} | {majority:.1f} | |"])
-        if len(lines) > 2
-        else ""
-    )
 
 
 def fill(**tables):
@@ -590,17 +471,9 @@ def main(argv=None):
     parser.add_argument(
         "--jobs", type=int, default=2, help="seeds at a time, each with its share of the cores"
     )
-    parser.add_argument("--nlvr", help="folder of NLVR v1 (dev/, test/): run that instead")
-    parser.add_argument("--align", action="store_true", help="Kervadec's and MAF's tables instead")
     parser.add_argument(
-        "--pixels",
-        type=int,
-        nargs="?",
-        const=len(AMC),
-        default=0,
-        help="AMC's tables instead; a number: only its first so many rows",
+        "--tables", nargs="*", default=[], choices=list(TABLES), help="the runs of these tables"
     )
-    parser.add_argument("--patches", action="store_true", help="CACR and AMC on patches instead")
     every = "every loss on every benchmark instead, of all encoders or of these"
     parser.add_argument("--losses", nargs="*", choices=list(CLAIMS["losses"]), help=every)
     args = parser.parse_args(argv)
@@ -611,14 +484,10 @@ def main(argv=None):
     threads = max(1, os.cpu_count() // args.jobs)
 
     def one(seed):
-        if args.pixels or args.patches:
-            pixel_seed(seed, threads, results, args.pixels, args.patches)
-        elif args.losses is not None:
+        for arm in (arm for name in args.tables for arm in TABLES[name].rows):
+            run_arm(arm, seed, threads, results)
+        if args.losses is not None:
             benchmarks(seed, threads, results, args.losses or CLAIMS["losses"])
-        elif args.align:
-            align_seed(seed, threads, results)
-        elif args.nlvr:
-            nlvr_seed(seed, threads, results, args.nlvr)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, args.seeds))
@@ -631,12 +500,9 @@ def main(argv=None):
         claims=claims_table(results),
         arms=arms_table(results),
         losses=losses_table(results),
-        nlvr=nlvr_table(results),
-        align=align_table(results),
         maf=maf_table(results),
-        maf_ablation=maf_ablation(results),
-        amc=amc_table(results),
-        patches=patches_table(results),
+        front=front_table(results),
+        **{mark: table(mark, results) for mark in TABLES},
     )
 
 

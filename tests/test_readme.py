@@ -2,6 +2,7 @@
 and settings exist.
 """
 
+import functools
 import json
 import re
 import shlex
@@ -86,15 +87,12 @@ TABLES = {
     "claims": seeds.claims_table,
     "arms": seeds.arms_table,
     "losses": seeds.losses_table,
-    "nlvr": seeds.nlvr_table,
     "tasks": tasks.table,
     "ablation": tasks.ablation,
     "bench": bench.table,
-    "align": seeds.align_table,
+    "front": seeds.front_table,
     "maf": seeds.maf_table,
-    "maf_ablation": seeds.maf_ablation,
-    "amc": seeds.amc_table,
-    "patches": seeds.patches_table,
+    **{mark: functools.partial(seeds.table, mark) for mark in seeds.TABLES},
     "rehearsal": rehearse.table,
 }
 
@@ -123,6 +121,19 @@ def test_claims_are_decided_by_their_intervals():
     assert of([1, "a", "x"], [-1, "b", "x"]) == [2, 2]
 
 
+def test_a_table_tells_what_is_missing_and_what_is_old():
+    """Runs of today's world stand before older ones; a row has the columns that it measured."""
+    run = lambda x: {"gqa/accuracy": x, "gqa/consistency": 2 * x}
+    results = {"claims": {"align": {"0": run(50.0), "1": run(52.0)}}}
+    results["ShapesWorld 5"] = {"align": {"0": run(1.0)}, "align none": {"0": run(40.0)}}
+    rows = seeds.table("align", results).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert cells[1][2:] == ["51.0 ± 1.4", "102.0 ± 2.8", "", "", "", "50.0 52.0"]
+    assert cells[0][2:] == ["40.0", "80.0", "", "", "", "40.0, ShapesWorld 5"]
+    assert cells[2][2:] == ["", "", "", "", "", "not run yet"]
+    assert "| 40.0, 51.0 ± 1.4 |" in seeds.front_table(results)
+
+
 def test_claims_name_arms_that_parse():
     """Every arm is a command of train.py; every claim names arms and says its seeds."""
     arms = seeds.CLAIMS["arms"]
@@ -134,6 +145,9 @@ def test_claims_name_arms_that_parse():
         assert {t[1] for t in claim["terms"] if len(t) > 1} <= set(arms)
         assert 5 <= len(claim["seeds"]) <= len(seeds.T_975) + 1
         assert claim["paper"] and claim["source"]
+    named = [arm for table in seeds.TABLES.values() for arm in table.rows]
+    named += [arm for found in seeds.CLAIMS["losses"].values() for arm in found]
+    assert set(named) <= set(arms)
 
 
 def test_a_word_that_no_claim_has_is_an_error(capsys):
@@ -273,9 +287,9 @@ def test_help(script):
     [
         ("seeds", ["--seeds", "--claims", "helps on Winoground", "RefCOCO+"]),
         ("seeds", ["--seeds", "0", "--losses"]),
-        ("seeds", ["--seeds", "0", "--align"]),
-        ("seeds", ["--seeds", "0", "--pixels"]),
-        ("seeds", ["--seeds", "0", "--patches"]),
+        ("seeds", ["--seeds", "0", "--tables", "align"]),
+        ("seeds", ["--seeds", "0", "--tables", "amc", "maf_ablation"]),
+        ("seeds", ["--seeds", "0", "--tables", "patches"]),
         ("tasks", []),
         ("tasks", ["--ablation"]),
     ],
