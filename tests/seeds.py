@@ -327,7 +327,7 @@ TABLES = {
 
 
 def runs_of(arm, results):
-    """What the arm's runs measured, by seed; those of an earlier ShapesWorld until there are more"""
+    """What the arm's runs measured, seed by seed; until there are any, in an older ShapesWorld"""
     if arm in results:
         return [results[arm]]
     found = results.get("claims", {}).get(arm) or results.get("ShapesWorld 5", {}).get(arm, {})
