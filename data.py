@@ -826,9 +826,9 @@ class PatchStore(RegionStore):
     features  (3 p p,) a patch's pixels, less the mean, by the deviation: what a matrix makes of
               them is a ViT's patch embedding
     boxes     the grid's cells
-    cls_prob  (513,) which colours the patch has, a share of each: red, green and blue in eight
-              steps [as ViT's self-supervision, Dosovitskiy et al. 2021 sec. 4.6]; class 0, the
-              background, is never there. cls_id, cls_conf: the commonest; no attributes
+    cls_prob  (C + attributes,) what a detector sees in a patch [ours]: classes and attributes, half
+              each, of its regions of the picture, DATA/regions/NAME, each by how much of the patch
+              it covers; the rest is background. cls_id: the likeliest class. attr_id: unknown
     """
 
     # bytes of pictures that are kept
@@ -838,12 +838,16 @@ class PatchStore(RegionStore):
         self.args = data, name, resolution, patch
         self.folder = f"{data}, pictures of {name}"
         place = Path(data) / "index" / f"pictures-{name}"
-        arrays, self.meta = memory_mapped(place, [type(self).__name__, 2], self.list_pictures)
+        self.arrays, self.meta = memory_mapped(place, [type(self).__name__, 2], self.list_pictures)
         if patch < 1 or resolution % patch:
             found = f"pictures of {resolution} pixels do not divide into patches of {patch}"
             raise DataError(found, "--resolution a multiple of --patch")
-        self.ids, self.arrays = arrays["ids"], arrays
-        self.resolution, self.patch, self.classes = resolution, patch, 1 + 8**3
+        self.ids, self.resolution, self.patch = self.arrays["ids"], resolution, patch
+        folder = Path(data) / "regions" / name.removesuffix("_crops")
+        self.detector = RegionStore(folder) if folder.exists() else None
+        # as many for all pictures of a tree
+        kinds = ("objects", "attributes") if (Path(data) / "vg/objects_vocab.txt").exists() else ()
+        self.classes = 1 + sum(len(detector_names(data, k)) for k in kinds) if kinds else None
         y, x = np.mgrid[0:resolution:patch, 0:resolution:patch].reshape(2, -1)
         corners = np.stack([x, y, x + patch, y + patch], axis=1)
         self.cells = corners.astype(np.float32) / resolution
@@ -927,7 +931,7 @@ class PatchStore(RegionStore):
             if self.kept is not None:
                 self.kept[i], self.known[i] = x, True
             found.append(x)
-        return np.stack(found)
+        return np.array(found, np.uint8).reshape(-1, self.resolution, self.resolution, 3)
 
     def load(self, image):
         """(R, R, 3) uint8 of one picture"""
@@ -935,39 +939,49 @@ class PatchStore(RegionStore):
 
     def most_certain(self, images):
         """(B, D_V) the patch in the middle"""
-        if not len(images):
-            return np.zeros((0, 3 * self.patch**2), np.float16)
         return self.read(images)[:, len(self.cells) // 2]
 
     def read(self, images, column="features"):
         images = np.asarray(images)
         if column == "boxes":
             return self.cells * np.tile(self.wh[images], 2)[:, None].astype(np.float32)
-        if column in ("attr_id", "attr_conf"):
-            unknown = -1 if column == "attr_id" else 0
-            return np.full((len(images), len(self.cells)), unknown, np.int64)
-        pattern = "B (h p) (w q) c -> B (h w) (p q) c"
-        x = rearrange(self.pixels(images), pattern, p=self.patch, q=self.patch)
-        if column == "features":
-            x = (x / np.float32(255) - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
-            return x.astype(np.float16).reshape(*x.shape[:2], -1)
-        # classes without a detector, so that MRC has something to predict
-        share = self.colour_shares(x)
-        if column == "cls_prob":
-            return share.astype(np.float16)
-        return share.argmax(-1) - 1 if column == "cls_id" else share.max(-1)
+        x = self.pixels(images) / np.float32(255) - np.float32(PIXEL_MEAN)
+        x = (x / np.float32(PIXEL_STD)).astype(np.float16)
+        return rearrange(x, "B (h p) (w q) c -> B (h w) (p q c)", p=self.patch, q=self.patch)
+
+    @functools.cached_property
+    def find_detected(self):
+        """Where the detector's store has a picture"""
+        return self.detector.finder()
 
     def read_at(self, images, mask, column):
-        return self.read(images, column)[mask]
-
-    def colour_shares(self, x):
-        """(B, N, 513) of the pixels x (B, N, p p, 3) of patches"""
-        code = 1 + (x >> 5) @ np.array([64, 8, 1])  # (B, N, p p)
-        patch_number = np.arange(code.shape[0] * code.shape[1]).reshape(*code.shape[:2], 1)
-        # one histogram for all patches at once
-        bins = (patch_number * self.classes + code).ravel()
-        count = np.bincount(bins, minlength=patch_number.size * self.classes)
-        return count.reshape(*code.shape[:2], -1) / code.shape[2]
+        """(K, ...) cls_prob, cls_id or attr_id of the patches at mask (B, patches)"""
+        store = self.classes and self.detector
+        if column == "attr_id" or column == "cls_id" and not store:
+            return np.full(mask.sum(), -1)
+        names = [self.image_id(i) for i in images]
+        at = self.find_detected(names) if store else np.full(len(names), -1)
+        if (at < 0).any():
+            found = f"no regions of {self.args[1]}'s picture {names[at.argmin()]}"
+            wanted = f"for mrc and mrckl {self.args[0]}/regions, and the classes' names in vg"
+            raise DataError(found, wanted)
+        # (B, patches, N_V) the share of a patch that a region covers; padding has no area
+        boxes, cells = store.relative_boxes(at)[:, None], self.cells[:, None]
+        wh = np.minimum(boxes[..., 2:], cells[..., 2:]) - np.maximum(boxes[..., :2], cells[..., :2])
+        share = wh.clip(0).prod(-1) / (self.patch / self.resolution) ** 2
+        share /= share.sum(-1, keepdims=True).clip(1)
+        probs = store.read(at, "cls_prob").astype(np.float32)
+        named = "attr_id" in store.arrays
+        ids = store.read(at, "attr_id") if named else np.full(probs.shape[:2], -1)
+        # an attribute has half of its region; -1 is none
+        attribute = np.arange(self.classes - store.classes) == ids[..., None]
+        probs[..., 1:] *= 1 - attribute.any(-1, keepdims=True) / 2
+        probs = np.concatenate([probs, attribute * (1 - probs[..., :1]) / 2], axis=-1)
+        # picture by picture: of the masked patches alone
+        seen = np.concatenate([s[m] @ p for s, m, p in zip(share, mask, probs)])
+        seen[:, 0] += (1 - seen.sum(-1)).clip(0)
+        likeliest = seen[:, 1 : store.classes].argmax(-1)
+        return seen.astype(np.float16) if column == "cls_prob" else likeliest
 
 
 class CropStore(PatchStore):
@@ -2749,6 +2763,9 @@ def collate_pairs(batches, rng, k, share, rows, images, match):
         if task in ("mrc", "mrckl"):
             probs = index.store.read_at(images, masked, "cls_prob")
             batch["region_probs"] = torch.from_numpy(probs)
+            # patches stay in sight: seeing is what has to be learned [ours]
+            if isinstance(index.store, PatchStore):
+                batch["hidden_regions"] = places[:0]
     return batch if u is None else add_boxed(batches, batch, rows, np.flatnonzero(match), u)
 
 
@@ -2912,7 +2929,7 @@ def aligned_words(batches, rows, images, match):
     place, word, box, row = place[keep], word[keep], box[keep], row[keep]
     mask, similar = length_mask(store.n_regions(images))[row], []
     for column in ("cls_id", "attr_id"):
-        # colours of patches are no names
+        # patches have a place alone
         ids = store.read(images, column)[row] if store.has_names else np.full(mask.shape, -1)
         similar.append(as_tensor(batches.similarity(word, ids, column)))
     boxes, box = as_tensor(store.read(images, "boxes")[row]), as_tensor(box)

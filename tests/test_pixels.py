@@ -4,6 +4,7 @@ user runs them; every loss on every encoder.
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -75,25 +76,76 @@ def test_patches_are_the_picture_cut_up(toy_tree, store):
     assert store.size(3) == (240, 180)
 
 
-def test_colours_of_patches(tmp_path):
-    (tmp_path / "winoground/images").mkdir(parents=True)
-    picture = Image.new("RGB", (32, 32), (250, 3, 3))
-    # a quarter of the first patch
-    picture.paste((3, 3, 250), (0, 0, 4, 16))
-    picture.save(tmp_path / "winoground/images/one.png")
-    store = PatchStore(tmp_path, "winoground", 32, 16)
-    share, red, blue = store.read(np.array([0]), "cls_prob")[0], 1 + 7 * 64, 1 + 7
-    assert (
-        share.shape == (4, 513)
-        and share[0, blue] == pytest.approx(0.25)
-        and share[0, red] == pytest.approx(0.75)
-        and share[3, red] == 1
-        and not share[:, 0].any()
+def test_what_a_detector_sees_in_each_patch(toy_tree, store):
+    """Its regions' classes and attributes, by how much of the patch each covers, point by point."""
+    seen = data.RegionStore(toy_tree / "regions/coco")
+    images = np.array([3, 4, 11])
+    found = store.read_at(images, np.ones((3, 16), bool), "cls_prob").reshape(3, 16, -1)
+    names = data.detector_names(toy_tree, "attributes")
+    assert store.classes == found.shape[-1] == seen.classes + len(names)
+    at = seen.finder()([store.image_id(i) for i in images])
+    boxes, classes = seen.relative_boxes(at), seen.read(at, "cls_prob").astype(float)
+    probs = np.zeros((3, classes.shape[1], store.classes))
+    probs[..., :8] = classes
+    for b, region in np.argwhere(seen.read(at, "attr_id") >= 0):
+        attribute = seen.read(at, "attr_id")[b, region]
+        probs[b, region, 1:8] /= 2
+        probs[b, region, 8 + attribute] = (1 - classes[b, region, 0]) / 2
+    for b, k in enumerate(seen.n_regions(at)):
+        for n in range(16):
+            # a patch in points
+            y, x = np.mgrid[0.5:200, 0.5:200] / 800 + np.array([n // 4, n % 4])[:, None, None] / 4
+            inside = [((x > l) & (x < r) & (y > t) & (y < d)).mean() for l, t, r, d in boxes[b, :k]]
+            wanted = np.array(inside) / max(1, sum(inside)) @ probs[b, :k]
+            wanted[0] += 1 - wanted.sum()
+            np.testing.assert_allclose(found[b, n], wanted, atol=0.01)
+    mask = np.random.default_rng(0).random((3, 16)) < 0.3
+    part = store.read_at(images, mask, "cls_prob")
+    np.testing.assert_array_equal(part, found[mask])
+    np.testing.assert_array_equal(
+        store.read_at(images, mask, "cls_id"), part[:, 1:8].astype(np.float32).argmax(-1)
     )
-    assert (
-        store.read(np.array([0]), "cls_id").tolist() == [[red - 1] * 4]
-        and (store.read(np.array([0]), "attr_id") == -1).all()
-    )
+    assert (part >= 0).all() and part[:, 1:].any()
+    assert (store.read_at(images, mask, "attr_id") == -1).all()
+
+
+def test_pictures_without_a_detector(toy_tree, tmp_path):
+    """Words and matching need none; what asks for classes says what is missing."""
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/train2014").symlink_to(toy_tree / "coco/train2014")
+    mask = np.ones((1, 16), bool)
+    bare = PatchStore(tmp_path, "coco", 64, 16)
+    assert bare.classes is None and bare.read(np.array([0])).shape == (1, 16, 768)
+    assert (bare.read_at(np.array([0]), mask, "cls_id") == -1).all()
+    with pytest.raises(DataError, match="no regions of coco's picture"):
+        bare.read_at(np.array([0]), mask, "cls_prob")
+    # a store without attributes, as UNITER's files make it; one without classes
+    shutil.copytree(toy_tree / "regions/coco", tmp_path / "regions/coco")
+    (tmp_path / "vg").mkdir()
+    for name in ("objects", "attributes"):
+        shutil.copy(toy_tree / f"vg/{name}_vocab.txt", tmp_path / "vg")
+    for name in ("attr_id", "attr_conf"):
+        (tmp_path / f"regions/coco/{name}.npy").unlink()
+    plain = PatchStore(tmp_path, "coco", 64, 16)
+    found = plain.read_at(np.array([0]), mask, "cls_prob").astype(float)
+    assert found.shape == (16, plain.classes) and not found[:, plain.detector.classes :].any()
+    np.testing.assert_allclose(found.sum(-1), 1, atol=2e-3)
+    (tmp_path / "regions/coco/cls_prob.npy").unlink()
+    with pytest.raises(DataError, match="has no cls_prob"):
+        PatchStore(tmp_path, "coco", 64, 16).read_at(np.array([0]), mask, "cls_prob")
+    crops = PatchStore(toy_tree, "coco", 64, 16)
+    crops.ids = np.array([b"somewhere else"])
+    with pytest.raises(DataError, match="no regions of coco's picture somewhere else"):
+        crops.read_at(np.array([0]), mask, "cls_prob")
+
+
+@pytest.mark.parametrize("task", ["mrc", "mrckl", "mrfr"])
+def test_patches_whose_class_is_learned_stay_in_sight(toy_tree, tokenizer, store, task):
+    pairs = make_index([Record(i, "a", i) for i in ids_of(store)[:30]], store, tokenizer, 24)
+    batch = Batches(task, pairs, 1024, 0, mask_rate=0.5)[0]
+    assert len(batch["masked_regions"]) > 10
+    assert ("hidden_regions" in batch) == (task != "mrfr")
+    assert len(batch.get("hidden_regions", ())) == 0
 
 
 def test_every_picture_of_the_tree_is_found(toy_tree):
@@ -210,8 +262,6 @@ def test_pictures_that_cannot_be_read(tmp_path, kind):
 
 
 def test_a_bad_picture_stops_a_run_with_its_name(toy_tree, tmp_path):
-    import shutil
-
     tree = tmp_path / "toy"
     shutil.copytree(toy_tree, tree)
     for path in (tree / "coco/train2014").iterdir():
@@ -565,8 +615,6 @@ def test_resume_is_bit_for_bit(toy_tree, albef, tmp_path):
     ]
     run(tmp_path, *args, "--out", "whole")
     run(tmp_path, *args, "--out", "cut", expect=None)
-    import shutil
-
     shutil.rmtree(tmp_path / "cut")
     from conftest import run_and_kill
 
@@ -847,7 +895,7 @@ def test_alignment_losses_on_patches(toy_tree, patched, tmp_path, model, loss):
 
 @pytest.mark.parametrize("loss", ["none", "align"])
 def test_all_of_kervadecs_supervision_on_patches(toy_tree, tmp_path, loss):
-    """Patches have colours for classes and no names, so a pointer's target is its box alone."""
+    """A patch has a detector's class to learn; a pointer's target is its box alone."""
     done = run(
         tmp_path,
         "--recipe toy-align",
@@ -870,8 +918,6 @@ def test_all_of_kervadecs_supervision_on_patches(toy_tree, tmp_path, loss):
 
 def test_nlvr_as_pictures(toy_tree, patched, tmp_path):
     """The official folders, drawn small here: dev/images/<number>/dev-<identifier>-<order>.png."""
-    import shutil
-
     tree = tmp_path / "toy"
     shutil.copytree(toy_tree, tree)
     write_nlvr(tree)
@@ -1113,8 +1159,6 @@ def test_amc_without_what_it_needs(tmp_path, argv, told):
     ],
 )
 def test_visual_genome_with_something_else_in_a_field(toy_tree, tmp_path, file, spoil, told):
-    import shutil
-
     shutil.copytree(toy_tree / "vg", tmp_path / "vg", ignore=shutil.ignore_patterns("VG_100K"))
     shutil.copytree(toy_tree / "coco", tmp_path / "coco", ignore=shutil.ignore_patterns("*2014"))
     records = json.loads((tmp_path / f"vg/{file}.json").read_text())
