@@ -122,16 +122,18 @@ def test_claims_are_decided_by_their_intervals():
 
 
 def test_a_table_tells_what_is_missing_and_what_is_old():
-    """Runs of today's world stand before older ones; a row has the columns that it measured."""
+    """An older world's runs stand until today's are three; a row has what it measured."""
     run = lambda x: {"gqa/accuracy": x, "gqa/consistency": 2 * x}
-    results = {"claims": {"align": {"0": run(50.0), "1": run(52.0)}}}
-    results["ShapesWorld 5"] = {"align": {"0": run(1.0)}, "align none": {"0": run(40.0)}}
+    runs = lambda *xs: {str(seed): run(x) for seed, x in enumerate(xs)}
+    results = {"claims": {"align": runs(50.0, 51.0, 52.0), "align none": runs(1.0, 2.0)}}
+    results["ShapesWorld 5"] = {"align": runs(1.0, 2.0, 3.0), "align none": runs(40.0, 41.0, 42.0)}
     rows = seeds.table("align", results).splitlines()[2:]
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    assert cells[1][2:] == ["51.0 ± 1.4", "102.0 ± 2.8", "", "", "", "50.0 52.0"]
-    assert cells[0][2:] == ["40.0", "80.0", "", "", "", "40.0, ShapesWorld 5"]
+    assert cells[1][2:] == ["51.0 ± 1.0", "102.0 ± 2.0", "", "", "", "50.0 51.0 52.0"]
+    assert cells[0][2:4] == ["41.0 ± 1.0", "82.0 ± 2.0"]
+    assert cells[0][-1] == "40.0 41.0 42.0, ShapesWorld 5"
     assert cells[2][2:] == ["", "", "", "", "", "not run yet"]
-    assert "| 40.0, 51.0 ± 1.4 |" in seeds.front_table(results)
+    assert "| 41.0 ± 1.0, 51.0 ± 1.0 |" in seeds.front_table(results)
 
 
 def test_claims_name_arms_that_parse():
