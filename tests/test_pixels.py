@@ -5,6 +5,7 @@ user runs them; every loss on every encoder.
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,13 +80,20 @@ def test_patches_are_the_picture_cut_up(toy_tree, store):
 def test_what_a_detector_sees_in_each_patch(toy_tree, store):
     """Its regions' classes and attributes, by how much of the patch each covers, point by point."""
     seen = data.RegionStore(toy_tree / "regions/coco")
-    images = np.array([3, 4, 11])
-    found = store.read_at(images, np.ones((3, 16), bool), "cls_prob").reshape(3, 16, -1)
+    # those whose regions lie over each other most, too
+    every = np.arange(len(store))
+    boxes = seen.relative_boxes(seen.finder()([store.image_id(i) for i in every]))
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sum(-1)
+    low, high = boxes[:, :, None, :2], boxes[:, :, None, 2:]
+    common = np.minimum(high, high.swapaxes(1, 2)) - np.maximum(low, low.swapaxes(1, 2))
+    common = common.clip(0).prod(-1).sum((1, 2)) - area
+    images = np.concatenate([every[:20], common.argsort()[-8:]])
+    found = store.read_at(images, np.ones((28, 16), bool), "cls_prob").reshape(28, 16, -1)
     names = data.detector_names(toy_tree, "attributes")
     assert store.classes == found.shape[-1] == seen.classes + len(names)
     at = seen.finder()([store.image_id(i) for i in images])
     boxes, classes = seen.relative_boxes(at), seen.read(at, "cls_prob").astype(float)
-    probs = np.zeros((3, classes.shape[1], store.classes))
+    probs, overlap = np.zeros((28, classes.shape[1], store.classes)), 0
     probs[..., :8] = classes
     for b, region in np.argwhere(seen.read(at, "attr_id") >= 0):
         attribute = seen.read(at, "attr_id")[b, region]
@@ -96,10 +104,12 @@ def test_what_a_detector_sees_in_each_patch(toy_tree, store):
             # a patch in points
             y, x = np.mgrid[0.5:200, 0.5:200] / 800 + np.array([n // 4, n % 4])[:, None, None] / 4
             inside = [((x > l) & (x < r) & (y > t) & (y < d)).mean() for l, t, r, d in boxes[b, :k]]
+            overlap = max(overlap, sum(inside))
             wanted = np.array(inside) / max(1, sum(inside)) @ probs[b, :k]
             wanted[0] += 1 - wanted.sum()
             np.testing.assert_allclose(found[b, n], wanted, atol=0.01)
-    mask = np.random.default_rng(0).random((3, 16)) < 0.3
+    assert overlap > 1.2
+    mask = np.random.default_rng(0).random((28, 16)) < 0.3
     part = store.read_at(images, mask, "cls_prob")
     np.testing.assert_array_equal(part, found[mask])
     np.testing.assert_array_equal(
@@ -145,7 +155,18 @@ def test_patches_whose_class_is_learned_stay_in_sight(toy_tree, tokenizer, store
     batch = Batches(task, pairs, 1024, 0, mask_rate=0.5)[0]
     assert len(batch["masked_regions"]) > 10
     assert ("hidden_regions" in batch) == (task != "mrfr")
-    assert len(batch.get("hidden_regions", ())) == 0
+    if task == "mrfr":
+        return
+    told, K = {}, len(batch["masked_regions"])
+
+    def model(**how):
+        told.update(how)
+        return SimpleNamespace(region_logits=torch.zeros(K, store.classes))
+
+    train.objective_regions(None, model, batch)
+    assert len(told.pop("hidden_regions")) == 0 and len(told["masked_regions"]) == K
+    hits = train.hits_classes(None, model, batch)
+    assert len(told["hidden_regions"]) == 0 and 0 < len(hits) < K
 
 
 def test_every_picture_of_the_tree_is_found(toy_tree):

@@ -126,7 +126,8 @@ def test_a_table_tells_what_is_missing_and_what_is_old():
     run = lambda x: {"gqa/accuracy": x, "gqa/consistency": 2 * x}
     runs = lambda *xs: {str(seed): run(x) for seed, x in enumerate(xs)}
     results = {"claims": {"align": runs(50.0, 51.0, 52.0), "align none": runs(1.0, 2.0)}}
-    results["ShapesWorld 5"] = {"align": runs(1.0, 2.0, 3.0), "align none": runs(40.0, 41.0, 42.0)}
+    old = {"align": runs(1.0, 2.0, 3.0, 4.0), "align none": runs(40.0, 41.0, 42.0)}
+    results["ShapesWorld 5"] = old
     rows = seeds.table("align", results).splitlines()[2:]
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert cells[1][2:] == ["51.0 ± 1.0", "102.0 ± 2.0", "", "", "", "50.0 51.0 52.0"]
