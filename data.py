@@ -833,6 +833,8 @@ class PatchStore(RegionStore):
 
     # bytes of pictures that are kept
     KEPT, has_names = 2**30, False
+    # where the detector's store has a picture
+    find_detected = functools.cached_property(lambda self: self.detector.finder())
 
     def __init__(self, data, name, resolution, patch):
         self.args = data, name, resolution, patch
@@ -945,14 +947,12 @@ class PatchStore(RegionStore):
         images = np.asarray(images)
         if column == "boxes":
             return self.cells * np.tile(self.wh[images], 2)[:, None].astype(np.float32)
+        if column != "features":
+            mask = np.ones((len(images), len(self.cells)), bool)
+            return np.array(np.split(self.read_at(images, mask, column), len(images)))
         x = self.pixels(images) / np.float32(255) - np.float32(PIXEL_MEAN)
         x = (x / np.float32(PIXEL_STD)).astype(np.float16)
         return rearrange(x, "B (h p) (w q) c -> B (h w) (p q c)", p=self.patch, q=self.patch)
-
-    @functools.cached_property
-    def find_detected(self):
-        """Where the detector's store has a picture"""
-        return self.detector.finder()
 
     def read_at(self, images, mask, column):
         """(K, ...) cls_prob, cls_id or attr_id of the patches at mask (B, patches)"""
