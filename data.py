@@ -828,13 +828,11 @@ class PatchStore(RegionStore):
     boxes     the grid's cells
     cls_prob  (C + attributes,) what a detector sees in a patch [ours]: classes and attributes, half
               each, of its regions of the picture, DATA/regions/NAME, each by how much of the patch
-              it covers; the rest is background. cls_id: the likeliest class. attr_id: unknown
+              it covers; the rest is background. cls_id: the likeliest class, -1 for none
     """
 
     # bytes of pictures that are kept
     KEPT, has_names = 2**30, False
-    # where the detector's store has a picture
-    find_detected = functools.cached_property(lambda self: self.detector.finder())
 
     def __init__(self, data, name, resolution, patch):
         self.args = data, name, resolution, patch
@@ -845,14 +843,12 @@ class PatchStore(RegionStore):
             found = f"pictures of {resolution} pixels do not divide into patches of {patch}"
             raise DataError(found, "--resolution a multiple of --patch")
         self.ids, self.resolution, self.patch = self.arrays["ids"], resolution, patch
-        folder = Path(data) / "regions" / name.removesuffix("_crops")
-        self.detector = RegionStore(folder) if folder.exists() else None
-        # as many for all pictures of a tree
+        # a detector's classes are the same for all pictures of a tree
         kinds = ("objects", "attributes") if (Path(data) / "vg/objects_vocab.txt").exists() else ()
-        self.classes = 1 + sum(len(detector_names(data, k)) for k in kinds) if kinds else None
+        self.names = [len(detector_names(data, kind)) for kind in kinds]
+        self.classes = 1 + sum(self.names) if kinds else None
         y, x = np.mgrid[0:resolution:patch, 0:resolution:patch].reshape(2, -1)
-        corners = np.stack([x, y, x + patch, y + patch], axis=1)
-        self.cells = corners.astype(np.float32) / resolution
+        self.cells = np.stack([x, y, x + patch, y + patch], axis=1).astype(np.float32) / resolution
         # small pictures stay in memory once read
         shape = len(self.ids), resolution, resolution, 3
         self.kept = np.zeros(shape, np.uint8) if math.prod(shape) <= self.KEPT else None
@@ -950,29 +946,35 @@ class PatchStore(RegionStore):
         if column != "features":
             mask = np.ones((len(images), len(self.cells)), bool)
             return np.array(np.split(self.read_at(images, mask, column), len(images)))
-        x = self.pixels(images) / np.float32(255) - np.float32(PIXEL_MEAN)
-        x = (x / np.float32(PIXEL_STD)).astype(np.float16)
-        return rearrange(x, "B (h p) (w q) c -> B (h w) (p q c)", p=self.patch, q=self.patch)
+        x = (self.pixels(images) / np.float32(255) - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+        pattern, p = "B (h p) (w q) c -> B (h w) (p q c)", self.patch
+        return rearrange(x.astype(np.float16), pattern, p=p, q=p)
+
+    @functools.cached_property
+    def detector(self):
+        """What a detector saw in these pictures, and where each is there; None without classes"""
+        folder = Path(self.args[0]) / "regions" / self.args[1]
+        store = RegionStore(folder) if self.classes and folder.exists() else None
+        return (store, store.finder()) if store and store.classes == 1 + self.names[0] else None
 
     def read_at(self, images, mask, column):
         """(K, ...) cls_prob, cls_id or attr_id of the patches at mask (B, patches)"""
-        store = self.classes and self.detector
-        if column == "attr_id" or column == "cls_id" and not store:
-            return np.full(mask.sum(), -1)
         names = [self.image_id(i) for i in images]
-        at = self.find_detected(names) if store else np.full(len(names), -1)
-        if (at < 0).any():
-            found = f"no regions of {self.args[1]}'s picture {names[at.argmin()]}"
-            wanted = f"for mrc and mrckl {self.args[0]}/regions, and the classes' names in vg"
-            raise DataError(found, wanted)
+        at = self.detector[1](names) if self.detector else np.full(len(names), -1)
+        if column == "cls_prob" and (at < 0).any():
+            found = f"{self.args[0]}/regions: no classes of {self.args[1]}'s {names[at.argmin()]}"
+            raise DataError(found, "for mrckl a detector's of all pictures, its vocabulary in vg")
+        if column == "attr_id" or not self.detector:
+            return np.full(mask.sum(), -1)
+        store, known, at = self.detector[0], (at >= 0)[:, None, None], at.clip(0)
         # (B, patches, N_V) the share of a patch that a region covers; padding has no area
         boxes, cells = store.relative_boxes(at)[:, None], self.cells[:, None]
         wh = np.minimum(boxes[..., 2:], cells[..., 2:]) - np.maximum(boxes[..., :2], cells[..., :2])
-        share = wh.clip(0).prod(-1) / (self.patch / self.resolution) ** 2
+        share = known * wh.clip(0).prod(-1) / (self.patch / self.resolution) ** 2
         share /= share.sum(-1, keepdims=True).clip(1)
         probs = store.read(at, "cls_prob").astype(np.float32)
-        named = "attr_id" in store.arrays
-        ids = store.read(at, "attr_id") if named else np.full(probs.shape[:2], -1)
+        has = "attr_id" in store.arrays
+        ids = store.read(at, "attr_id") if has else np.full((len(at), 1), -1)
         # an attribute has half of its region; -1 is none
         attribute = np.arange(self.classes - store.classes) == ids[..., None]
         probs[..., 1:] *= 1 - attribute.any(-1, keepdims=True) / 2
@@ -980,7 +982,8 @@ class PatchStore(RegionStore):
         # picture by picture: of the masked patches alone
         seen = np.concatenate([s[m] @ p for s, m, p in zip(share, mask, probs)])
         seen[:, 0] += (1 - seen.sum(-1)).clip(0)
-        likeliest = seen[:, 1 : store.classes].argmax(-1)
+        classes = seen[:, 1 : store.classes]
+        likeliest = np.where(classes.any(-1), classes.argmax(-1), -1)
         return seen.astype(np.float16) if column == "cls_prob" else likeliest
 
 
@@ -2726,8 +2729,9 @@ def collate_pairs(batches, rng, k, share, rows, images, match):
     pictures whose texts have boxes: "boxed" (M,) matched rows, "region_target" (M, R, R) bool, the
     pixels that the text describes
     """
-    index, task = batches.index, batches.task
-    masks_regions, boxed = task in ("mrfr", "mrc", "mrckl"), has_boxed_pictures(batches)
+    index, task, pictures = batches.index, batches.task, isinstance(batches.index.store, PatchStore)
+    masks_regions = task in ("mrfr", "mrc", "mrckl")
+    boxed = pictures and task == "itm" and len(index.arrays["boxes"]) > 0
     masked_words = masked_regions = u = None
     if task == "mlm" or batches.joint and masks_regions:
         masked_words = mask_words(batches, rng, rows)
@@ -2763,16 +2767,10 @@ def collate_pairs(batches, rng, k, share, rows, images, match):
         if task in ("mrc", "mrckl"):
             probs = index.store.read_at(images, masked, "cls_prob")
             batch["region_probs"] = torch.from_numpy(probs)
-            # patches stay in sight: seeing is what has to be learned [ours]
-            if isinstance(index.store, PatchStore):
+            if pictures:
+                # in sight: seeing is what has to be learned [ours]
                 batch["hidden_regions"] = places[:0]
     return batch if u is None else add_boxed(batches, batch, rows, np.flatnonzero(match), u)
-
-
-def has_boxed_pictures(batches):
-    """Do the texts describe boxes of pictures?"""
-    pictures = isinstance(batches.index.store, PatchStore)
-    return pictures and batches.task in ("itm", "albef") and len(batches.index.arrays["boxes"]) > 0
 
 
 def add_boxed(batches, batch, rows, candidates, u, flip=()):

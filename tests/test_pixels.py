@@ -112,9 +112,10 @@ def test_what_a_detector_sees_in_each_patch(toy_tree, store):
     mask = np.random.default_rng(0).random((28, 16)) < 0.3
     part = store.read_at(images, mask, "cls_prob")
     np.testing.assert_array_equal(part, found[mask])
-    np.testing.assert_array_equal(
-        store.read_at(images, mask, "cls_id"), part[:, 1:8].astype(np.float32).argmax(-1)
-    )
+    kinds, ids = part[:, 1:8].astype(np.float32), store.read_at(images, mask, "cls_id")
+    np.testing.assert_array_equal(ids, np.where(kinds.any(-1), kinds.argmax(-1), -1))
+    assert (ids == -1).any() and (ids >= 0).any()
+
     assert (part >= 0).all() and part[:, 1:].any()
     assert (store.read_at(images, mask, "attr_id") == -1).all()
 
@@ -127,7 +128,7 @@ def test_pictures_without_a_detector(toy_tree, tmp_path):
     bare = PatchStore(tmp_path, "coco", 64, 16)
     assert bare.classes is None and bare.read(np.array([0])).shape == (1, 16, 768)
     assert (bare.read_at(np.array([0]), mask, "cls_id") == -1).all()
-    with pytest.raises(DataError, match="no regions of coco's picture"):
+    with pytest.raises(DataError, match="no classes of coco's"):
         bare.read_at(np.array([0]), mask, "cls_prob")
     # a store without attributes, as UNITER's files make it; one without classes
     shutil.copytree(toy_tree / "regions/coco", tmp_path / "regions/coco")
@@ -138,18 +139,26 @@ def test_pictures_without_a_detector(toy_tree, tmp_path):
         (tmp_path / f"regions/coco/{name}.npy").unlink()
     plain = PatchStore(tmp_path, "coco", 64, 16)
     found = plain.read_at(np.array([0]), mask, "cls_prob").astype(float)
-    assert found.shape == (16, plain.classes) and not found[:, plain.detector.classes :].any()
+    assert found.shape == (16, plain.classes) and not found[:, plain.detector[0].classes :].any()
     np.testing.assert_allclose(found.sum(-1), 1, atol=2e-3)
     (tmp_path / "regions/coco/cls_prob.npy").unlink()
-    with pytest.raises(DataError, match="has no cls_prob"):
-        PatchStore(tmp_path, "coco", 64, 16).read_at(np.array([0]), mask, "cls_prob")
+    meta = json.loads((tmp_path / "regions/coco/meta.json").read_text())
+    (tmp_path / "regions/coco/meta.json").write_text(json.dumps(meta | {"classes": None}))
+    unnamed = PatchStore(tmp_path, "coco", 64, 16)
+    assert (unnamed.read_at(np.array([0]), mask, "cls_id") == -1).all()
+    with pytest.raises(DataError, match="no classes of coco's"):
+        unnamed.read_at(np.array([0]), mask, "cls_prob")
+    # of a broken store nothing is read where nobody asks for classes
+    (tmp_path / "regions/coco/meta.json").write_text("{")
+    assert PatchStore(tmp_path, "coco", 64, 16).read(np.array([0])).shape == (1, 16, 768)
     crops = PatchStore(toy_tree, "coco", 64, 16)
     crops.ids = np.array([b"somewhere else"])
-    with pytest.raises(DataError, match="no regions of coco's picture somewhere else"):
+    with pytest.raises(DataError, match="no classes of coco's somewhere else"):
         crops.read_at(np.array([0]), mask, "cls_prob")
+    assert (crops.read_at(np.array([0]), mask, "cls_id") == -1).all()
 
 
-@pytest.mark.parametrize("task", ["mrc", "mrckl", "mrfr"])
+@pytest.mark.parametrize("task", ["mrckl", "mrfr"])
 def test_patches_whose_class_is_learned_stay_in_sight(toy_tree, tokenizer, store, task):
     pairs = make_index([Record(i, "a", i) for i in ids_of(store)[:30]], store, tokenizer, 24)
     batch = Batches(task, pairs, 1024, 0, mask_rate=0.5)[0]
@@ -167,6 +176,8 @@ def test_patches_whose_class_is_learned_stay_in_sight(toy_tree, tokenizer, store
     assert len(told.pop("hidden_regions")) == 0 and len(told["masked_regions"]) == K
     hits = train.hits_classes(None, model, batch)
     assert len(told["hidden_regions"]) == 0 and 0 < len(hits) < K
+    with pytest.raises(train.UserError, match="--vision patches\n.*mlm itm mrfr mrckl wra"):
+        train.parse("--recipe toy-patches --pretrain mlm+mrc".split())
 
 
 def test_every_picture_of_the_tree_is_found(toy_tree):
