@@ -6,7 +6,8 @@ python tests/seeds.py --claims Winoground MAF        those whose words have one 
 python tests/seeds.py --seeds 0 1 2 3 4 --losses     every loss on every benchmark, many hours
 python tests/seeds.py --seeds 0 1 --losses uniter    of one encoder, two hours
 python tests/seeds.py --seeds 0 1 2 --tables amc     another table: align, maf_ablation, amc,
-                                                     patches; nlvr where it is in the trees
+                                                     patches; nlvr, whose folder has to be in each
+                                                     seed's tree, data/toy-seed0/nlvr and so on
 """
 
 import argparse
@@ -125,8 +126,8 @@ COMPARED = (
 
 def label_of(arm):
     """What tells an arm from the others of its table"""
-    command = re.sub(r" --track| --steps \d+", "", CLAIMS["arms"][arm])
-    return re.sub(r" --init {(plain|albef|patches).*?}", "", command)
+    command = re.sub(r" --track| --steps \d+| --init {(plain|albef).*?}", "", CLAIMS["arms"][arm])
+    return re.sub(r" --init {(.*?)}", lambda m: f" after {CLAIMS['arms'][m[1]]}", command)
 
 
 def losses_table(results):
@@ -327,15 +328,13 @@ TABLES = {
 
 
 def runs_of(arm, results):
-    """What the arm's runs measured, seed by seed, and where, if not in today's ShapesWorld: an
-    older one's stand until today's are three.
+    """({seed: what the arm's run measured}, where): of today's ShapesWorld, or of an older one,
+    which stands until today's seeds are three
     """
     if arm in results:
-        return [results[arm]], ""
-    worlds = {"": "claims", ", ShapesWorld 5": "ShapesWorld 5"}
-    found = {where: results.get(name, {}).get(arm, {}) for where, name in worlds.items()}
-    where = max(found, key=lambda where: min(len(found[where]), 3))
-    return [found[where][seed] for seed in sorted(found[where], key=int)], where
+        return {"0": results[arm]}, ""
+    today, older = (results.get(part, {}).get(arm, {}) for part in ("claims", "ShapesWorld 5"))
+    return (today, "") if len(today) >= 3 or not older else (older, ", ShapesWorld 5")
 
 
 def table(mark, results):
@@ -345,7 +344,8 @@ def table(mark, results):
     head = ["`train.py`", *told, *columns, "seed by seed"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm, there in rows.items():
-        runs, where = runs_of(arm, results)
+        found, where = runs_of(arm, results)
+        runs = [found[seed] for seed in sorted(found, key=int)]
         have = [key for key in columns.values() if runs and key in runs[0]]
         cells = [
             mean([run[key] for run in runs]) if key in have else "" for key in columns.values()
@@ -362,8 +362,7 @@ class Compared(NamedTuple):
     paper: str  # which of its tables
     command: str
     there: str  # the paper's numbers
-    arms: str  # runs of tests/claims.json or of tests/tasks.py
-    keys: str  # what they measured
+    ours: tuple  # (arm of tests/claims.json or run of tests/tasks.py, name of a number) each
 
 
 REPRODUCED = (
@@ -371,60 +370,64 @@ REPRODUCED = (
         "CACR 3, Winoground group: none, CACR",
         "`tests/seeds.py --claims Winoground`",
         "8.50, 14.25",
-        "none, cacr",
-        "winoground/group",
+        (("none", "winoground/group"), ("cacr", "winoground/group")),
     ),
-    Compared("UNITER 3, VQA", "`train.py --task vqa`", "72.70", "tasks/vqa", "vqa/accuracy"),
-    Compared("UNITER 3, VCR Q→AR", "`train.py --task vcr`", "58.20", "tasks/vcr", "vcr/q_ar"),
+    Compared("UNITER 3, VQA", "`train.py --task vqa`", "72.70", (("tasks/vqa", "vqa/accuracy"),)),
+    Compared("UNITER 3, VCR Q→AR", "`train.py --task vcr`", "58.20", (("tasks/vcr", "vcr/q_ar"),)),
     Compared(
-        "UNITER 3, 5, NLVR2", "`train.py --task nlvr2`", "77.18", "tasks/nlvr2", "nlvr2/accuracy"
+        "UNITER 3, 5, NLVR2",
+        "`train.py --task nlvr2`",
+        "77.18",
+        (("tasks/nlvr2", "nlvr2/accuracy"),),
     ),
-    Compared("UNITER 3, SNLI-VE", "`train.py --task ve`", "78.59", "tasks/ve", "ve/accuracy"),
+    Compared("UNITER 3, SNLI-VE", "`train.py --task ve`", "78.59", (("tasks/ve", "ve/accuracy"),)),
     Compared(
         "UNITER 3, RefCOCO val, val^d",
         "`train.py --task re`",
         "91.64, 81.24",
-        "tasks/re",
-        "re/gt/accuracy, re/det/accuracy",
+        (("tasks/re", "re/gt/accuracy"), ("tasks/re", "re/det/accuracy")),
     ),
     Compared(
         "UNITER 3, Flickr30k IR, TR R@1",
         "`train.py --task retrieval`",
         "72.52, 85.90",
-        "tasks/retrieval",
-        "retrieval/image/r1, retrieval/text/r1",
+        (("tasks/retrieval", "retrieval/image/r1"), ("tasks/retrieval", "retrieval/text/r1")),
     ),
     Compared(
         "Kervadec 2, GQA: without, with alignment",
         "`train.py --recipe toy-align --loss none`, `--loss align`",
         "54.9, 60.5",
-        "align none, align",
-        "gqa/accuracy",
+        (("align none", "gqa/accuracy"), ("align", "gqa/accuracy")),
     ),
     Compared(
         "MAF 2, 5, Flickr30k Entities: unsupervised, trained",
         "`train.py --loss maf`",
         "56.05, 61.43",
-        "maf",
-        "grounding/glove-att, grounding/accuracy",
+        (("maf", "grounding/glove-att"), ("maf", "grounding/accuracy")),
     ),
     Compared(
         "AMC 1, Flickr30k pointing: without, with",
         "`train.py --recipe toy-amc --loss none`, `--loss amc`",
         "79.14, 86.59",
-        "amc none, amc",
-        "pointing/flickr30k",
+        (("amc none", "pointing/flickr30k"), ("amc", "pointing/flickr30k")),
     ),
 )
 
 
 def front_table(results):
-    """The papers' main numbers beside ours"""
+    """The papers' main numbers beside ours; where several seeds have two, their difference with its
+    95 % interval
+    """
     lines = ["| paper's table | command | paper | toy |", "|---|---|---|---|"]
     for row in REPRODUCED:
-        runs = [runs_of(arm, results)[0] for arm in row.arms.split(", ")]
-        cells = [mean([r[key] for r in found]) for found in runs for key in row.keys.split(", ")]
-        lines.append("| " + " | ".join([*row[:3], ", ".join(cells)]) + " |")
+        found = [(runs_of(arm, results)[0], key) for arm, key in row.ours]
+        cell = ", ".join(mean([run[key] for run in runs.values()]) for runs, key in found)
+        seeds = set.intersection(*(set(runs) for runs, _ in found))
+        if len(found) == 2 and len(seeds) > 1:
+            (first, a), (second, b) = found
+            middle, half = interval([second[s][b] - first[s][a] for s in seeds])
+            cell += f": {middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
+        lines.append("| " + " | ".join([*row[:3], cell]) + " |")
     return "\n".join(lines)
 
 

@@ -134,7 +134,7 @@ def test_a_table_tells_what_is_missing_and_what_is_old():
     assert cells[0][2:4] == ["41.0 ± 1.0", "82.0 ± 2.0"]
     assert cells[0][-1] == "40.0 41.0 42.0, ShapesWorld 5"
     assert cells[2][2:] == ["", "", "", "", "", "not run yet"]
-    assert "| 41.0 ± 1.0, 51.0 ± 1.0 |" in seeds.front_table(results)
+    assert "| 41.0 ± 1.0, 51.0 ± 1.0: +10.0 [+10.0, +10.0] |" in seeds.front_table(results)
 
 
 def test_claims_name_arms_that_parse():
