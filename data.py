@@ -963,7 +963,7 @@ class PatchStore(RegionStore):
         at = self.detector[1](names) if self.detector else np.full(len(names), -1)
         if column == "cls_prob" and (at < 0).any():
             found = f"{self.args[0]}/regions: no classes of {self.args[1]}'s {names[at.argmin()]}"
-            raise DataError(found, "for mrckl a detector's of all pictures, its vocabulary in vg")
+            raise DataError(found, "for mrc, mrckl a detector's of all, its vocabulary in vg")
         if column == "attr_id" or not self.detector:
             return np.full(mask.sum(), -1)
         store, known, at = self.detector[0], (at >= 0)[:, None, None], at.clip(0)
@@ -2761,15 +2761,20 @@ def collate_pairs(batches, rng, k, share, rows, images, match):
     if masked_regions is not None:
         masked = masked_regions[share, : batch["input"]["regions"].shape[1]]
         places = torch.from_numpy(np.flatnonzero(masked))
-        batch["masked_regions" if masks_regions else "hidden_regions"] = places
-        if masks_regions:
-            batch["counts"][""] = len(places)
         if task in ("mrc", "mrckl"):
-            probs = index.store.read_at(images, masked, "cls_prob")
-            batch["region_probs"] = torch.from_numpy(probs)
+            probs = torch.from_numpy(index.store.read_at(images, masked, "cls_prob"))
+            if pictures and task == "mrc":
+                # one class a patch: no attributes, and nothing of a patch that shows none
+                probs[:, index.store.detector[0].classes :] = 0
+                shown = probs[:, 1:].any(-1)
+                places, probs = places[shown], probs[shown]
+            batch["region_probs"] = probs
             if pictures:
                 # in sight: seeing is what has to be learned [ours]
                 batch["hidden_regions"] = places[:0]
+        batch["masked_regions" if masks_regions else "hidden_regions"] = places
+        if masks_regions:
+            batch["counts"][""] = len(places)
     return batch if u is None else add_boxed(batches, batch, rows, np.flatnonzero(match), u)
 
 

@@ -422,11 +422,9 @@ def check_model(cfg):
     """The encoder takes this task, these losses and this size."""
     sizes, tasks, inputs = ENCODERS[cfg.model]
     known(cfg.size, list(sizes), f"--model {cfg.model} --size")
-    # a patch shows parts of several things, and has no one class
-    able = [task for task in tasks.split() if (task, cfg.vision) != ("mrc", "patches")]
-    if set(pretrain_weights(cfg)) - set(able):
-        where = f"--model {cfg.model} --vision {cfg.vision}"
-        raise UserError(f"--pretrain {cfg.pretrain} is not for {where}", " ".join(able))
+    for task in pretrain_weights(cfg):
+        if task not in tasks.split():
+            raise UserError(f"--pretrain {cfg.pretrain} is not for --model {cfg.model}", tasks)
     fits = not cfg.is_albef or cfg.vision == "patches" and cfg.is_pretraining
     if not fits or set(given_to(cfg)) - set(inputs):
         able = ", ".join(name for name, row in LOSSES.items() if row.given in inputs)
@@ -651,9 +649,7 @@ def load_streams(cfg, runtime, run):
     # any number of processes trains on the same batches
     parts = 1 if cfg.is_albef else -(-cfg.gpus // runtime.world_size)
     share = {"rank": runtime.rank, "world_size": runtime.world_size, "parts": parts}
-    load = STREAMS.get(cfg.task, task_streams)
-    if cfg.is_multitask:
-        load = multitask_streams
+    load = multitask_streams if cfg.is_multitask else STREAMS.get(cfg.task, task_streams)
     return load(cfg, runtime, run, share)
 
 
@@ -1764,9 +1760,7 @@ def validate(cfg, runtime, model, streams, samples=300):
         while n < samples:
             batch = prepare_batch(cfg, runtime, stream[k])
             # multitask pre-training validates GQA's questions too
-            task = cfg.task
-            if name in TASKS:
-                task = name
+            task = name if name in TASKS else cfg.task
             with runtime.autocast():
                 hits = OBJECTIVES[batch["task"]][1](cfg, model, batch | {"of": task})
             right, n, k = right + hits.float().sum(), n + len(hits), k + 1
@@ -1892,9 +1886,7 @@ def prepare_out(cfg, runtime):
 
 def train(cfg, runtime):
     """One run from start (or checkpoint) to end; returns its final numbers."""
-    if cfg.init in RECIPES:
-        # the experiment before this one is run first, or found finished
-        cfg = dataclasses.replace(cfg, init=run_first(cfg, runtime))
+    cfg, first = before(cfg)
     precision = "fp32" if runtime.autocast is contextlib.nullcontext else "bf16"
     runtime.print_rank0(
         f"{cfg.recipe}: {cfg.task}, loss {cfg.loss}, seed {cfg.seed}, "
@@ -1903,11 +1895,13 @@ def train(cfg, runtime):
     saved = prepare_out(cfg, runtime)
     runtime.barrier()
     tokenizer, settings = load_tokenizer(cfg), dataclasses.asdict(cfg)
-    task = TASKS[cfg.task]
-    list_answers = all_answers if cfg.is_multitask else task.answers
+    list_answers = all_answers if cfg.is_multitask else TASKS[cfg.task].answers
     settings["answer_list"] = list_answers(cfg.data)
     run = Run(None, tokenizer, settings, {}, vision_of(settings), runtime.autocast)
     streams = load_streams(cfg, runtime, run)
+    if first:
+        # only now: what this run's own data lack has been said
+        train(first, runtime)
     model = build_model(cfg, runtime, tokenizer, streams)
     optimizer, start = build_optimizer(cfg, model), 0
     # what evaluate.py needs to build the same model
@@ -2015,8 +2009,10 @@ class Log:
         return self.note(record)
 
 
-def run_first(cfg, runtime):
-    """The checkpoint of the recipe that --init names, run first unless that is done"""
+def before(cfg):
+    """(cfg with a checkpoint in place of --init's recipe, the run that is to make it or None)"""
+    if cfg.init not in RECIPES:
+        return cfg, None
     # data, seed, size and machine are this run's, all else is that recipe's
     shared = "data regions seed size precision compile workers vision resolution patch".split()
     changes = {name: getattr(cfg, name) for name in shared} | {"resume": True}
@@ -2032,10 +2028,9 @@ def run_first(cfg, runtime):
         # the recipe was typed by itself: its folder serves if all of its numbers are these
         was = read_checkpoint(f"{typed}/last.pt").config
         if all(was.get(name) == value for name, value in numbers.items()):
-            return f"{typed}/last.pt"
-    if not (Path(first.out) / "done.json").exists():
-        train(first, runtime)
-    return f"{first.out}/last.pt"
+            first.out = typed
+    done = (Path(first.out) / "done.json").exists()
+    return dataclasses.replace(cfg, init=f"{first.out}/last.pt"), None if done else first
 
 
 # 10. The end of a run ---------------------------------------------------------------------------

@@ -607,6 +607,22 @@ def test_nan_in_the_features_met_while_training(toy_tree, pretrained, tmp_path, 
     )
 
 
+def test_missing_data_are_met_before_the_run_before(toy_tree, tmp_path, monkeypatch):
+    # else hours of pre-training come before the message
+    def run_loop(*_):
+        raise RuntimeError("trained")
+
+    monkeypatch.setattr(train, "run_loop", run_loop)
+    tree = tmp_path / "tree"
+    shutil.copytree(toy_tree, tree, ignore=shutil.ignore_patterns("nlvr*", "pictures", "index"))
+    for task in ("nlvr", "nlvr2"):
+        done = run(tmp_path, f"--task {task}", "--data", tree, *QUICK, expect=1)
+        assert f"{tree}/" in done.stderr and task in done.stderr, done.stderr
+        assert "trained" not in done.stderr and not list((tmp_path / "out").glob("toy-pretrain*"))
+    done = run(tmp_path, "--loss none", "--data", toy_tree, *QUICK, expect=1)
+    assert "trained" in done.stderr and list((tmp_path / "out").glob("toy-short*/"))
+
+
 def test_out_of_another_configuration_is_refused_and_kept(toy_tree, pretrained, tmp_path):
     args = toy_run(toy_tree, pretrained, "--steps", 2, "--out", "run")
     run(tmp_path, *args)
