@@ -963,7 +963,7 @@ class PatchStore(RegionStore):
         at = self.detector[1](names) if self.detector else np.full(len(names), -1)
         if column == "cls_prob" and (at < 0).any():
             found = f"{self.args[0]}/regions: no classes of {self.args[1]}'s {names[at.argmin()]}"
-            raise DataError(found, "for mrc, mrckl a detector's of all, its vocabulary in vg")
+            raise DataError(found, f"all, of the {sum(self.names[:1])} in vg/objects_vocab.txt")
         if column == "attr_id" or not self.detector:
             return np.full(mask.sum(), -1)
         store, known, at = self.detector[0], (at >= 0)[:, None, None], at.clip(0)

@@ -1752,19 +1752,19 @@ def all_reduce_gradients(runtime, model):
 
 @torch.inference_mode()
 def validate(cfg, runtime, model, streams, samples=300):
-    """Accuracy in percent of each task, over the first batches that hold so many samples"""
+    """Accuracy in percent of each task, over so many samples; of batches without any, so many"""
     accuracy = {}
     model.eval()
     for name, stream in streams.items():
         right, n, k = 0.0, 0, 0
-        while n < samples:
+        while max(n, k) < samples:
             batch = prepare_batch(cfg, runtime, stream[k])
             # multitask pre-training validates GQA's questions too
             task = name if name in TASKS else cfg.task
             with runtime.autocast():
                 hits = OBJECTIVES[batch["task"]][1](cfg, model, batch | {"of": task})
             right, n, k = right + hits.float().sum(), n + len(hits), k + 1
-        accuracy[f"val/{name}"] = 100 * right.item() / n
+        accuracy[f"val/{name}"] = 100 * right.item() / max(n, 1)
     model.train()
     return accuracy
 
@@ -1783,7 +1783,7 @@ def hits_classes(cfg, model, batch):
     places = {k: batch[k] for k in ("masked_regions", "hidden_regions") if k in batch}
     out = model(**batch["input"], **places, heads=("classes",))
     found, probs = out.region_logits[:, 1:], batch["region_probs"][:, 1:]
-    return (found.argmax(-1) == probs.argmax(-1))[probs.any(-1)]
+    return (found.argmax(-1) == probs.argmax(-1))[probs.any(-1) | ("hidden_regions" not in batch)]
 
 
 def hits_features(cfg, model, batch):

@@ -98,13 +98,12 @@ def checkpoint_of(name, seed, threads, results):
     return f"{folder}/last.pt"
 
 
-def benchmarks(seed, threads, results, encoders):
-    """Every benchmark of the toy tree, of the runs that the table of losses is about"""
-    for arm in (arm for encoder in encoders for arm in CLAIMS["losses"][encoder]):
-        if str(seed) not in results.get("losses", {}).get(arm, {}):
-            how = "--ckpt", checkpoint_of(arm, seed, threads, results), "--data", world(seed)
-            numbers = numbers_of("evaluate.py", "--task", "choices", *how, threads=threads)
-            keep(results, "losses", arm, str(seed), numbers=numbers)
+def benchmarks(arm, seed, threads, results):
+    """Every benchmark of the toy tree, of a run of the table of losses"""
+    if str(seed) not in results.get("losses", {}).get(arm, {}):
+        how = "--ckpt", checkpoint_of(arm, seed, threads, results), "--data", world(seed)
+        numbers = numbers_of("evaluate.py", "--task", "choices", *how, threads=threads)
+        keep(results, "losses", arm, str(seed), numbers=numbers)
 
 
 # the one number of each benchmark that its papers compare
@@ -489,19 +488,18 @@ def main(argv=None):
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     threads = max(1, os.cpu_count() // args.jobs)
 
-    def one(seed):
-        for arm in (arm for name in args.tables for arm in TABLES[name].rows):
-            run_arm(arm, seed, threads, results)
-        if args.losses is not None:
-            benchmarks(seed, threads, results, args.losses or CLAIMS["losses"])
-
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, args.seeds))
+        # arm by arm: a row of a table is whole before the next is begun
+        def each(run, arms, seeds):
+            for arm in arms:
+                list(pool.map(lambda seed: run(arm, seed, threads, results), seeds))
+
+        each(run_arm, (arm for name in args.tables for arm in TABLES[name].rows), args.seeds)
+        encoders = [] if args.losses is None else args.losses or CLAIMS["losses"]
+        each(benchmarks, (arm for name in encoders for arm in CLAIMS["losses"][name]), args.seeds)
         for claim in CLAIMS["claims"] if args.claims is not None else ():
             if not args.claims or any(word in claim["claim"] for word in args.claims):
-                arms = {term[1]: None for term in claim["terms"] if len(term) > 1}
-                run_all = lambda seed: [run_arm(arm, seed, threads, results) for arm in arms]
-                list(pool.map(run_all, claim["seeds"]))
+                each(run_arm, [term[1] for term in claim["terms"] if len(term) > 1], claim["seeds"])
     fill(
         claims=claims_table(results),
         arms=arms_table(results),

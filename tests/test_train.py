@@ -623,6 +623,19 @@ def test_missing_data_are_met_before_the_run_before(toy_tree, tmp_path, monkeypa
     assert "trained" in done.stderr and list((tmp_path / "out").glob("toy-short*/"))
 
 
+def test_validation_ends_where_nothing_counts(monkeypatch):
+    # patches in which the detector shows nothing
+    hits = {"mlm": torch.tensor([True, False] * 5), "itm": torch.zeros(0, dtype=torch.bool)}
+    for task in hits:
+        monkeypatch.setitem(train.OBJECTIVES, task, (None, lambda *_, task=task: hits[task]))
+    streams = {task: [{"task": task}] * 20 for task in hits}
+    monkeypatch.setattr(train, "prepare_batch", lambda cfg, runtime, batch: batch)
+    runtime = SimpleNamespace(autocast=contextlib.nullcontext)
+    model = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    found = train.validate(SimpleNamespace(task="pretrain"), runtime, model, streams, samples=20)
+    assert found == {"val/mlm": 50, "val/itm": 0}
+
+
 def test_out_of_another_configuration_is_refused_and_kept(toy_tree, pretrained, tmp_path):
     args = toy_run(toy_tree, pretrained, "--steps", 2, "--out", "run")
     run(tmp_path, *args)
