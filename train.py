@@ -649,7 +649,7 @@ def load_streams(cfg, runtime, run):
     # any number of processes trains on the same batches
     parts = 1 if cfg.is_albef else -(-cfg.gpus // runtime.world_size)
     share = {"rank": runtime.rank, "world_size": runtime.world_size, "parts": parts}
-    load = multitask_streams if cfg.is_multitask else STREAMS.get(cfg.task, task_streams)
+    load = STREAMS.get(cfg.task, task_streams) if not cfg.is_multitask else multitask_streams
     return load(cfg, runtime, run, share)
 
 
