@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "tests/results.json", ROOT / "README.md"
 LOCK = threading.Lock()
+# of each run
+RUNNING = defaultdict(threading.Lock)
 CLAIMS = json.loads((ROOT / "tests/claims.json").read_text())
 FIRST_ABOVE = "winoground/updates to 50"
 # Student's t: what 97.5 % lie below, for 1 to 19 degrees of freedom
@@ -48,7 +51,8 @@ def run(*command, **env):
 def world(seed):
     """The seed's toy tree, made where it is missing or of an older version"""
     data = f"data/toy-seed{seed}"
-    run("tests/toy.py", "--if-needed", "--out", data, "--seed", str(seed))
+    with RUNNING["world", seed]:
+        run("tests/toy.py", "--if-needed", "--out", data, "--seed", str(seed))
     return data
 
 
@@ -71,37 +75,33 @@ def keep(results, *place, numbers):
     print(*place, numbers, flush=True)
 
 
-def run_arm(name, seed, threads, results):
+def run_arm(name, seed, threads, results, checkpoint=False):
     """One run of an arm of tests/claims.json, after those whose checkpoints it begins from, unless
-    its numbers are there; returns its folder.
+    its numbers are there, and its checkpoint if that is wanted; returns its folder.
     """
     out = f"out/claims/{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
-    if str(seed) in results.get("claims", {}).get(name, {}):
-        return out
-    command = CLAIMS["arms"][name]
-    for other in re.findall(r"{(.*?)}", command):
-        command = command.replace(f"{{{other}}}", checkpoint_of(other, seed, threads, results))
-    how = ["--data", world(seed), "--seed", seed, "--resume", "--out", out]
-    numbers = numbers_of("train.py", *command.split(), *how, threads=threads)
-    log = [json.loads(line) for line in (ROOT / out / "log.jsonl").read_text().splitlines()]
-    keep(results, "claims", name, str(seed), numbers=numbers | curve_numbers(log))
+    # several arms may begin from the same run
+    with RUNNING[name, seed]:
+        known = str(seed) in results.get("claims", {}).get(name, {})
+        # numbers come with the results file, checkpoints do not
+        if known and (not checkpoint or (ROOT / out / "last.pt").exists()):
+            return out
+        command = CLAIMS["arms"][name]
+        for other in re.findall(r"{(.*?)}", command):
+            start = run_arm(other, seed, threads, results, checkpoint=True)
+            command = command.replace(f"{{{other}}}", f"{start}/last.pt")
+        how = ["--data", world(seed), "--seed", seed, "--resume", "--out", out]
+        numbers = numbers_of("train.py", *command.split(), *how, threads=threads)
+        log = [json.loads(line) for line in (ROOT / out / "log.jsonl").read_text().splitlines()]
+        keep(results, "claims", name, str(seed), numbers=numbers | curve_numbers(log))
     return out
-
-
-def checkpoint_of(name, seed, threads, results):
-    """The checkpoint of an arm's run, which is made where it is missing"""
-    folder = run_arm(name, seed, threads, results)
-    if not (ROOT / folder / "last.pt").exists():
-        # its numbers came with the results file, its checkpoint did not
-        results["claims"][name].pop(str(seed))
-        run_arm(name, seed, threads, results)
-    return f"{folder}/last.pt"
 
 
 def benchmarks(arm, seed, threads, results):
     """Every benchmark of the toy tree, of a run of the table of losses"""
     if str(seed) not in results.get("losses", {}).get(arm, {}):
-        how = "--ckpt", checkpoint_of(arm, seed, threads, results), "--data", world(seed)
+        folder = run_arm(arm, seed, threads, results, checkpoint=True)
+        how = "--ckpt", f"{folder}/last.pt", "--data", world(seed)
         numbers = numbers_of("evaluate.py", "--task", "choices", *how, threads=threads)
         keep(results, "losses", arm, str(seed), numbers=numbers)
 
@@ -489,10 +489,10 @@ def main(argv=None):
     threads = max(1, os.cpu_count() // args.jobs)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        # arm by arm: a row of a table is whole before the next is begun
+        # arm by arm, so that rows are whole one after the other
         def each(run, arms, seeds):
-            for arm in arms:
-                list(pool.map(lambda seed: run(arm, seed, threads, results), seeds))
+            work = [(arm, seed) for arm in arms for seed in seeds]
+            list(pool.map(lambda job: run(*job, threads, results), work))
 
         each(run_arm, (arm for name in args.tables for arm in TABLES[name].rows), args.seeds)
         encoders = [] if args.losses is None else args.losses or CLAIMS["losses"]
