@@ -348,12 +348,13 @@ def make_config(recipe, **changes):
 
 
 COUNTS = "steps batch_tokens gpus accumulate queue negatives mine_pool save_every log_every"
+AMOUNTS = "seed batch_size warmup clip mine_every candidates resolution weight_decay align_weight"
 RANGES = {
-    "at least 1": (1, math.inf, COUNTS + " eval_every"),
-    "0 or more": (0, math.inf, "seed batch_size warmup clip mine_every candidates"),
-    "more than 0": (1e-300, math.inf, "lr head_lr"),
-    "0 to 1": (0, 1, "mask_rate answers_start"),
-    "0 to below 1": (0, 1 - 1e-9, "dropout"),
+    "at least 1": (1, math.inf, COUNTS + " eval_every patch max_words"),
+    "0 or more": (0, math.inf, AMOUNTS + " wra_weight distill_weight margin"),
+    "more than 0": (1e-300, math.inf, "lr head_lr eps"),
+    "0 to 1": (0, 1, "mask_rate answers_start momentum min_box_area"),
+    "0 to below 1": (0, 1 - 1e-9, "dropout beta2"),
 }
 
 
@@ -362,8 +363,7 @@ def check_numbers(cfg):
     for wanted, (low, high, names) in RANGES.items():
         for name in names.split():
             if not low <= getattr(cfg, name) <= high:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} {getattr(cfg, name)}: wanted {wanted}")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted {wanted}")
     if cfg.candidates and cfg.mine_every:
         both = "--candidates and --mine-every are two ways to find hard negatives"
         raise UserError(f"{both}: choose one, set the other to 0")

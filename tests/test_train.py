@@ -541,6 +541,10 @@ def test_recipe_then_typed_settings():
         (["--seed", "-1"], "--seed -1: wanted 0 or more"),
         (["--dropout", "1"], "--dropout 1.0: wanted"),
         (["--lr", "nan"], "--lr nan: wanted"),
+        (["--beta2", "1"], "--beta2 1.0: wanted 0 to below 1"),
+        (["--eps", "-1"], "--eps -1.0: wanted more than 0"),
+        (["--max-words", "-3"], "--max-words -3: wanted at least 1"),
+        (["--align-weight", "nan"], "--align-weight nan: wanted 0 or more"),
     ],
 )
 def test_wrong_settings_are_answered(argv, match):
