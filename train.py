@@ -1477,12 +1477,8 @@ def mine_negatives(cfg, runtime, model, index, step):
         how = {"batch_tokens": max(cfg.batch_tokens, 8192), "autocast": runtime.autocast}
         pairs = captions[own].ravel(), images[own].ravel()
         scores = evaluate.score_pairs(model, index, *pairs, **how, progress="mining")
-        shares = [scores.reshape(len(own), -1)]
-        if runtime.world_size > 1:
-            shares = [None] * runtime.world_size
-            dist.all_gather_object(shares, scores.reshape(len(own), -1))
         whole = np.empty(captions.shape, np.float32)
-        for rank, part in enumerate(shares):
+        for rank, part in enumerate(gathered(scores.reshape(len(own), -1))):
             whole[rank :: runtime.world_size] = part
         if runtime.is_main:
             with open(f"{path}.tmp", "wb") as file:
