@@ -325,7 +325,8 @@ def test_the_scripts_of_the_tables_run(quick, script, argv, monkeypatch):
         return json.loads(run(*command).strip().splitlines()[-1]) | {"minutes": 0.1}
 
     # one at a time: all of them change this process's folder
-    monkeypatch.setattr(tasks, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
+    for module in (seeds, tasks):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
     once = [claim | {"seeds": [0]} for claim in seeds.CLAIMS["claims"]]
     few = {"uniter": ["none", "eqsim"], "lxmert": ["none, lxmert", "hard-rank, lxmert"]}
     monkeypatch.setattr(seeds, "CLAIMS", seeds.CLAIMS | {"claims": once, "losses": few})
