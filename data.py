@@ -963,7 +963,8 @@ class PatchStore(RegionStore):
         at = self.detector[1](names) if self.detector else np.full(len(names), -1)
         if column == "cls_prob" and (at < 0).any():
             found = f"{self.args[0]}/regions: no classes of {self.args[1]}'s {names[at.argmin()]}"
-            raise DataError(found, f"all, of the {sum(self.names[:1])} in vg/objects_vocab.txt")
+            names = f"the {sum(self.names[:1])} names in {self.args[0]}/vg/objects_vocab.txt"
+            raise DataError(found, f"for mrc, mrckl: probabilities of {names}, for each picture")
         if column == "attr_id" or not self.detector:
             return np.full(mask.sum(), -1)
         store, known, at = self.detector[0], (at >= 0)[:, None, None], at.clip(0)
@@ -2764,7 +2765,7 @@ def collate_pairs(batches, rng, k, share, rows, images, match):
         if task in ("mrc", "mrckl"):
             probs = torch.from_numpy(index.store.read_at(images, masked, "cls_prob"))
             if pictures and task == "mrc":
-                # one class a patch: no attributes, and nothing of a patch that shows none
+                # the target is one class: no attributes, and no patches without a class
                 probs[:, index.store.detector[0].classes :] = 0
                 shown = probs[:, 1:].any(-1)
                 places, probs = places[shown], probs[shown]

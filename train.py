@@ -1748,11 +1748,12 @@ def all_reduce_gradients(runtime, model):
 
 @torch.inference_mode()
 def validate(cfg, runtime, model, streams, samples=300):
-    """Accuracy in percent of each task, over so many samples; of batches without any, so many"""
+    """Accuracy in percent of each task over so many predictions, of at most so many batches"""
     accuracy = {}
     model.eval()
     for name, stream in streams.items():
         right, n, k = 0.0, 0, 0
+        # of patches in which a detector sees nothing there is no prediction to count
         while max(n, k) < samples:
             batch = prepare_batch(cfg, runtime, stream[k])
             # multitask pre-training validates GQA's questions too
@@ -1882,7 +1883,7 @@ def prepare_out(cfg, runtime):
 
 def train(cfg, runtime):
     """One run from start (or checkpoint) to end; returns its final numbers."""
-    cfg, first = before(cfg)
+    cfg, first = first_run(cfg)
     precision = "fp32" if runtime.autocast is contextlib.nullcontext else "bf16"
     runtime.print_rank0(
         f"{cfg.recipe}: {cfg.task}, loss {cfg.loss}, seed {cfg.seed}, "
@@ -1896,7 +1897,7 @@ def train(cfg, runtime):
     run = Run(None, tokenizer, settings, {}, vision_of(settings), runtime.autocast)
     streams = load_streams(cfg, runtime, run)
     if first:
-        # only now: what this run's own data lack has been said
+        # only now: if this run's own data were missing, the error came before hours of training
         train(first, runtime)
     model = build_model(cfg, runtime, tokenizer, streams)
     optimizer, start = build_optimizer(cfg, model), 0
@@ -2005,8 +2006,10 @@ class Log:
         return self.note(record)
 
 
-def before(cfg):
-    """(cfg with a checkpoint in place of --init's recipe, the run that is to make it or None)"""
+def first_run(cfg):
+    """(cfg with a checkpoint in place of --init's recipe, settings of the run that makes it); None
+    instead of these where --init names no recipe, or that run is finished.
+    """
     if cfg.init not in RECIPES:
         return cfg, None
     # data, seed, size and machine are this run's, all else is that recipe's

@@ -83,8 +83,8 @@ def run_arm(name, seed, threads, results, checkpoint=False):
     # several arms may begin from the same run
     with RUNNING[name, seed]:
         known = str(seed) in results.get("claims", {}).get(name, {})
-        # numbers come with the results file, checkpoints do not
-        if known and (not checkpoint or (ROOT / out / "last.pt").exists()):
+        # numbers come with the results file, checkpoints do not; last.pt alone may be of half a run
+        if known and (not checkpoint or (ROOT / out / "done.json").exists()):
             return out
         command = CLAIMS["arms"][name]
         for other in re.findall(r"{(.*?)}", command):
