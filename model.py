@@ -231,7 +231,7 @@ class PatchStem(nn.Module):
         strides += [patch] if patch > 1 else []
         channels, layers = 3, []
         for i, stride in enumerate(strides):
-            out = max(24, width >> (len(strides) - 1 - i))
+            out = max(16, width >> (len(strides) - 1 - i))
             layers.append(nn.Conv2d(channels, out, max(3, stride), stride, int(stride <= 3)))
             layers += [nn.GroupNorm(8, out), nn.GELU()]
             channels = out
@@ -1474,6 +1474,10 @@ TIED = {
 }
 
 
+# what a model of patches leaves at its start where a file is of a detector's regions
+OF_FEATURES = "region_embedding.mask", "feature_bias", "feature_out.", "classifier."
+
+
 class LoadReport(NamedTuple):
     """What load_pretrained did: names of our parameters loaded or missing, names in the file
     renamed, tied or unused.
@@ -1621,7 +1625,8 @@ def load_pretrained(model, path, new_words=0):
     Names are translated (RENAMES), numbers cast to the model's type, and the ranking head started
     from the matching head where the file has none. A tensor of another shape is an error, so a
     wrong size or vocabulary cannot pass unnoticed; but the type table and, by `new_words` rows, the
-    word table may grow, and a downstream head of another task stays at its start.
+    word table may grow, and a downstream head of another task stays at its start. So does what a
+    model of patches sees by, if the file is of regions.
     """
     # state_dict() shares memory with the parameters: copying into it fills the model
     own, report, wrong = model.state_dict(), LoadReport([], [], [], [], []), []
@@ -1630,7 +1635,7 @@ def load_pretrained(model, path, new_words=0):
             report.tied.append(name)
             continue
         ours = translate_name(name, model)
-        tensor = fit_tensor(ours, tensor, own[ours], new_words) if ours in own else None
+        tensor = fit_tensor(ours, tensor, own, new_words) if ours in own else None
         if tensor is None:
             report.unused.append(name)
         elif tensor.shape != own[ours].shape:
@@ -1664,8 +1669,13 @@ def load_pretrained(model, path, new_words=0):
 
 def fit_tensor(name, tensor, own, new_words):
     """A file's tensor as the model's parameter of this name wants it; None for a head of another
-    task or queues of another length, which stay at their start.
+    task, queues of another length or other region features, which stay at their start.
     """
+    has_patches, own = "region_embedding.feature.weight" not in own, own[name]
+    of_another = name.startswith(("task_head.", "image_queue", "text_queue"))
+    of_another |= has_patches and name.startswith(OF_FEATURES)
+    if of_another and tensor.shape != own.shape:
+        return None
     if name == "region_embedding.mask" and tensor.dim() == 2:
         return tensor[1]  # row 0 stands for "not masked" and is always zero
     if tensor.numel() == own.numel() == 1:
@@ -1680,5 +1690,4 @@ def fit_tensor(name, tensor, own, new_words):
         return torch.cat([tensor, own[-more:].to(tensor.dtype)])
     if name.endswith("vision.position"):
         return resize_position(tensor.float(), own.shape[1] - 1)
-    of_another = name.startswith(("task_head.", "image_queue", "text_queue"))
-    return None if of_another and tensor.shape != own.shape else tensor
+    return tensor

@@ -125,7 +125,7 @@ COMPARED = (
 
 def label_of(arm):
     """What tells an arm from the others of its table"""
-    command = re.sub(r" --track| --steps \d+| --init {(plain|albef).*?}", "", CLAIMS["arms"][arm])
+    command = re.sub(r" --track| --steps \d+| --init {(plain|albef|patches).*?}", "", CLAIMS["arms"][arm])
     return re.sub(r" --init {(.*?)}", lambda m: f" after {CLAIMS['arms'][m[1]]}", command)
 
 

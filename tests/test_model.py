@@ -256,6 +256,31 @@ def test_bad_checkpoints(tmp_path):
         load_pretrained(model, tmp_path / "h.pt")
 
 
+@pytest.mark.parametrize("kind", ["uniter", "lxmert"])
+def test_patches_begin_from_regions(tmp_path, kind):
+    """All but what sees: the stem, and what stands for a patch or is predicted of it"""
+    sizes = dict(vocab=40, attributes=5)
+    torch.manual_seed(0)
+    regions = parts.build(kind, "toy", features=16, classes=9, **sizes)
+    patches = parts.build(kind, "toy", features=48, classes=12, patch=4, **sizes)
+    start = {name: tensor.clone() for name, tensor in patches.state_dict().items()}
+    torch.save(regions.state_dict(), tmp_path / "regions.pt")
+    report = load_pretrained(patches, tmp_path / "regions.pt")
+    sees = "region_embedding.feature.", *parts.OF_FEATURES
+    for name, tensor in patches.state_dict().items():
+        of_regions = regions.state_dict().get(name)
+        wanted = start[name] if name.startswith(sees) else of_regions
+        assert torch.equal(tensor, wanted), name
+        assert (name in report.missing) == name.startswith(sees)
+    # but a detector's features of another width are an error, and so is the way back
+    torch.save(start, tmp_path / "patches.pt")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_pretrained(regions, tmp_path / "patches.pt")
+    wider = parts.build(kind, "toy", features=20, classes=9, **sizes)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_pretrained(wider, tmp_path / "regions.pt")
+
+
 def test_truncated_safetensors(tmp_path):
     write_safetensors(as_bert(tiny(), False), tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()

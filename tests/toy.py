@@ -629,41 +629,41 @@ def nlvr_things(record):
 
 def make_nlvr_store(data):
     """NLVR's structured representations as regions that the toy world's detector might see:
-    DATA/nlvr -> DATA/regions/nlvr, each sentence's boxes in all six orders. And captions in its
-    words to pre-train on, unless DATA/own holds others: make_boxes.
+    DATA/nlvr -> DATA/regions/nlvr, each sentence's boxes in all six orders; and of sentences of the
+    same kind that are drawn here, to learn from first: draw_nlvr.
     """
     looks, data = appearance(), Path(data)
     meta = {"source": "NLVR's structured_rep", "features": looks.shape[-1]}
     meta["classes"] = len(CLASSES)
+    if not (data / "nlvr/drawn").exists():
+        draw_nlvr(data)
     writer = StoreWriter(data / "regions" / "nlvr", ["features", "boxes"], meta, every=10**9)
-    splits = [split for split in ("dev", "test") if (data / "nlvr" / split).exists()]
+    splits = [split for split in ("dev", "test", "drawn") if (data / "nlvr" / split).exists()]
     for split in splits:
-        records = list(nlvr_presentations(data, split, Counter(), orders=1))
+        records = nlvr_presentations(data, split, Counter())
         for r in tqdm(records, desc=f"regions of NLVR {split}", disable=None, leave=False):
-            for k, order in enumerate(permutations(r.note)):
-                try:
-                    places, boxes = zip(*nlvr_things(order))
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise DataError(
-                        f"NLVR {r.id}: an item of structured_rep lacks or has an unknown {error}"
-                    ) from None
-                features, boxes = looks[tuple(zip(*places))], np.array(boxes, np.float32)
-                writer.add(f"{r.id[:-2]}-{k}", (400, 100), features=features, boxes=boxes)
+            order = list(permutations(r.note))[int(r.id.rsplit("-", 1)[1])]
+            try:
+                places, boxes = zip(*nlvr_things(order))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise DataError(
+                    f"NLVR {r.id}: an item of structured_rep lacks or has an unknown {error}"
+                ) from None
+            features, boxes = looks[tuple(zip(*places))], np.array(boxes, np.float32)
+            writer.add(r.id, (400, 100), features=features, boxes=boxes)
     writer.commit()
-    if not (data / "own").exists():
-        make_boxes(data)
 
 
-# What NLVR's sentences speak of, as captions to pre-train on: towers, counts, walls, negation.
+# What NLVR's sentences speak of: towers, counts, walls, negation.
 NUMBERS = "no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 BLOCKS = tuple(NLVR_COLOURS)
 
 
-def draw_boxes(rng):
+def draw_boxes(rng, towers):
     """Three grey boxes as NLVR's structured_rep has them: a tower of squares in each, or items
     scattered, some of them at a wall.
     """
-    if rng.random() < 0.5:
+    if towers:
         return [
             [
                 {"type": "square", "color": str(rng.choice(BLOCKS)), "size": 20}
@@ -755,6 +755,14 @@ def box_sentence(rng, towers):
                 f"{said} of the three towers has a {word} {place}",
                 lambda s: right(sum(map(is_at, s))),
             ),
+            (
+                f"there {are} {said} {word} {plural('block')} as the {place} of a tower",
+                lambda s: right(sum(map(is_at, s))),
+            ),
+            (
+                f"the tower with {NUMBERS[n]} block{'s' * (n > 1)} has a {word} {place}",
+                lambda s: any(is_at(b) for b in s if len(b) == n),
+            ),
             (f"there is a {word} tower", lambda s: any(len(of(b, colour)) == len(b) for b in s)),
             (f"there is no {word} block at the {place}", lambda s: not any(map(is_at, s))),
         ]
@@ -824,33 +832,30 @@ def box_sentence(rng, towers):
     return text[0].upper() + text[1:] + ".", test
 
 
-def make_boxes(data, scenes=1500, each=6):
-    """DATA/own and DATA/regions/own: three boxes and captions in the words of NLVR, true
-    of their own and of few others.
+def draw_nlvr(data, sentences=4000):
+    """DATA/nlvr/drawn/drawn.json, as NLVR's own files: sentences, each with boxes of which it is
+    true and others of which it is not, and of the same kind, in one order.
     """
-    looks, rng, data = appearance(), np.random.default_rng(1), Path(data)
-    meta = {"source": "ShapesWorld's boxes", "features": looks.shape[-1], "classes": len(CLASSES)}
-    writer = StoreWriter(data / "regions" / "own", ["features", "boxes"], meta, every=10**9)
-    worlds = [draw_boxes(rng) for _ in range(scenes)]
-    is_tower = [all(i["x_loc"] == 40 and i["size"] == 20 for b in w for i in b) for w in worlds]
-    bank = {kind: [w for w, k in zip(worlds, is_tower) if k == kind][:16] for kind in (True, False)}
-    images, annotations = [], []
-    for n, (boxes, towers) in enumerate(zip(tqdm(worlds, desc="boxes", leave=False), is_tower)):
-        name = f"boxes_{n:06d}"
-        places, corners = zip(*nlvr_things(boxes))
-        features = looks[tuple(zip(*places))]
-        writer.add(name, (400, 100), features=features, boxes=np.array(corners, np.float32))
-        images.append({"id": n, "file_name": f"{name}.png", "width": 400, "height": 100})
-        said = set()
-        while len(said) < each:
-            text, test = box_sentence(rng, towers)
-            if text not in said and test(boxes) and sum(map(test, bank[towers])) <= 6:
-                said.add(text)
-                number = len(annotations)
-                annotations.append({"id": number, "image_id": n, "caption": text})
-    writer.commit()
-    record = {"info": {"description": "ShapesWorld's boxes"}, "licenses": [], "images": images}
-    dump(data / "own" / "captions.json", record | {"annotations": annotations})
+    rng, records = np.random.default_rng(1), []
+    bar = tqdm(total=sentences, desc="sentences about boxes", disable=None, leave=False)
+    while len(records) < 2 * sentences:
+        # as often as in NLVR
+        towers = rng.random() < 0.7
+        (text, test), worlds = box_sentence(rng, towers), {}
+        for _ in range(50):
+            boxes = draw_boxes(rng, towers)
+            worlds.setdefault(bool(test(boxes)), boxes)
+            if len(worlds) == 2:
+                break
+        # some sentences are true or false of nearly everything
+        for label, boxes in worlds.items() if len(worlds) == 2 else ():
+            record = {"identifier": f"{len(records)}-0", "sentence": text, "orders": 1}
+            label = str(label).lower()
+            records.append(record | {"label": label, "structured_rep": boxes})
+        bar.n = len(records) // 2
+        bar.refresh()
+    bar.close()
+    dump(Path(data) / "nlvr/drawn/drawn.json", records, lines=True)
 
 
 def dump(path, record, lines=False):
