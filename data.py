@@ -2613,9 +2613,7 @@ def mismatched_images(rng, images, avoid):
     if len(avoid) > DRAWN_AT_ONCE:
         return draw_in_pieces(lambda part: mismatched_images(rng, images, part), avoid)
     if len(images) < 2:
-        raise DataError(
-            "mismatched pairs need at least two images with captions; this split has one"
-        )
+        raise DataError("mismatched pairs need two images with captions; this split has one")
     here = np.searchsorted(images, avoid).clip(max=len(images) - 1)
     inside = images[here] == avoid
     u = rng.integers(len(images) - inside)

@@ -2627,9 +2627,7 @@ def npz_rows(folder, sizes, skip=0):
         n = 100 if given else int(np.clip((conf > 0.2).sum(), 10, 100))
         name = uniter_image_id(path.stem)
         if given and name not in sizes:
-            found = (
-                f"{path}: annotated boxes are compared with pixels, and {name}'s size is unknown"
-            )
+            found = f"{path}: annotated boxes are compared with pixels; {name}'s size is unknown"
             raise DataError(found, "--images, the folder of the pictures")
         # unknown sizes: the boxes stay in the unit square
         w, h = sizes.get(name, (1, 1))
@@ -2684,9 +2682,7 @@ def pack(sources, out, images=None):
         moved = np.abs(inside - row["boxes"])
         if (inside[:, 2:] < inside[:, :2]).any() or moved.max() > max(w, h):
             box = f"{row['boxes'].tolist()[0]}"
-            raise DataError(
-                f"{where}: a box with x2 < x1 or far outside its {w} x {h} image: {box}"
-            )
+            raise DataError(f"{where}: box with x2 < x1 or far outside its {w} x {h} image: {box}")
         num_clipped += int((moved > 0).any(axis=1).sum())
         writer.add(image_id, (w, h), **row | {"boxes": inside})
         bar.update()

@@ -205,9 +205,7 @@ class TextEmbedding(nn.Module):
     def forward(self, text, text_type=None):
         if text.shape[1] > self.position.num_embeddings:
             most = self.position.num_embeddings
-            raise ValueError(
-                f"a sentence of {text.shape[1]} tokens; this model has {most} positions"
-            )
+            raise ValueError(f"a text of {text.shape[1]} tokens; this model has {most} positions")
         # type 0 without looking it up word by word
         kind = self.token_type.weight[0] if text_type is None else self.token_type(text_type)
         x = self.word(text) + self.position.weight[: text.shape[1]] + kind
@@ -1316,9 +1314,7 @@ def load_detector(path):
     def shape(name):
         if name not in found:
             have = f"{len(found):,} tensors, the first: {', '.join(list(found)[:2])}"
-            raise CheckpointError(
-                f"{path} is not of this detector: it lacks {name} ({have})\n{wanted}"
-            )
+            raise CheckpointError(f"{path} is not of this detector: no {name} ({have})\n{wanted}")
         return found[name].shape
 
     def count_blocks(place):
@@ -1466,16 +1462,13 @@ MAF_RENAMES = [
     (r"^linear_a\.", "attribute."),
     (r"^linear_f\.", "feature."),
 ]
+ABOUT_FEATURES = "region_embedding.mask", "feature_bias", "feature_out.", "classifier."
 TIED = {
     "cls.predictions.decoder.weight": "text_embedding.word",
     "cls.predictions.decoder.bias": "word_bias",
     # second names of a tensor that we hold once
     "feat_regress.weight": "region_embedding.feature",
 }
-
-
-# what a model of patches leaves at its start where a file is of a detector's regions
-OF_FEATURES = "region_embedding.mask", "feature_bias", "feature_out.", "classifier."
 
 
 class LoadReport(NamedTuple):
@@ -1669,12 +1662,13 @@ def load_pretrained(model, path, new_words=0):
 
 def fit_tensor(name, tensor, own, new_words):
     """A file's tensor as the model's parameter of this name wants it; None for a head of another
-    task, queues of another length or other region features, which stay at their start.
+    task, queues of another length or, in a model of patches, what is about a detector's features.
     """
-    has_patches, own = "region_embedding.feature.weight" not in own, own[name]
-    of_another = name.startswith(("task_head.", "image_queue", "text_queue"))
-    of_another |= has_patches and name.startswith(OF_FEATURES)
-    if of_another and tensor.shape != own.shape:
+    may_stay = ["task_head.", "image_queue", "text_queue"]
+    if "region_embedding.feature.weight" not in own:
+        may_stay += ABOUT_FEATURES
+    own = own[name]
+    if tensor.shape != own.shape and name.startswith(tuple(may_stay)):
         return None
     if name == "region_embedding.mask" and tensor.dim() == 2:
         return tensor[1]  # row 0 stands for "not masked" and is always zero

@@ -434,9 +434,7 @@ def check_model(cfg):
     for part in cfg.augment.split("+"):
         known(part, ["", "none", "flip", "jitter", "grey"], "--augment")
     if cfg.is_albef and cfg.batch_size * cfg.gpus < 2:
-        raise UserError(
-            f"--batch-size {cfg.batch_size}: with a single pair there is no negative", "at least 2"
-        )
+        raise UserError(f"--batch-size {cfg.batch_size}: one pair has no negative", "at least 2")
     if cfg.compile and (cfg.is_albef or "heat" in given_to(cfg)):
         raise UserError("--compile: heat maps need second derivatives, which compiled code lacks")
     # of two streams the cross layers
@@ -2014,7 +2012,7 @@ def first_run(cfg):
         return cfg, None
     # data, seed, size and machine are this run's, all else is that recipe's
     shared = "data regions seed size precision compile workers".split()
-    # but pre-training on patches may begin from regions
+    # but training on patches may begin from regions
     if not cfg.is_pretraining or "vision" in RECIPES[cfg.init]:
         shared += ["vision", "resolution", "patch"]
     changes = {name: getattr(cfg, name) for name in shared} | {"resume": True}
@@ -2117,7 +2115,7 @@ def main(argv=None):
         numbers = train(cfg, runtime)
         runtime.print_rank0(json.dumps({k: round(v, 2) for k, v in numbers.items()}))
     except NonFinite as error:
-        # only the process that met it knows its samples
+        # only the process that met it knows its data
         sys.exit(f"train.py: error: {error}")
     except (DataError, CheckpointError, OSError) as error:
         # a loader process wraps its error into a stack trace
@@ -2198,8 +2196,10 @@ RECIPES = {
     | dict(negatives=3, candidates=8, alternate=True, save_every=100, eval_every=50)
     | dict(init="toy-short"),
     # towers, counts, walls, negation: sentences as NLVR's, drawn
-    "toy-boxes": TOY | dict(task="nlvr", split="drawn", steps=4000, warmup=100, lr=5e-4),
-    "toy-nlvr": TOY | dict(task="nlvr", dropout=0.1, steps=1500, warmup=150, lr=2e-4),
+    "toy-boxes": TOY
+    | dict(task="nlvr", split="drawn", init="toy-short", steps=4000, batch_tokens=1024, lr=5e-4),
+    "toy-nlvr": TOY
+    | dict(task="nlvr", init="toy-boxes", dropout=0.1, steps=1500, warmup=150, lr=2e-4),
     "toy-vqa": TOY | dict(task="vqa", steps=1500, head_lr=3.0),
     "toy-vcr": TOY | dict(task="vcr", steps=800, batch_tokens=512, max_words=220),
     "toy-nlvr2": TOY | dict(task="nlvr2", steps=1000),

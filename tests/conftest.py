@@ -234,13 +234,13 @@ def ids_of(store):
 
 
 def write_nlvr(tree):
-    """NLVR v1, small: dev and test of eight sentences, their pictures in all six orders; few
-    captions in its words.
+    """NLVR v1, small: dev and test of eight sentences, their pictures in all six orders; few drawn
+    sentences.
     """
     import toy
     from PIL import Image
 
-    toy.make_boxes(tree, scenes=60)
+    toy.draw_nlvr(tree, sentences=30)
 
     for split in ("dev", "test"):
         (tree / f"nlvr/{split}/images/3").mkdir(parents=True)

@@ -125,7 +125,8 @@ COMPARED = (
 
 def label_of(arm):
     """What tells an arm from the others of its table"""
-    command = re.sub(r" --track| --steps \d+| --init {(plain|albef|patches).*?}", "", CLAIMS["arms"][arm])
+    usual = r" --track| --steps \d+| --init {(plain|albef|patches).*?}"
+    command = re.sub(usual, "", CLAIMS["arms"][arm])
     return re.sub(r" --init {(.*?)}", lambda m: f" after {CLAIMS['arms'][m[1]]}", command)
 
 

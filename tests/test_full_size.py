@@ -378,8 +378,6 @@ def test_two_processes_are_one(toy_tree, tmp_path, recipe):
     # MAF's 1e-8 is below the rounding of its gradients: where one is nearly 0, only its sign counts
     args += ["--eps 1e-6"] if cfg.eps < 1e-6 else []
     args += ["--candidates 6"] if cfg.candidates else []
-    # the tree of NLVR has no COCO
-    args += ["--corpora own"] if recipe == "toy-boxes" else []
     # AMC's mean pools over a process's pairs
     args += ["--loss amc-max"] if cfg.loss == "amc" else []
     option, n = ("--batch-size", 6) if cfg.batch_size else ("--batch-tokens", 256)

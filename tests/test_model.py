@@ -266,7 +266,7 @@ def test_patches_begin_from_regions(tmp_path, kind):
     start = {name: tensor.clone() for name, tensor in patches.state_dict().items()}
     torch.save(regions.state_dict(), tmp_path / "regions.pt")
     report = load_pretrained(patches, tmp_path / "regions.pt")
-    sees = "region_embedding.feature.", *parts.OF_FEATURES
+    sees = "region_embedding.feature.", *parts.ABOUT_FEATURES
     for name, tensor in patches.state_dict().items():
         of_regions = regions.state_dict().get(name)
         wanted = start[name] if name.startswith(sees) else of_regions

@@ -837,7 +837,7 @@ def draw_nlvr(data, sentences=4000):
     true and others of which it is not, and of the same kind, in one order.
     """
     rng, records = np.random.default_rng(1), []
-    bar = tqdm(total=sentences, desc="sentences about boxes", disable=None, leave=False)
+    bar = tqdm(total=2 * sentences, desc="sentences about boxes", disable=None, leave=False)
     while len(records) < 2 * sentences:
         # as often as in NLVR
         towers = rng.random() < 0.7
@@ -852,8 +852,7 @@ def draw_nlvr(data, sentences=4000):
             record = {"identifier": f"{len(records)}-0", "sentence": text, "orders": 1}
             label = str(label).lower()
             records.append(record | {"label": label, "structured_rep": boxes})
-        bar.n = len(records) // 2
-        bar.refresh()
+            bar.update()
     bar.close()
     dump(Path(data) / "nlvr/drawn/drawn.json", records, lines=True)
 
