@@ -2197,9 +2197,11 @@ RECIPES = {
     | dict(init="toy-short"),
     # towers, counts, walls, negation: sentences as NLVR's, drawn
     "toy-boxes": TOY
-    | dict(task="nlvr", split="drawn", init="toy-short", steps=4000, batch_tokens=1024, lr=5e-4),
+    | dict(task="nlvr", split="drawn", init="toy-short", cased=False, steps=5000, lr=5e-4)
+    | dict(batch_tokens=1024),
     "toy-nlvr": TOY
-    | dict(task="nlvr", init="toy-boxes", dropout=0.1, steps=1500, warmup=150, lr=2e-4),
+    | dict(task="nlvr", init="toy-boxes", cased=False, dropout=0.1, steps=1500, warmup=150)
+    | dict(lr=2e-4),
     "toy-vqa": TOY | dict(task="vqa", steps=1500, head_lr=3.0),
     "toy-vcr": TOY | dict(task="vcr", steps=800, batch_tokens=512, max_words=220),
     "toy-nlvr2": TOY | dict(task="nlvr2", steps=1000),

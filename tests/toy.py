@@ -696,143 +696,186 @@ def draw_boxes(rng, towers):
     return boxes
 
 
-def counted(rng, n):
-    """("exactly two", its test of a count): several ways to say a number"""
+def quantified(rng, n, noun):
+    """("there are at least two blocks", "at least two blocks", its test of a count)"""
     said = str(rng.choice([NUMBERS[n], str(n)]))
     ways = [
+        ("a", lambda k: k >= 1),
+        ("no", lambda k: k == 0),
         (said, lambda k: k == n),
         (f"exactly {said}", lambda k: k == n),
         (f"only {said}", lambda k: k == n),
         (f"at least {said}", lambda k: k >= n),
         (f"more than {said}", lambda k: k > n),
-        (f"less than {said}", lambda k: k < n),
     ]
-    return ways[int(rng.choice(6, p=[0.35, 0.25, 0.1, 0.2, 0.05, 0.05]))]
+    words, test = ways[int(rng.choice(7, p=[0.3, 0.1, 0.2, 0.15, 0.05, 0.15, 0.05]))]
+    is_one = words.split()[-1] in ("a", "no", "one", "1")
+    words = f"{words} {noun if is_one else plural(noun)}"
+    return f"there {'is' if is_one else 'are'} {words}", words, test
 
 
-def box_sentence(rng, towers):
-    """A sentence about three boxes, and its test of them"""
-    n, two = int(rng.integers(1, 4)), lambda: (str(c) for c in rng.choice(BLOCKS, 2, replace=False))
-    colour, other = two()
+def plural(noun):
+    return noun + ("es" if noun.endswith("x") else "s")
+
+
+def with_colour(items, colour, kind=None):
+    """Those of this colour and kind; None: of any"""
+    return [i for i in items if colour in (None, i["color"]) and kind in (None, i["type"])]
+
+
+def num_colours(box):
+    return len({item["color"] for item in box})
+
+
+def count(test, xs):
+    return sum(bool(test(x)) for x in xs)
+
+
+def pick(rng, forms):
+    """One of [(how often, text, test)], without how often"""
+    often = np.array([form[0] for form in forms])
+    return forms[int(rng.choice(len(forms), p=often / often.sum()))][1:]
+
+
+def tower_sentence(rng):
+    """A sentence about three towers of blocks, the base first, and its test of them"""
+    n, m = (int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])) for _ in range(2))
+    colour, other = (str(c) for c in rng.choice(BLOCKS, 2))
     word, second = NLVR_COLOURS[colour], NLVR_COLOURS[other]
-    said, right = counted(rng, n)
-    of = lambda items, c=None, kind=None: [
-        i for i in items if c in (None, i["color"]) and kind in (None, i["type"])
-    ]
-    plural = lambda noun: noun if said.endswith(("one", "1")) else f"{noun}s"
-    are = "is" if said.endswith(("one", "1")) else "are"
-    if towers:
-        place, at = (("top", -1), ("base", 0))[int(rng.integers(2))]
-        is_at = lambda b: b[at]["color"] == colour
-        over = str(rng.choice(["over", "above", "on top of"]))
-        adjacent = lambda b: any(
-            (low["color"], high["color"]) == (other, colour) for low, high in zip(b, b[1:])
-        )
-        forms = [
+    tower, block = ("tower", "block") if rng.random() < 0.85 else ("box", "item")
+    place, at = (("top", -1), ("base", 0))[int(rng.integers(2))]
+    a_block = f"a {word} {block} at the {place}"
+    is_at = lambda b: b[at]["color"] == colour
+    a_pair = f"{block} {rng.choice(['over', 'above', 'on'])} a {second} {block}"
+    pairs = lambda b: sum(
+        (low["color"], high["color"]) == (other, colour) for low, high in zip(b, b[1:])
+    )
+    size = int(rng.integers(1, 5))
+    sized = f"{rng.choice([NUMBERS[size], str(size)])} {block if size == 1 else plural(block)}"
+    sized = f"with {rng.choice(['', 'exactly ', 'only '])}{sized}"
+    _, some, some_test = quantified(rng, m, f"{word} {block}")
+    what, holds = pick(
+        rng,
+        [
+            (3, sized, lambda b: len(b) == size),
+            (4, f"with {a_block}", is_at),
+            (3, f"with a {word} {a_pair}", pairs),
+            (3, f"with {some}", lambda b: some_test(len(with_colour(b, colour)))),
             (
-                f"there is a tower with {said} {plural('block')}",
-                lambda s: any(right(len(b)) for b in s),
+                1,
+                f"with only {word} {plural(block)}",
+                lambda b: len(with_colour(b, colour)) == len(b),
             ),
-            (f"there is a tower with a {word} block at the {place}", lambda s: any(map(is_at, s))),
+            (1, f"with {plural(block)} of all three colors", lambda b: num_colours(b) == 3),
+            (1, f"{sized} of the same color", lambda b: len(b) == size and num_colours(b) == 1),
+            (3, f"{sized} and {a_block}", lambda b: len(b) == size and is_at(b)),
+            (2, f"{sized} having {a_block}", lambda b: len(b) == size and is_at(b)),
+        ],
+    )
+    towers, _, right = quantified(rng, n, tower)
+    blocks, _, right_blocks = quantified(rng, n, f"{word} {block}")
+    at_place = f"{blocks} as the {place} of a {tower}"
+    return pick(
+        rng,
+        [
+            (9, f"{towers} {what}", lambda s: right(count(holds, s))),
+            (2, at_place, lambda s: right_blocks(count(is_at, s))),
             (
-                f"there {are} {said} {plural('tower')} with a {word} block at the {place}",
-                lambda s: right(sum(map(is_at, s))),
+                1,
+                f"{at_place} {sized}",
+                lambda s: right_blocks(count(lambda b: len(b) == size and is_at(b), s)),
             ),
+            (2, blocks, lambda s: right_blocks(sum(len(with_colour(b, colour)) for b in s))),
             (
-                f"there is a tower with {said} {word} {plural('block')}",
-                lambda s: any(right(len(of(b, colour))) for b in s),
-            ),
-            (
-                f"there is a {word} block as the {place} of a tower with {said} {plural('block')}",
-                lambda s: any(is_at(b) and right(len(b)) for b in s),
-            ),
-            (f"there is a {word} block {over} a {second} block", lambda s: any(map(adjacent, s))),
-            (
-                f"there {are} {said} {word} {plural('block')}",
-                lambda s: right(sum(len(of(b, colour)) for b in s)),
-            ),
-            (
-                f"{said} of the three towers has a {word} {place}",
-                lambda s: right(sum(map(is_at, s))),
-            ),
-            (
-                f"there {are} {said} {word} {plural('block')} as the {place} of a tower",
-                lambda s: right(sum(map(is_at, s))),
-            ),
-            (
-                f"the tower with {NUMBERS[n]} block{'s' * (n > 1)} has a {word} {place}",
-                lambda s: any(is_at(b) for b in s if len(b) == n),
-            ),
-            (f"there is a {word} tower", lambda s: any(len(of(b, colour)) == len(b) for b in s)),
-            (f"there is no {word} block at the {place}", lambda s: not any(map(is_at, s))),
-        ]
-    else:
-        kind = str(rng.choice([*SHAPES[:3], ""])) or None
-        hue = colour if rng.random() < 0.8 or not kind else None
-        noun = kind or str(rng.choice(["item", "object"]))
-        thing = f"{word} {noun}" if hue else noun
-        wall, sides = [
-            (str(rng.choice(["edge", "wall"])), "lrtb"),
-            (str(rng.choice(["base", "bottom"])), "b"),
-            ("top", "t"),
-            ("side", "lr"),
-        ][int(rng.choice(4, p=[0.5, 0.25, 0.15, 0.1]))]
-        touches = lambda i: any(
-            {
-                "l": i["x_loc"] <= 0,
-                "r": i["x_loc"] + i["size"] >= 100,
-                "t": i["y_loc"] <= 0,
-                "b": i["y_loc"] + i["size"] >= 100,
-            }[side]
-            for side in sides
-        )
-        every = lambda s: [i for b in s for i in of(b, hue, kind)]
-        forms = [
-            (
-                f"there is a box with {said} {plural(thing)}",
-                lambda s: any(right(len(of(b, hue, kind))) for b in s),
-            ),
-            (f"there {are} {said} {plural(thing)}", lambda s: right(len(every(s)))),
-            (
-                f"there {are} {said} {plural(thing)} touching the {wall}",
-                lambda s: right(sum(map(touches, every(s)))),
+                2,
+                blocks.removesuffix(block).removesuffix(plural(block)) + a_pair,
+                lambda s: right_blocks(sum(map(pairs, s))),
             ),
             (
-                f"there is a {thing} touching the {wall}",
-                lambda s: any(map(touches, every(s))),
+                1,
+                f"the {tower} {sized} has {a_block}",
+                lambda s: any(len(b) == size and is_at(b) for b in s),
             ),
             (
-                f"there {are} {said} {plural(thing)} not touching any {wall}",
-                lambda s: right(sum(not touches(i) for i in every(s))),
+                1,
+                f"{blocks} touching the wall",
+                lambda s: right_blocks(count(lambda b: b[0]["color"] == colour, s)),
             ),
-            (
-                f"there is a box with {said} {word} {plural('item')} and a {second} {noun}",
-                lambda s: any(right(len(of(b, colour))) and of(b, other, kind) for b in s),
-            ),
-            (
-                f"{said} of the grey boxes contains exactly {NUMBERS[n]} {plural(noun)}",
-                lambda s: right(sum(len(of(b, None, kind)) == n for b in s)),
-            ),
-            (f"each box has at least one {thing}", lambda s: all(of(b, hue, kind) for b in s)),
-            (
-                f"there is a box with only {word} items",
-                lambda s: any(len(of(b, colour)) == len(b) for b in s),
-            ),
-            (
-                f"there is a box with only {word} and {second} items",
-                lambda s: any(
-                    of(b, colour) and of(b, other) and len(of(b, colour) + of(b, other)) == len(b)
-                    for b in s
-                ),
-            ),
-            (f"there is no {thing} touching the {wall}", lambda s: not any(map(touches, every(s)))),
-            (f"there is no {thing} in a box", lambda s: any(not of(b, hue, kind) for b in s)),
-        ]
-    text, test = forms[int(rng.integers(len(forms)))]
-    return text[0].upper() + text[1:] + ".", test
+        ],
+    )
 
 
-def draw_nlvr(data, sentences=4000):
+def sides_touched(item):
+    """Which walls of its box it is at: some of "lrtb\""""
+    x, y, size = item["x_loc"], item["y_loc"], item["size"]
+    at = {"l": x <= 0, "r": x + size >= 100, "t": y <= 0, "b": y + size >= 100}
+    return "".join(side for side, is_at in at.items() if is_at)
+
+
+def scattered_sentence(rng):
+    """A sentence about three boxes of scattered items, and its test of them"""
+    n, m = (int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])) for _ in range(2))
+    colour, other = (str(c) for c in rng.choice(BLOCKS, 2, replace=False))
+    word, second = NLVR_COLOURS[colour], NLVR_COLOURS[other]
+    kind, kind_2 = (str(rng.choice([*SHAPES[:3], ""])) or None for _ in range(2))
+    item, edge = str(rng.choice(["item", "object"])), str(rng.choice(["edge", "wall"]))
+    hue = None if kind and rng.random() < 0.2 else colour
+    thing = f"{word} {kind or item}" if hue else kind
+    of = lambda b: with_colour(b, hue, kind)
+    where, is_there = pick(
+        rng,
+        [
+            (2, "", lambda i: True),
+            (3, f" touching the {edge}", sides_touched),
+            (1, f" not touching any {edge}", lambda i: not sides_touched(i)),
+            (1, f" not touching the {edge}", lambda i: not sides_touched(i)),
+            (1, " touching the base", lambda i: "b" in sides_touched(i)),
+            (1, " closely touching the bottom of a box", lambda i: "b" in sides_touched(i)),
+            (1, " touching the corner", lambda i: len(sides_touched(i)) > 1),
+        ],
+    )
+    size = int(rng.integers(1, 8))
+    _, some, some_test = quantified(rng, m, thing)
+    sized = f"{rng.choice([NUMBERS[size], str(size)])} {item if size == 1 else plural(item)}"
+    what, holds = pick(
+        rng,
+        [
+            (4, some, lambda b: some_test(len(of(b)))),
+            (
+                3,
+                f"a {thing} and a {second} {kind_2 or item}",
+                lambda b: of(b) and with_colour(b, other, kind_2),
+            ),
+            (2, sized, lambda b: len(b) == size),
+            (2, f"only {word} {item}s", lambda b: len(with_colour(b, colour)) == len(b)),
+            (
+                2,
+                f"only {word} and {second} {item}s",
+                lambda b: {i["color"] for i in b} == {colour, other},
+            ),
+            (1, f"{item}s of all 3 different colors", lambda b: num_colours(b) == 3),
+            (1, f"{item}s of only one color", lambda b: num_colours(b) == 1),
+        ],
+    )
+    things, _, right = quantified(rng, n, thing)
+    boxes, _, right_boxes = quantified(rng, n, "box")
+    touching = lambda b: count(sides_touched, of(b))
+    return pick(
+        rng,
+        [
+            (6, things + where, lambda s: right(count(is_there, of(sum(s, []))))),
+            (5, f"{boxes} with {what}", lambda s: right_boxes(count(holds, s))),
+            (
+                1,
+                f"none of the {thing}s are touching any {edge}",
+                lambda s: not any(map(touching, s)),
+            ),
+            (1, f"each box has at least one {thing}", lambda s: all(map(of, s))),
+        ],
+    )
+
+
+def draw_nlvr(data, sentences=6000):
     """DATA/nlvr/drawn/drawn.json, as NLVR's own files: sentences, each with boxes of which it is
     true and others of which it is not, and of the same kind, in one order.
     """
@@ -841,15 +884,16 @@ def draw_nlvr(data, sentences=4000):
     while len(records) < 2 * sentences:
         # as often as in NLVR
         towers = rng.random() < 0.7
-        (text, test), worlds = box_sentence(rng, towers), {}
+        (text, test), worlds = (tower_sentence if towers else scattered_sentence)(rng), {}
         for _ in range(50):
             boxes = draw_boxes(rng, towers)
             worlds.setdefault(bool(test(boxes)), boxes)
             if len(worlds) == 2:
                 break
+        end = str(rng.choice(["", "."]))
         # some sentences are true or false of nearly everything
         for label, boxes in worlds.items() if len(worlds) == 2 else ():
-            record = {"identifier": f"{len(records)}-0", "sentence": text, "orders": 1}
+            record = {"identifier": f"{len(records)}-0", "sentence": text + end, "orders": 1}
             label = str(label).lower()
             records.append(record | {"label": label, "structured_rep": boxes})
             bar.update()
