@@ -948,23 +948,23 @@ def test_sentences_in_the_words_of_nlvr(tmp_path, toy):
     same bytes again; one order of the boxes.
     """
     for name in ("a", "b"):
-        world.draw_nlvr(tmp_path / name, sentences=100)
+        world.draw_nlvr(tmp_path / name, sentences=200)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     words = WordPiece(toy / "bert-base-cased/vocab.txt", lower=True)
     records, _ = read(data.nlvr_presentations, tmp_path / "a", "drawn")
     pieces = {words.pieces[i] for r in records for i in words(r.text)}
-    assert len(records) == 200 and not [p for p in pieces if p.startswith(("##", "[UNK"))]
+    assert len(records) == 400 and not [p for p in pieces if p.startswith(("##", "[UNK"))]
     for one, other in zip(records[::2], records[1::2]):
         assert one.text == other.text and {one.target, other.target} == {0, 1}
     based = 0
     for r in records:
-        if said := re.fullmatch(r"There is a tower with a (\w+) block at the base\.", r.text):
+        if said := re.fullmatch(r"there is a tower with a (\w+) block at the base\.?", r.text):
             shown = {world.NLVR_COLOURS[box[0]["color"]] for box in r.note}
             assert r.target == (said[1] in shown)
             based += 1
     assert based
     world.make_nlvr_store(tmp_path / "a")
-    assert len(RegionStore(tmp_path / "a/regions/nlvr")) == 200
+    assert len(RegionStore(tmp_path / "a/regions/nlvr")) == 400
 
 
 def test_held_out_combinations_are_never_said(toy):

@@ -264,7 +264,12 @@ def test_patches_begin_from_regions(tmp_path, kind):
     regions = parts.build(kind, "toy", features=16, classes=9, **sizes)
     patches = parts.build(kind, "toy", features=48, classes=12, patch=4, **sizes)
     start = {name: tensor.clone() for name, tensor in patches.state_dict().items()}
-    torch.save(regions.state_dict(), tmp_path / "regions.pt")
+    file = dict(regions.state_dict())
+    if kind == "uniter":
+        # as in UNITER's own files: one row for regions that are not masked
+        rows = file.pop("region_embedding.mask").expand(2, -1)
+        file["uniter.img_embeddings.mask_embedding.weight"] = rows
+    torch.save(file, tmp_path / "regions.pt")
     report = load_pretrained(patches, tmp_path / "regions.pt")
     sees = "region_embedding.feature.", *parts.ABOUT_FEATURES
     for name, tensor in patches.state_dict().items():
