@@ -1191,17 +1191,17 @@ def read_label(record, where):
 def nlvr_presentations(data, split, stats):
     """NLVR v1: sentences about three boxes of shapes, true or false; target = 1 or 0.
 
-    A Record each of the six orders of the boxes, or of the first "orders" [ours: the toy world has
-    other boxes instead]; note = structured_rep, the three boxes' items. Image id =
-    split-identifier-k, the k-th order, as the official picture's name.
+    A Record each of the six orders of the boxes; note = structured_rep, the three boxes' items.
+    Image id = split-identifier-k, the k-th order, as the official picture's name, or what "picture"
+    says [ours: several sentences about one picture].
     """
     path = Path(data) / "nlvr" / split / f"{split}.json"
     for where, e in read_json_lines(path, "NLVR v1: clone lil-lab/nlvr, folder nlvr"):
         field(e, "label", where)
         name, text = f"{split}-{field(e, 'identifier', where)}", field(e, "sentence", where, str)
         boxes = field(e, "structured_rep", where, list)
-        for k in range(e.get("orders", 6)):
-            yield Record(f"{name}-{k}", text, f"{name}-{k}", read_label(e, where), note=boxes)
+        for image in [e["picture"]] if "picture" in e else [f"{name}-{k}" for k in range(6)]:
+            yield Record(image, text, name, read_label(e, where), note=boxes)
 
 
 # ------------------------------------------------------- pre-training corpora (UNITER table 1)

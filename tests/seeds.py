@@ -322,7 +322,7 @@ TABLES = {
             "as given": "nlvr/accuracy/as_given",
             "always the majority answer": "nlvr/majority",
         },
-        rows=dict.fromkeys(("nlvr", "nlvr short", "nlvr scratch", "nlvr patches"), ""),
+        rows=dict.fromkeys(("nlvr", "boxes", "nlvr short", "nlvr scratch", "nlvr patches"), ""),
     ),
 }
 

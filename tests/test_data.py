@@ -409,7 +409,7 @@ def test_real_nlvr(tmp_path_factory, toy):
     world.draw_nlvr(folder, sentences=20)
     world.make_nlvr_store(folder)
     pairs = make_index(records, RegionStore(folder / "regions/nlvr"), tokenizer)
-    assert len(pairs) == 5934 and pairs.store.image_id(3) == f"{dev[0].id[:-2]}-3"
+    assert len(pairs) == 5934 and pairs.store.image_id(3) == f"{dev[0].id}-3"
     boxes = pairs.store.relative_boxes(np.array([0, 3])) * [400, 100, 400, 100]
     first, k3 = boxes
     # box 0 shows the first item at 80, 80
@@ -419,12 +419,12 @@ def test_real_nlvr(tmp_path_factory, toy):
     assert k3[1].round()[0] == dev[0].note[1][0]["x_loc"] and sum(n) + 3 == len(first)
     pictures = {i: folder / path for i, path in data.walk_pictures(folder, "nlvr")}
     colours = {"yellow": (255, 255, 0), "black": (0, 0, 0), "#0099ff": (0, 153, 255)}
-    shown = [e for e in dev if e.id in pictures][:10]
+    shown = [e for e in dev if e.image in pictures][:10]
     # the pictures themselves, in each order, have every item's colour where its middle is said to
     # be
     for e in shown:
         for k, order in enumerate(itertools.permutations(e.note)):
-            pixels = np.array(Image.open(pictures[f"{e.id[:-2]}-{k}"]).convert("RGB")).astype(int)
+            pixels = np.array(Image.open(pictures[f"{e.id}-{k}"]).convert("RGB")).astype(int)
             for at, items in enumerate(order):
                 for item in items:
                     x, y = (item[a] + item["size"] // 2 for a in ("x_loc", "y_loc"))

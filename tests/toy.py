@@ -640,9 +640,14 @@ def make_nlvr_store(data):
     writer = StoreWriter(data / "regions" / "nlvr", ["features", "boxes"], meta, every=10**9)
     splits = [split for split in ("dev", "test", "drawn") if (data / "nlvr" / split).exists()]
     for split in splits:
-        records = nlvr_presentations(data, split, Counter())
+        records, written = nlvr_presentations(data, split, Counter()), set()
         for r in tqdm(records, desc=f"regions of NLVR {split}", disable=None, leave=False):
-            order = list(permutations(r.note))[int(r.id.rsplit("-", 1)[1])]
+            if r.image in written:
+                continue
+            written.add(r.image)
+            # the k-th order of the boxes; a picture that the record names has one
+            k = r.image.removeprefix(f"{r.id}-")
+            order = list(permutations(r.note))[int(k)] if k.isdigit() else r.note
             try:
                 places, boxes = zip(*nlvr_things(order))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -650,7 +655,7 @@ def make_nlvr_store(data):
                     f"NLVR {r.id}: an item of structured_rep lacks or has an unknown {error}"
                 ) from None
             features, boxes = looks[tuple(zip(*places))], np.array(boxes, np.float32)
-            writer.add(r.id, (400, 100), features=features, boxes=boxes)
+            writer.add(r.image, (400, 100), features=features, boxes=boxes)
     writer.commit()
 
 
@@ -875,28 +880,34 @@ def scattered_sentence(rng):
     )
 
 
-def draw_nlvr(data, sentences=6000):
-    """DATA/nlvr/drawn/drawn.json, as NLVR's own files: sentences, each with boxes of which it is
-    true and others of which it is not, and of the same kind, in one order.
+def draw_nlvr(data, pictures=10_000, sentences=30_000):
+    """DATA/nlvr/drawn/drawn.json, as NLVR's own files: sentences, each with a picture of which it
+    is true and one of which it is not, of the same kind.
     """
     rng, records = np.random.default_rng(1), []
-    bar = tqdm(total=2 * sentences, desc="sentences about boxes", disable=None, leave=False)
+    # towers as often as in NLVR
+    num_towers = pictures * 7 // 10
+    worlds = [draw_boxes(rng, towers=n < num_towers) for n in range(pictures)]
+    spans = {tower_sentence: (0, num_towers), scattered_sentence: (num_towers, pictures)}
+    bar = tqdm(total=sentences, desc="sentences about boxes", disable=None, leave=False)
     while len(records) < 2 * sentences:
-        # as often as in NLVR
-        towers = rng.random() < 0.7
-        (text, test), worlds = (tower_sentence if towers else scattered_sentence)(rng), {}
-        for _ in range(50):
-            boxes = draw_boxes(rng, towers)
-            worlds.setdefault(bool(test(boxes)), boxes)
-            if len(worlds) == 2:
-                break
+        draw = tower_sentence if rng.random() < 0.7 else scattered_sentence
+        (text, test), found = draw(rng), {}
         end = str(rng.choice(["", "."]))
-        # some sentences are true or false of nearly everything
-        for label, boxes in worlds.items() if len(worlds) == 2 else ():
-            record = {"identifier": f"{len(records)}-0", "sentence": text + end, "orders": 1}
-            label = str(label).lower()
-            records.append(record | {"label": label, "structured_rep": boxes})
-            bar.update()
+        for n in rng.integers(*spans[draw], 60):
+            found.setdefault(bool(test(worlds[n])), int(n))
+        # some are true or false of nearly everything
+        for label, n in found.items() if len(found) == 2 else ():
+            records.append(
+                {
+                    "identifier": f"{len(records)}-0",
+                    "sentence": text + end,
+                    "label": str(label).lower(),
+                    "structured_rep": worlds[n],
+                    "picture": f"drawn-{n}",
+                }
+            )
+        bar.update(len(found) == 2)
     bar.close()
     dump(Path(data) / "nlvr/drawn/drawn.json", records, lines=True)
 
