@@ -125,7 +125,7 @@ COMPARED = (
 
 def label_of(arm):
     """What tells an arm from the others of its table"""
-    usual = r" --track| --steps \d+| --init {(plain|albef|patches).*?}"
+    usual = r" --track| --steps \d+| --init {(plain|albef|patches|boxes).*?}"
     command = re.sub(usual, "", CLAIMS["arms"][arm])
     return re.sub(r" --init {(.*?)}", lambda m: f" after {CLAIMS['arms'][m[1]]}", command)
 
