@@ -240,7 +240,7 @@ def write_nlvr(tree):
     import toy
     from PIL import Image
 
-    toy.draw_nlvr(tree, sentences=30)
+    toy.draw_nlvr(tree, pictures=100, sentences=30)
 
     for split in ("dev", "test"):
         (tree / f"nlvr/{split}/images/3").mkdir(parents=True)

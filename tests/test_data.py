@@ -406,7 +406,7 @@ def test_real_nlvr(tmp_path_factory, toy):
     )
     records, _ = read(data.nlvr_presentations, folder, "dev")
     tokenizer = WordPiece(toy / "bert-base-cased/vocab.txt", lower=False)
-    world.draw_nlvr(folder, sentences=20)
+    world.draw_nlvr(folder, pictures=60, sentences=20)
     world.make_nlvr_store(folder)
     pairs = make_index(records, RegionStore(folder / "regions/nlvr"), tokenizer)
     assert len(pairs) == 5934 and pairs.store.image_id(3) == f"{dev[0].id}-3"
@@ -425,6 +425,8 @@ def test_real_nlvr(tmp_path_factory, toy):
     for e in shown:
         for k, order in enumerate(itertools.permutations(e.note)):
             pixels = np.array(Image.open(pictures[f"{e.id}-{k}"]).convert("RGB")).astype(int)
+            # and ours look like them
+            assert np.abs(np.array(world.render_nlvr(order)) - pixels).mean() < 3
             for at, items in enumerate(order):
                 for item in items:
                     x, y = (item[a] + item["size"] // 2 for a in ("x_loc", "y_loc"))
@@ -948,7 +950,7 @@ def test_sentences_in_the_words_of_nlvr(tmp_path, toy):
     same bytes again; one order of the boxes.
     """
     for name in ("a", "b"):
-        world.draw_nlvr(tmp_path / name, sentences=200)
+        world.draw_nlvr(tmp_path / name, pictures=300, sentences=200)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     words = WordPiece(toy / "bert-base-cased/vocab.txt", lower=True)
     records, _ = read(data.nlvr_presentations, tmp_path / "a", "drawn")
@@ -964,7 +966,8 @@ def test_sentences_in_the_words_of_nlvr(tmp_path, toy):
             based += 1
     assert based
     world.make_nlvr_store(tmp_path / "a")
-    assert len(RegionStore(tmp_path / "a/regions/nlvr")) == 400
+    assert set(ids_of(RegionStore(tmp_path / "a/regions/nlvr"))) == {r.image for r in records}
+    assert {r.image for r in records} <= dict(data.walk_pictures(tmp_path / "a", "nlvr")).keys()
 
 
 def test_held_out_combinations_are_never_said(toy):

@@ -432,19 +432,35 @@ def things_seen(row, looks):
     return things
 
 
+def draw_shape(pen, shape, box, fill, outline):
+    x1, y1, x2, y2 = box
+    if shape == "circle":
+        pen.ellipse(box, fill=fill, outline=outline)
+    elif shape == "square":
+        pen.rectangle(box, fill=fill, outline=outline)
+    else:
+        points = OUTLINES[shape] * [x2 - x1, y2 - y1] + [x1, y1]
+        pen.polygon([tuple(p) for p in points], fill=fill, outline=outline)
+
+
 def render(things):
     """The picture, in PIL; the first thing is nearest and is drawn last."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), (236, 236, 232))
     pen = ImageDraw.Draw(picture)
     for t in reversed(things):
-        x1, y1, x2, y2 = t.box
-        if t.shape == "circle":
-            pen.ellipse(t.box, fill=RGB[t.colour], outline="white")
-        elif t.shape == "square":
-            pen.rectangle(t.box, fill=RGB[t.colour], outline="white")
-        else:
-            points = OUTLINES[t.shape] * [x2 - x1, y2 - y1] + [x1, y1]
-            pen.polygon([tuple(p) for p in points], fill=RGB[t.colour], outline="white")
+        draw_shape(pen, t.shape, t.box, RGB[t.colour], "white")
+    return picture
+
+
+def render_nlvr(boxes):
+    """The picture of a structured_rep, as NLVR's own: three grey boxes, 50 pixels apart"""
+    picture = Image.new("RGB", (400, 100), "grey")
+    pen = ImageDraw.Draw(picture)
+    for left, items in zip((0, 150, 300), boxes):
+        pen.rectangle((left, 0, left + 99, 99), fill="lightgrey")
+        for item in items:
+            x, y, size = left + item["x_loc"], item["y_loc"], item["size"]
+            draw_shape(pen, item["type"], (x, y, x + size, y + size), item["color"], None)
     return picture
 
 
@@ -635,7 +651,7 @@ def make_nlvr_store(data):
     looks, data = appearance(), Path(data)
     meta = {"source": "NLVR's structured_rep", "features": looks.shape[-1]}
     meta["classes"] = len(CLASSES)
-    if not (data / "nlvr/drawn").exists():
+    if not (data / "nlvr/drawn/drawn.json").exists():
         draw_nlvr(data)
     writer = StoreWriter(data / "regions" / "nlvr", ["features", "boxes"], meta, every=10**9)
     splits = [split for split in ("dev", "test", "drawn") if (data / "nlvr" / split).exists()]
@@ -884,7 +900,7 @@ def draw_nlvr(data, pictures=10_000, sentences=30_000):
     """DATA/nlvr/drawn/drawn.json, as NLVR's own files: sentences, each with a picture of which it
     is true and one of which it is not, of the same kind.
     """
-    rng, records = np.random.default_rng(1), []
+    rng, records, folder = np.random.default_rng(1), [], Path(data) / "nlvr/drawn"
     # towers as often as in NLVR
     num_towers = pictures * 7 // 10
     worlds = [draw_boxes(rng, towers=n < num_towers) for n in range(pictures)]
@@ -909,7 +925,10 @@ def draw_nlvr(data, pictures=10_000, sentences=30_000):
             )
         bar.update(len(found) == 2)
     bar.close()
-    dump(Path(data) / "nlvr/drawn/drawn.json", records, lines=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for n, boxes in enumerate(tqdm(worlds, desc="their pictures", disable=None, leave=False)):
+        render_nlvr(boxes).save(folder / f"images/drawn-{n}.png")
+    dump(folder / "drawn.json", records, lines=True)
 
 
 def dump(path, record, lines=False):
