@@ -370,7 +370,7 @@ def test_two_processes_are_one(toy_tree, tmp_path, recipe):
     cfg, tree = train.make_config(recipe), toy_tree
     if recipe in ("toy-nlvr", "toy-boxes"):
         tree = tmp_path / "nlvr"
-        shutil.copytree(toy_tree / "bert-base-cased", tree / "bert-base-cased")
+        shutil.copytree(toy_tree / "bert-base-uncased", tree / "bert-base-uncased")
         write_nlvr(tree)
         toy.make_nlvr_store(tree)
     args = ["--recipe", recipe, "--data", tree, "--init none --steps 3 --warmup 1 --lr 0.0001"]
