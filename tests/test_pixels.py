@@ -956,6 +956,21 @@ def test_all_of_kervadecs_supervision_on_patches(toy_tree, tmp_path, loss):
     assert "gqa/accuracy" in last_line(done)
 
 
+def test_pictures_begin_from_the_run_on_regions(tmp_path, monkeypatch):
+    """--vision patches ends in the very run that the same command on regions begins from."""
+    monkeypatch.chdir(tmp_path)
+    _, words = train.first_run(train.parse(["--loss", "cacr"]))
+    eyes = ["--vision", "patches", "--patch", "8"]
+    for typed in (["--loss", "cacr", *eyes], ["--task", "vqa", *eyes], ["--task", "nlvr", *eyes]):
+        _, seen = train.first_run(train.parse(typed))
+        assert (seen.recipe, seen.vision, seen.patch) == ("toy-patches", "patches", 8)
+        _, first = train.first_run(seen)
+        assert first == words and (first.recipe, first.vision) == ("toy-short", "regions")
+    # a task's own pre-training reads pictures too
+    _, aligned = train.first_run(train.parse(["--task", "gqa", *eyes]))
+    assert (aligned.recipe, aligned.vision, aligned.patch) == ("toy-align", "patches", 8)
+
+
 def test_nlvr_as_pictures(toy_tree, patched, tmp_path):
     """The official folders, drawn small here: dev/images/<number>/dev-<identifier>-<order>.png."""
     tree = tmp_path / "toy"
