@@ -1200,7 +1200,7 @@ def nlvr_presentations(data, split, stats):
         field(e, "label", where)
         name, text = f"{split}-{field(e, 'identifier', where)}", field(e, "sentence", where, str)
         boxes = field(e, "structured_rep", where, list)
-        for image in [e["picture"]] if "picture" in e else [f"{name}-{k}" for k in range(6)]:
+        for image in [str(e["picture"])] if "picture" in e else [f"{name}-{k}" for k in range(6)]:
             yield Record(image, text, name, read_label(e, where), note=boxes)
 
 

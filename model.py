@@ -1462,6 +1462,7 @@ MAF_RENAMES = [
     (r"^linear_a\.", "attribute."),
     (r"^linear_f\.", "feature."),
 ]
+# of a detector's features; a model of patches has its own
 ABOUT_FEATURES = "region_embedding.mask", "feature_bias", "feature_out.", "classifier."
 TIED = {
     "cls.predictions.decoder.weight": "text_embedding.word",
@@ -1664,11 +1665,11 @@ def fit_tensor(name, tensor, own, new_words):
     """A file's tensor as the model's parameter of this name wants it; None for a head of another
     task, queues of another length or, in a model of patches, what is about a detector's features.
     """
-    may_stay = ["task_head.", "image_queue", "text_queue"]
+    may_stay = "task_head.", "image_queue", "text_queue"
     if "region_embedding.feature.weight" not in own:
         may_stay += ABOUT_FEATURES
     own = own[name]
-    if tensor.shape != own.shape and name.startswith(tuple(may_stay)):
+    if tensor.shape != own.shape and name.startswith(may_stay):
         return None
     if name == "region_embedding.mask" and tensor.dim() == 2:
         return tensor[1]  # row 0 stands for "not masked" and is always zero

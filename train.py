@@ -2012,7 +2012,7 @@ def first_run(cfg):
         return cfg, None
     # data, seed, size and machine are this run's, all else is that recipe's
     shared = "data regions seed size precision compile workers".split()
-    # but training on patches may begin from regions
+    # pre-training on patches may begin from regions
     if not cfg.is_pretraining or "vision" in RECIPES[cfg.init]:
         shared += ["vision", "resolution", "patch"]
     changes = {name: getattr(cfg, name) for name in shared} | {"resume": True}
@@ -2115,7 +2115,7 @@ def main(argv=None):
         numbers = train(cfg, runtime)
         runtime.print_rank0(json.dumps({k: round(v, 2) for k, v in numbers.items()}))
     except NonFinite as error:
-        # only the process that met it knows its data
+        # only the process that met it knows its samples
         sys.exit(f"train.py: error: {error}")
     except (DataError, CheckpointError, OSError) as error:
         # a loader process wraps its error into a stack trace
@@ -2136,7 +2136,7 @@ RARELY = dict(save_every=1000, eval_every=1000)
 CHECKPOINTS, BERT = "{data}/checkpoints/", "{data}/bert-base-uncased/pytorch_model.bin"
 TOY = dict(size="toy", init="toy-pretrain", dropout=0.0)
 TOY |= dict(warmup=50, batch_tokens=2048, lr=3e-4, clip=2.0)
-# with 7e-4 nothing was learned in 4,000 updates [ours]
+# with a rate of 7e-4 nothing was learned [ours]
 TOY_NLVR = TOY | dict(task="nlvr", cased=False, batch_tokens=1024, lr=5e-4)
 # Small batches and much masking: what breaks the plateau before "left" is distinguished from
 # "right" is the number of updates [ours]
@@ -2190,8 +2190,7 @@ RECIPES = {
     # toy experiments, minutes on two cores [ours]
     "toy-pretrain": TOY_PRETRAIN,
     "toy-short": TOY_PRETRAIN | dict(steps=2500, lr=7e-4),
-    # Pictures: what words say of things and places is learned from regions, then how things look.
-    # From nothing, "left" is not told from "right" in three times as many updates [README]
+    # Pictures: what words mean is learned from regions, then how things look [README]
     "toy-patches": TOY_PATCHES | dict(init="toy-short", corpora="crops+coco", steps=5000, lr=7e-4),
     "toy": TOY
     | dict(task="retrieval", dataset="coco", steps=220, warmup=40, batch_tokens=1536)
