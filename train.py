@@ -597,7 +597,7 @@ class Streams(NamedTuple):
     train: list
     weights: list
     val: dict  # {name: Batches}
-    store: object  # of the first, for the model's sizes
+    store: object  # of the first, for model sizes
     answer_list: list = []  # what a task head's outputs are called
 
 
@@ -724,7 +724,7 @@ def pretrain_streams(cfg, runtime, run, share):
             own["other_texts"] = how["other_texts"] if task in ("itm", "albef") else ()
             streams.append(Batches(task, indexes[0], **own))
             sampling_weights.append((weight or len(indexes[0])) * task_weight)
-            # what is validated of ALBEF is its contrast
+            # of ALBEF its contrast is validated
             name = task if task != "albef" else "itc"
             held = min(size, len(indexes[1])) if task == "albef" else size
             val[name if number == 0 else f"{corpus}/{name}"] = Batches(
@@ -816,7 +816,7 @@ class EditedCaptions:
 
     def __call__(self, batches, rng, rows, share, batch):
         u = rng.random((len(rows), 3))[share]
-        # ALBEF's texts are mirrored with their pictures
+        # ALBEF mirrors texts with their pictures
         text = batch["text"].numpy() if "text" in batch else batches.index.text(rows[share])[0]
         text = text.copy()
         kinds = [self.edit(ids, where) for ids, where in zip(text, u)]
