@@ -127,7 +127,7 @@ def test_toy_is_left_alone_or_made_again(tmp_path):
     before = (tmp_path / "toy/toy.json").stat().st_mtime_ns
     world.ensure_toy(tmp_path / "toy")
     assert (tmp_path / "toy/toy.json").stat().st_mtime_ns == before
-    (tmp_path / "toy/nlvr").mkdir()
+    world.draw_nlvr(tmp_path / "toy", pictures=60, sentences=20)
     (tmp_path / "toy/toy.json").write_text(json.dumps({"version": 0, "seed": 4, "scenes": 70}))
     world.ensure_toy(tmp_path / "toy")
     made = json.loads((tmp_path / "toy/toy.json").read_text())
@@ -135,6 +135,7 @@ def test_toy_is_left_alone_or_made_again(tmp_path):
         made == {"version": world.TOY_VERSION, "seed": 4, "scenes": 70}
         and (tmp_path / "toy/nlvr").exists()
     )
+    assert len(RegionStore(tmp_path / "toy/regions/nlvr")) > 20
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
     mine = tmp_path / "mine"
     mine.mkdir()

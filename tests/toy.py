@@ -2097,7 +2097,9 @@ def ensure_toy(folder, seed=0, scenes=6000):
         os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old)
-    if (Path(folder) / "nlvr").exists() and not (Path(folder) / "regions" / "nlvr").exists():
+    nlvr, store = Path(folder) / "nlvr", Path(folder) / "regions/nlvr"
+    if nlvr.exists() and not (store.exists() and (nlvr / "drawn/drawn.json").exists()):
+        shutil.rmtree(store, ignore_errors=True)
         make_nlvr_store(folder)
 
 
