@@ -195,7 +195,7 @@ def test_detector_stays_as_it_was_trained():
         ),
         (
             lambda d: {k: v for k, v in d.items() if "attr_score" not in k},
-            "it lacks roi_heads.box_predictor.attr_score.weight",
+            "no roi_heads.box_predictor.attr_score.weight",
         ),
         (
             lambda d: d | {"roi_heads.box_predictor.bbox_pred.weight": torch.zeros(8, 128)},
