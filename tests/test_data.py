@@ -1,6 +1,7 @@
 """Readers, store, tokenizer and batches; and every kind of bad file a user may have."""
 
 import base64
+import functools
 import itertools
 import json
 import pickle
@@ -122,7 +123,7 @@ def test_winoground_pairs_are_swaps(toy):
         assert sorted(a.text.split()) == sorted(b.text.split()) and a.text != b.text
 
 
-def test_toy_is_left_alone_or_made_again(tmp_path):
+def test_toy_is_left_alone_or_made_again(tmp_path, monkeypatch):
     world.make_toy(tmp_path / "toy", scenes=60)
     before = (tmp_path / "toy/toy.json").stat().st_mtime_ns
     world.ensure_toy(tmp_path / "toy")
@@ -136,6 +137,12 @@ def test_toy_is_left_alone_or_made_again(tmp_path):
         and (tmp_path / "toy/nlvr").exists()
     )
     assert len(RegionStore(tmp_path / "toy/regions/nlvr")) > 20
+    # a store of before there were drawn sentences
+    few = functools.partial(world.draw_nlvr, pictures=40, sentences=10)
+    monkeypatch.setattr(world, "draw_nlvr", few)
+    (tmp_path / "toy/nlvr/drawn/drawn.json").unlink()
+    world.ensure_toy(tmp_path / "toy")
+    assert 5 < len(RegionStore(tmp_path / "toy/regions/nlvr")) <= 20
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
     mine = tmp_path / "mine"
     mine.mkdir()
