@@ -1640,14 +1640,14 @@ def load_pretrained(model, path, new_words=0):
             report.loaded.append(ours)
             report.renamed.extend([name] if ours != name else [])
     report.missing.extend(sorted(set(own) - set(report.loaded)))
-    # nothing fits: most often another kind of model
-    if wrong or not report.loaded:
+    # words fit in most kinds of model
+    if wrong or len(report.loaded) <= len(report.unused):
         raise CheckpointError(
             f"{path} does not fit this model: {len(wrong)} tensors of another size, "
-            f"{len(report.loaded)} that fit\n  "
+            f"{len(report.unused)} unknown, {len(report.loaded)} that fit\n  "
             + "\n  ".join(wrong[:4] or report.unused[:4])
-            + "\n  Another --size, another vocabulary or region features of another width: compare "
-            "with the file's own recipe."
+            + "\n  Another --model, --size, vocabulary or width of region features: compare with "
+            "the file's own recipe."
         )
     if isinstance(model, Albef):
         report.tied.extend(n for n in report.unused if n.endswith("embeddings.position_ids"))

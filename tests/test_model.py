@@ -286,6 +286,16 @@ def test_patches_begin_from_regions(tmp_path, kind):
         load_pretrained(wider, tmp_path / "regions.pt")
 
 
+@pytest.mark.parametrize("kind, other", [("uniter", "albef"), ("albef", "lxmert")])
+def test_another_kind_of_model_is_refused(tmp_path, kind, other):
+    """BERT's words and their norm are in all of them, and fit: a start from these alone is an
+    error, not a run of days from nothing."""
+    sizes = dict(vocab=40, features=192, patch=8, classes=9, attributes=5)
+    torch.save(parts.build(kind, "toy", **sizes).state_dict(), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit.* unknown, \d+ that fit"):
+        load_pretrained(parts.build(other, "toy", **sizes), tmp_path / "x.pt")
+
+
 def test_truncated_safetensors(tmp_path):
     write_safetensors(as_bert(tiny(), False), tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()
