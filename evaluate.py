@@ -116,8 +116,8 @@ def join_processes():
 
 
 def native_bf16():
-    """Is bf16 faster on this CPU? On AMD's with AVX512-BF16 a step takes 1 / 1.3 (toy) to half as
-    long (base); on Intel's only with AMX [measured]."""
+    """Is bf16 faster on this CPU? On AMD's with AVX512-BF16 a step is 1.3 (toy) to 2 times as fast
+    (base); Intel's need AMX and are slower without it [measured]."""
     with contextlib.suppress(OSError):
         cpu = Path("/proc/cpuinfo").read_text()
         return ("avx512_bf16" if "AuthenticAMD" in cpu else "amx_bf16") in cpu
