@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -190,7 +190,10 @@ def interval(xs):
 
 
 def claims_table(results):
-    """Each claim: the paper's numbers, ours with their interval, and a verdict by the interval"""
+    """Each claim: the paper's numbers, ours with their interval, and a verdict by the interval; then
+    how many have each verdict
+    """
+    verdicts = Counter()
     lines = ["| claim | where | paper | ours: difference, 95 % interval | seeds | verdict |"]
     lines.append("|" + "---|" * 6)
     for claim in CLAIMS["claims"]:
@@ -202,9 +205,11 @@ def claims_table(results):
             verdict = "holds" if low > 0 else "the opposite" if high < 0 else "undecided here"
             if len(found) < len(claim["seeds"]):
                 verdict = "under way"
+        verdicts[verdict] += 1
         told = claim["claim"], claim["source"], claim["paper"], ours, str(len(found)), verdict
         lines.append("| " + " | ".join(told) + " |")
-    return "\n".join(lines)
+    counted = ", ".join(f"{verdict}: {n}" for verdict, n in verdicts.most_common())
+    return "\n".join([*lines, "", f"*{counted}.*"])
 
 
 def arms_table(results):
