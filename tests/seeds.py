@@ -190,8 +190,8 @@ def interval(xs):
 
 
 def claims_table(results):
-    """Each claim: the paper's numbers, ours with their interval, and a verdict by the interval; then
-    how many have each verdict
+    """Each claim: the paper's numbers, ours with their interval, and a verdict by the interval;
+    then how many have each verdict
     """
     verdicts = Counter()
     lines = ["| claim | where | paper | ours: difference, 95 % interval | seeds | verdict |"]
