@@ -115,7 +115,7 @@ def join_processes():
     return device
 
 
-def native_bf16():
+def bf16_is_faster():
     """Is bf16 faster on this CPU? On AMD's with AVX512-BF16 a step is 1.3 (toy) to 2 times as fast
     (base); Intel's need AMX and are slower without it [measured]."""
     with contextlib.suppress(OSError):
@@ -125,11 +125,11 @@ def native_bf16():
 
 
 def autocast_for(device, precision="auto"):
-    """What puts a model into bf16 where that is wanted: "auto" where the hardware has it."""
-    native = device.type == "cpu" and native_bf16()
+    """What puts a model into bf16 where that is wanted: "auto" where it is faster."""
+    faster = device.type == "cpu" and bf16_is_faster()
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" or precision == "auto" and native:
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" or precision == "auto" and faster:
         return functools.partial(torch.autocast, device.type, torch.bfloat16)
     return nullcontext
 

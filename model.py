@@ -1617,10 +1617,10 @@ def load_pretrained(model, path, new_words=0):
     (print it: it says what was left out).
 
     Names are translated (RENAMES), numbers cast to the model's type, and the ranking head started
-    from the matching head where the file has none. A tensor of another shape is an error, so a
-    wrong size or vocabulary cannot pass unnoticed; but the type table and, by `new_words` rows, the
-    word table may grow, and a downstream head of another task stays at its start. So does what a
-    model of patches sees by, if the file is of regions.
+    from the matching head where the file has none. A tensor of another shape is an error, and so is
+    a file of another kind of model, most of it unknown here; but the type table and, by `new_words`
+    rows, the word table may grow, and a downstream head of another task stays at its start. So does
+    what a model of patches sees by, if the file is of regions.
     """
     # state_dict() shares memory with the parameters: copying into it fills the model
     own, report, wrong = model.state_dict(), LoadReport([], [], [], [], []), []
@@ -1640,7 +1640,7 @@ def load_pretrained(model, path, new_words=0):
             report.loaded.append(ours)
             report.renamed.extend([name] if ours != name else [])
     report.missing.extend(sorted(set(own) - set(report.loaded)))
-    # words fit in most kinds of model
+    # BERT's words alone fit any kind of model
     if wrong or len(report.loaded) <= len(report.unused):
         raise CheckpointError(
             f"{path} does not fit this model: {len(wrong)} tensors of another size, "

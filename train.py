@@ -227,7 +227,7 @@ class Config:
     clip: float = opt(2.0, "largest gradient norm [authors' code]; 0: off")
 
     resume: bool = opt(False, "go on from the run in --out, bit for bit on a CPU", group="run")
-    precision: str = opt("auto", "auto: bf16 where the hardware has it", ("auto", "fp32", "bf16"))
+    precision: str = opt("auto", "auto: bf16 where it is faster", ("auto", "fp32", "bf16"))
     compile: bool = opt(False, "torch.compile the model")
     workers: int = opt(-1, "loader processes; -1: 2 with a GPU, 0 without")
     save_every: int = opt(200, "updates between checkpoints")

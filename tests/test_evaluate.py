@@ -238,13 +238,33 @@ def test_ensembles_and_head_figures(toy_tree, pretrained, tmp_path):
     assert (width, height) == (heads * 102, layers * 120)
 
 
+@pytest.mark.parametrize(
+    "cpu, faster",
+    [
+        ("GenuineIntel avx512f avx512_bf16", False),
+        ("GenuineIntel avx512f avx512_bf16 amx_bf16", True),
+        ("AuthenticAMD avx512f avx512_bf16", True),
+        ("AuthenticAMD avx2", False),
+        (None, False),
+    ],
+)
+def test_bf16_by_the_maker_of_the_cpu(monkeypatch, cpu, faster):
+    def read_text(path):
+        if cpu is None:
+            raise FileNotFoundError(path)
+        return cpu
+
+    monkeypatch.setattr(evaluate.Path, "read_text", read_text)
+    assert evaluate.bf16_is_faster() == faster
+
+
 @pytest.mark.parametrize("emulated", [True, False])
 def test_bf16_where_the_hardware_has_it(monkeypatch, emulated):
     """A GPU that emulates bf16 (V100, T4) says that it supports it, unless asked for more."""
     plain = contextlib.nullcontext
     supported = lambda including_emulation=True: including_emulation or not emulated
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    monkeypatch.setattr(evaluate, "native_bf16", lambda: not emulated)
+    monkeypatch.setattr(evaluate, "bf16_is_faster", lambda: not emulated)
     for kind in ("cuda", "cpu"):
         of = functools.partial(evaluate.autocast_for, torch.device(kind))
         assert (of("auto") is plain) == emulated
