@@ -376,8 +376,8 @@ def test_hardest_negatives_come_from_the_candidates(pairs):
 def test_a_pool_makes_the_batches_of_its_index(pairs):
     """Bit for bit, though each text and image is in it once."""
     rng = np.random.default_rng(0)
-    rows = rng.integers(len(pairs), size=(4, 9))
-    images = rng.choice(pairs.images, size=(4, 9))
+    rows = rng.integers(len(pairs), size=(16, 40))
+    images = rng.choice(pairs.images, size=(16, 40))
     rows[1], images[2] = rows[1, 0], images[2, 0]
     pool = pickle.loads(pickle.dumps(data.Pool(pairs, rows, images)))
     assert len(pool.text_input["text"]) == len(np.unique(rows))
@@ -390,6 +390,11 @@ def test_a_pool_makes_the_batches_of_its_index(pairs):
         assert made.keys() == wanted.keys() and made["length"] == wanted["length"]
         for name in made.keys() - {"length"}:
             assert torch.equal(made[name], wanted[name]), name
+    # as many in each as fit with 256 tokens of padding: not one more
+    parts = [(x["text_mask"].sum(1) + x["region_mask"].sum(1)).tolist() for x in ours["negatives"]]
+    padding = lambda part: len(part) * max(part) - sum(part)
+    assert all(padding(part) <= 256 for part in parts)
+    assert all(padding([*a, min(b)]) > 256 for a, b in zip(parts, parts[1:]))
 
 
 # -------------------------------------------------------------------------------------- real NLVR
