@@ -263,7 +263,8 @@ def test_pack_killed_and_restarted_gives_the_same_bytes(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- batches
 
 
-def test_at_most_five_percent_is_padding(toy, pairs):
+def test_little_is_padding(toy, pairs):
+    """At most 5 %; in ranking also 256 tokens for each pass that is saved."""
     flickr = make_index(
         read(data.karpathy_captions, toy, "train", dataset="flickr30k")[0],
         RegionStore(toy / "regions/flickr30k"),
@@ -274,16 +275,18 @@ def test_at_most_five_percent_is_padding(toy, pairs):
         Batches("itm", pairs, 1024, 0),
         Batches("rank", flickr, 1536, 0),
     ):
-        real = paid = 0
+        real = paid = passes = 0
         for k in range(20):
             batch = stream[k]
+            passes += len(batch.get("negatives", ()))
             for b in (
                 [batch["input"]] if "input" in batch else [batch["positive"], *batch["negatives"]]
             ):
                 real += int(b["text_mask"].sum() + b["region_mask"].sum())
                 paid += len(b["text"]) * b["length"]
                 assert b["length"] == int((b["text_mask"].sum(1) + b["region_mask"].sum(1)).max())
-        assert real / paid >= 0.95, f"{stream.task}: {100 - 100 * real / paid:.1f} % padding"
+        most = 0.05 * paid + 256 * passes
+        assert paid - real <= most, f"{stream.task}: {100 - 100 * real / paid:.1f} % padding"
 
 
 def test_a_batch_is_a_function_of_seed_and_number(pairs):

@@ -16,9 +16,12 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from itertools import permutations, product
+from itertools import chain, permutations, product
 from pathlib import Path
 from typing import NamedTuple
+
+# its processes take all cores already
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -532,8 +535,11 @@ def detect(rng, things, looks, given=False):
     return {name: column[order] for name, column in row.items()}
 
 
-def die_with(parent):
-    """End this worker once its parent has been killed, which could not tell it."""
+def start_worker(parent):
+    """Let the parent go first, as others wait for what it draws; and end this worker once its
+    parent has been killed, which could not tell it.
+    """
+    os.nice(5)
 
     def watch():
         while os.getppid() == parent:
@@ -567,24 +573,28 @@ def make_toy(out, seed=0, scenes=6000):
         )
     )
     try:
-        how = {"initializer": die_with, "initargs": (os.getpid(),)}
+        how = {"initializer": start_worker, "initargs": (os.getpid(),)}
         with ProcessPoolExecutor(max_workers=os.cpu_count(), **how) as pool:
             # these need no other's scenes: drawn beside the rest
             apart = {toy_nlvr2: scenes // 15, toy_vcr: scenes // 4, toy_winoground: scenes // 15}
             apart |= {toy_web: max(40, scenes // 20), toy_choices: max(8, scenes // 100)}
             beside = [pool.submit(draw, tmp, seed, n) for draw, n in apart.items()]
+
+            def painted(jobs):
+                for folder in {path.parent for path, _ in jobs}:
+                    folder.mkdir(parents=True, exist_ok=True)
+                return pool.map(save_picture, jobs, chunksize=64)
+
             seen, jobs = toy_coco(tmp, seed, cuts)
-            said, more = toy_flickr30k(tmp, seed, cuts)
-            known, views = toy_vg(tmp, seed, seen, scenes // 5)
-            jobs += more + views + toy_gqa(tmp, seed, known, max(10, scenes // 30))
+            pictures = [painted(jobs)]
+            said, jobs = toy_flickr30k(tmp, seed, cuts)
+            pictures.append(painted(jobs))
+            known, jobs = toy_vg(tmp, seed, seen, scenes // 5)
+            pictures += painted(jobs), painted(toy_gqa(tmp, seed, known, max(10, scenes // 30)))
             toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
             toy_edits(tmp, seed, seen, known, said)
-            for part in beside:
-                jobs += part.result()
-            for folder in {path.parent for path, _ in jobs}:
-                folder.mkdir(parents=True, exist_ok=True)
-            drawn = pool.map(save_picture, jobs, chunksize=64)
-            list(tqdm(drawn, "toy pictures", len(jobs), disable=None, leave=False))
+            pictures += (painted(part.result()) for part in beside)
+            list(tqdm(chain(*pictures), "toy pictures", disable=None, leave=False))
         crops(tmp)
         words = sorted(
             {*OTHER_WORDS, *SHAPES, *COLOURS, *SIZES, *(w for r in RELATIONS for w in r.split())}
