@@ -9,6 +9,7 @@ import struct
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import losses
 import model as parts
@@ -49,14 +50,17 @@ def test_fused_and_written_out_attention_agree():
         torch.randn(3, 9, 32, requires_grad=True),
         torch.arange(9)[None] < torch.tensor([[9], [4], [1]]),
     )
-    fused, none = attention(x, x, mask)
+    plain, none = attention(x, x, mask)
     written, S = attention(x, x, mask, need_maps=True)
     assert none is None and S.shape == (3, 4, 9, 9)
-    torch.testing.assert_close(fused, written)
-    for a, b in zip(
-        torch.autograd.grad(fused.square().sum(), x), torch.autograd.grad(written.square().sum(), x)
-    ):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    q, k, v = (attention.split(f(x)) for f in (attention.to_q, attention.to_k, attention.to_v))
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    fused = attention.to_out(fused.transpose(1, 2).flatten(2))
+    wanted = torch.autograd.grad(fused.square().sum(), x)[0]
+    for out in (plain, written):
+        torch.testing.assert_close(out, fused)
+        grad = torch.autograd.grad(out.square().sum(), x)[0]
+        torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_padding_changes_nothing():
