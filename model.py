@@ -123,9 +123,8 @@ class Attention(nn.Module):
         v = self.split(self.to_v(context))
         key_mask = mask[:, None, None, :]  # (B, 1, 1, M)
         dropout_p = self.dropout if self.training else 0.0
-        need_maps |= need_probs
         # written out: keeps the logits; and a CPU's step is faster, in bf16 several times
-        if need_maps or not q.is_cuda:
+        if need_maps or need_probs or not q.is_cuda:
             # the logits that the losses align
             S = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N, M)
             P = S.masked_fill(~key_mask, float("-inf")).softmax(dim=-1)
