@@ -871,7 +871,7 @@ MEANING = {
     "iais_distributed": ("(b) step with iais-distributed / without", "<= 1.05"),
     "wra": ("(b) step with wra / without", "<= 1.05"),
     "matmul_share": ("(c) fp32 step's rate / matmul's", ">= 0.85"),
-    "bf16_vs_fp32": ("(c) fp32 step / bf16 step", ">= 2.5 where native"),
+    "bf16_vs_fp32": ("(c) fp32 step / bf16 step", ">= 2.5 with AMX"),
     "pairs_per_s": ("    the model's pairs a second", ""),
     "store_vs_npz": ("(d) npz time / store time", ">= 5"),
     "loader_pairs_per_s": ("    the loader's pairs a second", ""),
