@@ -5,7 +5,7 @@ Letters: B pairs, N_L words, N_V regions, L longest words + regions of the batch
 width, D_V width of a region feature, V vocabulary, C region classes, K masked words or regions. A
 mask is bool, True = real; real entries come first.
 
-    Attention        softmax(S) V with S = Q K^T / sqrt(d); fused, or written out where the maps S
+    Attention        softmax(S) V with S = Q K^T / sqrt(d); on a GPU fused, but where the maps S
                      are asked for
     Layer            attention and MLP, each followed by layer norm (BERT)
     CrossLayer       words attend to regions and back, then a Layer each          Kervadec eq. 5-10
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         key_mask = mask[:, None, None, :]  # (B, 1, 1, M)
         dropout_p = self.dropout if self.training else 0.0
         # written out: keeps the logits; and a CPU's step is faster, in bf16 several times
-        if need_maps or need_probs or not q.is_cuda:
+        if need_maps or need_probs or q.is_cpu:
             # the logits that the losses align
             S = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N, M)
             P = S.masked_fill(~key_mask, float("-inf")).softmax(dim=-1)
@@ -480,8 +480,8 @@ class Encoder(nn.Module):
                         unless given)
         heads           of "features", "classes", "attributes" (for masked_regions), "pooled",
                         "match", "rank", "task", "align"
-        maps            layers whose attention logits to return, e.g. (-1,); the others run fused.
-                        Of two streams the cross layers: -2 is the fourth of five
+        maps            layers whose attention logits to return, e.g. (-1,); of two streams the
+                        cross layers: -2 is the fourth of five. On a GPU the others run fused
         need_gradcam    return what Grad-CAM needs of gradcam_layer(), which is none of maps; from
                         there on nothing runs fused
         length          L of a single stream, if known: without it a GPU has to be waited for
@@ -560,7 +560,7 @@ class Uniter(Encoder):
         mask = slot < n_words + n_regions
         x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))  # (B, L, D)
 
-        # only these layers write their attention out; all others run fused
+        # on a GPU only these layers write their attention out
         wanted, logits = {i % len(self.layers) for i in maps}, {}
         cam = gradcam_layer(self.layers, need_gradcam, wanted)
         for i, layer in enumerate(self.layers):

@@ -523,7 +523,7 @@ class Runtime:
 def keep_memory():
     """On a CPU let glibc keep what is freed: by default every large tensor is given back to the
     system and fetched, page by page and cleared, a moment later, a tenth of a UNITER-base step
-    (tests/bench.py). And oneDNN what it compiles for each shape. Elsewhere this does nothing."""
+    (tests/bench.py). And let oneDNN keep its kernels for more shapes. Elsewhere nothing happens."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

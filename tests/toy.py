@@ -580,21 +580,26 @@ def make_toy(out, seed=0, scenes=6000):
             apart |= {toy_web: max(40, scenes // 20), toy_choices: max(8, scenes // 100)}
             beside = [pool.submit(draw, tmp, seed, n) for draw, n in apart.items()]
 
-            def painted(jobs):
+            def drawn():
+                """Pictures to paint, as soon as their scenes are known"""
+                seen, jobs = toy_coco(tmp, seed, cuts)
+                yield jobs
+                said, jobs = toy_flickr30k(tmp, seed, cuts)
+                yield jobs
+                known, jobs = toy_vg(tmp, seed, seen, scenes // 5)
+                yield jobs
+                yield toy_gqa(tmp, seed, known, max(10, scenes // 30))
+                toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen)
+                toy_snli_ve(tmp, seed, said), toy_edits(tmp, seed, seen, known, said)
+                yield from (part.result() for part in beside)
+
+            painted, total = [], 0
+            for jobs in drawn():
                 for folder in {path.parent for path, _ in jobs}:
                     folder.mkdir(parents=True, exist_ok=True)
-                return pool.map(save_picture, jobs, chunksize=64)
-
-            seen, jobs = toy_coco(tmp, seed, cuts)
-            pictures = [painted(jobs)]
-            said, jobs = toy_flickr30k(tmp, seed, cuts)
-            pictures.append(painted(jobs))
-            known, jobs = toy_vg(tmp, seed, seen, scenes // 5)
-            pictures += painted(jobs), painted(toy_gqa(tmp, seed, known, max(10, scenes // 30)))
-            toy_vqa(tmp, seed, seen), toy_referring(tmp, seed, seen), toy_snli_ve(tmp, seed, said)
-            toy_edits(tmp, seed, seen, known, said)
-            pictures += (painted(part.result()) for part in beside)
-            list(tqdm(chain(*pictures), "toy pictures", disable=None, leave=False))
+                painted.append(pool.map(save_picture, jobs, chunksize=64))
+                total += len(jobs)
+            list(tqdm(chain(*painted), "toy pictures", total, disable=None, leave=False))
         crops(tmp)
         words = sorted(
             {*OTHER_WORDS, *SHAPES, *COLOURS, *SIZES, *(w for r in RELATIONS for w in r.split())}
