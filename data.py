@@ -311,9 +311,14 @@ def kept(function):
     return read
 
 
-def load_arrays(folder):
+def load_arrays(folder, hint="Delete this folder: the next run makes it again."):
     """{name: array} of a folder's .npy files, memory-mapped"""
-    return {path.stem: np.load(path, mmap_mode="r") for path in Path(folder).glob("*.npy")}
+    try:
+        return {path.stem: np.load(path, mmap_mode="r") for path in Path(folder).glob("*.npy")}
+    except Exception as error:
+        # numpy's reader of headers raises whatever a broken header makes of it
+        why = str(error) or type(error).__name__
+        raise DataError(f"{folder} cannot be read: {why}", hint=hint) from None
 
 
 def read_fresh_meta(folder, key):
@@ -508,6 +513,10 @@ class RegionStore:
 
     # cls_id and attr_id are of a detector's vocabulary
     has_names = True
+    broken = (
+        "Most often a copy or a conversion that stopped half way.\n  Make the store again: "
+        "evaluate.py pack (toy data: delete the toy folder, the next run makes it again)."
+    )
 
     def __init__(self, folder):
         hint = f"Make one: python evaluate.py pack FEATURES.tsv --out {folder}"
@@ -515,11 +524,7 @@ class RegionStore:
         note = self.folder / "meta.json"
         self.meta = need_record(read_json(note, "the store's description"), note)
         self.classes = self.meta.get("classes")
-        try:
-            self.arrays = load_arrays(self.folder)
-        except Exception as error:
-            # numpy's reader of headers raises whatever a broken header makes of it
-            raise self.error(f"cannot be read: {str(error) or type(error).__name__}") from None
+        self.arrays = load_arrays(self.folder, self.broken)
         needed = "ids", "wh", "offsets", "features", "boxes"
         if missing := [name for name in needed if name not in self.arrays]:
             raise self.error(f"lacks {missing[0]}.npy")
@@ -542,11 +547,7 @@ class RegionStore:
 
     def error(self, what):
         """A DataError about this store."""
-        hint = (
-            "Most often a copy or a conversion that stopped half way.\n  Make the store again: "
-            "evaluate.py pack (toy data: delete the toy folder, the next run makes it again)."
-        )
-        return DataError(f"{self.folder} {what}", hint=hint)
+        return DataError(f"{self.folder} {what}", hint=self.broken)
 
     def check_columns(self):
         """Every array has the kind and the shape that COLUMNS and PER_IMAGE say."""
@@ -607,7 +608,7 @@ class RegionStore:
         return {str(p): file_stamp(p) for p in self.folder.iterdir() if p.is_file()}
 
     def image_id(self, image):
-        """The name of an image: what readers call it."""
+        """The name of an image: what readers call it"""
         return self.ids[image].decode()
 
     def finder(self):
@@ -2033,7 +2034,7 @@ INDEX_ARRAYS = {
 
 
 class IndexWriter:
-    """Collects the arrays of an Index, text by text."""
+    """Collects the arrays of an Index, text by text"""
 
     def __init__(self, tokenizer, max_words, layout):
         self.tokenizer, self.max_words, self.layout = tokenizer, max_words, layout
@@ -2135,7 +2136,7 @@ class IndexWriter:
 
 
 def build_index(records, store, tokenizer, name, how):
-    """Arrays and meta of an Index; how: IndexOptions."""
+    """Arrays and meta of an Index; how: IndexOptions"""
     writer, missing, total, first = IndexWriter(tokenizer, how.max_words, how.layout), 0, 0, ""
     store.check_rows()
     # once for all texts: the names are sorted for it

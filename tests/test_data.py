@@ -400,6 +400,14 @@ def test_a_pool_makes_the_batches_of_its_index(pairs):
     assert all(padding([*a, min(b)]) > 256 for a, b in zip(parts, parts[1:]))
 
 
+def test_a_broken_index_is_one_clear_error(tmp_path):
+    make = lambda: data.memory_mapped(tmp_path / "index/x", [1], lambda: ({"x": np.arange(99)}, {}))
+    assert make()[0]["x"].tolist() == list(range(99))
+    os.truncate(tmp_path / "index/x/x.npy", 200)
+    with pytest.raises(DataError, match=r"index/x cannot be read: .*\n.*Delete this folder"):
+        make()
+
+
 # -------------------------------------------------------------------------------------- real NLVR
 
 
