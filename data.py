@@ -1305,7 +1305,7 @@ def vg_items(data, name, key):
 
 
 def vg_box(record, where, names=("x", "y", "width", "height")):
-    """[x, y, w, h] of one of Visual Genome's records"""
+    """[x, y, w, h] of a record of Visual Genome"""
     return [field(record, name, where, NUMBER) for name in names]
 
 
