@@ -329,8 +329,7 @@ def make_config(recipe, **changes):
     cfg.regions = cfg.regions or f"{cfg.data}/regions"
     if cfg.vision == "patches":
         cfg.resolution = cfg.resolution or (64 if cfg.size in ("tiny", "toy") else 256)
-        words = ("toy-pretrain", "toy-first", "toy-short", "toy-boxes")
-        if cfg.init in words and not cfg.is_pretraining:
+        if cfg.init in ("toy-pretrain", "toy-short", "toy-boxes") and not cfg.is_pretraining:
             cfg.init = "toy-patches"
     cfg.init = "" if cfg.init == "none" else cfg.init.replace("{data}", cfg.data)
     if cfg.dataset == Config.dataset:
@@ -2163,7 +2162,8 @@ KERVADEC |= dict(split="train_balanced+val_balanced", align_schedule="constant",
 KERVADEC |= dict(warmup=17_930, batch_size=128, gpus=4, lr=1e-4, clip=1.0)
 MAF = dict(task="grounding", loss="maf", cased=False, batch_size=64, lr=1e-5, eps=1e-8)
 MAF |= dict(beta2=0.999, weight_decay=0.0, clip=0.0, schedule="constant", warmup=0)
-# ALBEF and AMC [their code: configs/*.yaml]; an epoch of ALBEF's 14 M images: 27,000 updates
+# ALBEF and AMC [their code: configs/*.yaml]. An epoch of ALBEF's 14 M images is 27,000
+# updates
 PICTURES = RARELY | dict(model="albef", task="pretrain", vision="patches", size="base")
 PICTURES |= dict(cased=False, max_words=24, batch_size=64, gpus=8, clip=0.0)
 PICTURES |= dict(eps=1e-8, beta2=0.999, weight_decay=0.02)
@@ -2191,12 +2191,12 @@ RECIPES = {
     # toy experiments, minutes on two cores [ours]
     "toy-pretrain": TOY_PRETRAIN,
     "toy-short": TOY_PRETRAIN | dict(steps=2500, lr=7e-4),
-    "toy-first": TOY_PRETRAIN | dict(steps=3000, lr=7e-4, batch_tokens=512),
     # Pictures: what words mean is learned from regions, then how things look [README]
     "toy-patches": TOY_PATCHES | dict(init="toy-short", corpora="crops+coco", steps=5000, lr=7e-4),
     "toy": TOY
-    | dict(task="retrieval", dataset="coco", init="toy-first", steps=220, warmup=40, eval_every=50)
-    | dict(batch_tokens=1536, negatives=3, candidates=8, alternate=True, save_every=100),
+    | dict(task="retrieval", dataset="coco", steps=220, warmup=40, batch_tokens=1536)
+    | dict(negatives=3, candidates=8, alternate=True, save_every=100, eval_every=50)
+    | dict(init="toy-short"),
     # towers, counts, walls, negation: drawn sentences, then NLVR's own among them
     "toy-boxes": TOY_NLVR | dict(split="drawn", init="toy-short", steps=6000, warmup=150),
     "toy-nlvr": TOY_NLVR | dict(split="test+drawn", init="toy-boxes", steps=4000),

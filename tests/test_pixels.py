@@ -957,9 +957,9 @@ def test_all_of_kervadecs_supervision_on_patches(toy_tree, tmp_path, loss):
 
 
 def test_pictures_begin_from_the_run_on_regions(tmp_path, monkeypatch):
-    """--vision patches ends in the very run that the same experiment on regions begins from."""
+    """--vision patches ends in the very run that the same command on regions begins from."""
     monkeypatch.chdir(tmp_path)
-    _, words = train.first_run(train.parse(["--recipe", "toy-boxes"]))
+    _, words = train.first_run(train.parse(["--loss", "cacr"]))
     eyes = ["--vision", "patches", "--patch", "8"]
     for typed in (["--loss", "cacr", *eyes], ["--task", "vqa", *eyes], ["--task", "nlvr", *eyes]):
         _, seen = train.first_run(train.parse(typed))

@@ -624,7 +624,7 @@ def test_missing_data_are_met_before_the_run_before(toy_tree, tmp_path, monkeypa
         assert f"{tree}/" in done.stderr and task in done.stderr, done.stderr
         assert "trained" not in done.stderr and not list((tmp_path / "out").glob("toy-pretrain*"))
     done = run(tmp_path, "--loss none", "--data", toy_tree, *QUICK, expect=1)
-    assert "trained" in done.stderr and list((tmp_path / "out").glob("toy-first*/"))
+    assert "trained" in done.stderr and list((tmp_path / "out").glob("toy-short*/"))
 
 
 def test_validation_ends_where_nothing_counts(monkeypatch):
