@@ -2194,7 +2194,7 @@ RECIPES = {
     # Pictures: what words mean is learned from regions, then how things look [README]
     "toy-patches": TOY_PATCHES | dict(init="toy-short", corpora="crops+coco", steps=5000, lr=7e-4),
     "toy": TOY
-    | dict(task="retrieval", dataset="coco", steps=220, warmup=40, batch_tokens=1536)
+    | dict(task="retrieval", dataset="coco", steps=180, warmup=40, batch_tokens=1536)
     | dict(negatives=3, candidates=8, alternate=True, save_every=100, eval_every=50)
     | dict(init="toy-short"),
     # towers, counts, walls, negation: drawn sentences, then NLVR's own among them
