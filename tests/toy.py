@@ -36,8 +36,9 @@ from evaluate import PHENOMENA, SUGARCREPE, StoreWriter, crops, need_new
 SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
 COLOURS = "red", "green", "blue", "yellow", "black", "purple"
 SIZES = "small", "medium", "large"
-# how often each shape and colour is drawn: as 1 / rank
-RARER = 1 / np.arange(1, 7) / (1 / np.arange(1, 7)).sum()
+# of the shapes, and of the colours: how often one is drawn, as 1 / rank
+FREQUENCIES = 1 / np.arange(1, len(SHAPES) + 1)
+FREQUENCIES /= FREQUENCIES.sum()
 # raised whenever the bytes change; an older tree is made again
 TOY_VERSION = 7
 RGB = {
@@ -194,7 +195,7 @@ def draw_kinds(rng, n):
     """n things of n shapes and n colours, so that "a red circle" is never in doubt; some are
     common and some rare (1 / rank), as words are, so that another picture often has the same
     things elsewhere."""
-    pick = lambda names: rng.choice(len(names), n, replace=False, p=RARER)
+    pick = lambda names: rng.choice(len(names), n, replace=False, p=FREQUENCIES)
     return [(SHAPES[s], COLOURS[c]) for s, c in zip(pick(SHAPES), pick(COLOURS))]
 
 
