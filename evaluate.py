@@ -20,6 +20,7 @@ python evaluate.py pack train2014_obj36.tsv val2014_obj36.tsv --out DATA/regions
 """
 
 import argparse
+import atexit
 import base64
 import contextlib
 import csv
@@ -45,6 +46,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # read after init_process_group, its defaults would keep the group
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -112,6 +114,8 @@ def join_processes():
         # a process may make an index for an hour while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        # its threads end before Python does: letting a tensor go after that is an abort
+        atexit.register(dist.destroy_process_group)
     return device
 
 
@@ -3116,8 +3120,6 @@ def main(argv=None):
     rounded = {k: round(v, digits) if isinstance(v, float) else v for k, v in numbers.items()}
     if is_main():
         print(json.dumps(rounded))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def run_extract(args):

@@ -2123,9 +2123,6 @@ def main(argv=None):
         evaluate.fail("train.py", str(error).split("DataError: ")[-1].strip())
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # 11. Recipes ------------------------------------------------------------------------------------

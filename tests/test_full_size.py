@@ -362,6 +362,16 @@ def test_the_rehearsal_runs(tmp_path, monkeypatch):
 # of a row alike, MAF's a phrase's scores
 NOISE = ("to_k.bias", "feature.bias")
 
+# a process group's thread that is still there when Python ends can abort the process
+THREADS_AT_THE_END = """
+import atexit, pathlib, sys
+
+@atexit.register
+def last():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print("threads at the end:", names, file=sys.stderr)
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name.startswith("toy")])
@@ -381,8 +391,11 @@ def test_two_processes_are_one(toy_tree, tmp_path, recipe):
     # AMC's mean pools over a process's pairs
     args += ["--loss amc-max"] if cfg.loss == "amc" else []
     option, n = ("--batch-size", 6) if cfg.batch_size else ("--batch-tokens", 256)
+    (tmp_path / "sitecustomize.py").write_text(THREADS_AT_THE_END)
     run(tmp_path, *args, option, 2 * n, "--out", "one")
-    run(tmp_path, *args, option, n, "--gpus", 2, "--out", "two", processes=2)
+    args += [option, n, "--gpus", 2, "--out", "two"]
+    done = run(tmp_path, *args, processes=2, PYTHONPATH=str(tmp_path))
+    assert "threads at the end" in done.stderr and "gloo" not in done.stderr
     one, two = (
         {k: v for k, v in weights(tmp_path / name).items() if not k.endswith(NOISE)}
         for name in ("one", "two")
