@@ -416,7 +416,7 @@ class WordPiece:
         # most captions: nothing to clean
         if not (text.isascii() and text.isprintable()):
             text = self.clean(text)
-        # a corpus of the web has more words than memory
+        # a web corpus has more words than memory
         if len(self.cache) > 1_000_000:
             self.cache = dict(self.whole)
         ids = []
@@ -1557,7 +1557,7 @@ def vcr_rows(record, part, where, stats):
         wanted = "train or val; the test set's rationales are scored for all four answers."
         raise DataError(f"{where}: no answer_label", wanted)
     reasons, rows = segments("rationale_choices", 3), []
-    # the server asks for rationales of all four answers
+    # the server asks for all four answers' rationales
     for answer in answers if part == "all" else [answers[right]]:
         rows += [(question, answer, reason) for reason in reasons]
     return rows, record.get("rationale_label")
@@ -1928,7 +1928,7 @@ def vg_boxed_texts(data, images, kinds):
             name = str((field(o, "names", where, list) or [""])[0])
             corners = vg_box(o, where, "xywh")
             named.setdefault(name, []).append(corners)
-            # a text for each attribute, or the bare name
+            # one text per attribute, or the name
             for attribute in o.get("attributes") or [""]:
                 kind = "objects with attributes" if attribute else "objects"
                 yield kind, image, f"{attribute} {name}".strip(), corners
