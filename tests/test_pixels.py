@@ -818,6 +818,29 @@ def test_pointing_by_hand(toy_tree, tokenizer, tmp_path, monkeypatch):
     )
 
 
+def test_what_patches_allow(toy_tree, tokenizer, monkeypatch):
+    """README: a map of 4 x 4 patches, each with its share of the boxes, points right about half
+    the time.
+    """
+    config = dict(data=str(toy_tree), regions=str(toy_tree / "regions"), vision="patches")
+    config |= dict(resolution=64, patch=16)
+
+    def perfect(run, records, store, **how):
+        for record in records:
+            image = store.finder()([record.image])[0]
+            width, height = store.size(image)
+            inside = torch.zeros(1, height, width)
+            for x, y, w, h in np.array(record.boxes).astype(int):
+                inside[:, y : y + h, x : x + w] = 1
+            A = torch.nn.functional.adaptive_avg_pool2d(inside, (4, 4)).flatten(1)
+            yield record, image, evaluate.at_size(A, (width, height))[0]
+
+    monkeypatch.setattr(evaluate, "heat_maps_of", perfect)
+    run = evaluate.Run(None, tokenizer, config, {}, evaluate.vision_of(config))
+    found = evaluate.pointing_games(run, ["flickr30k"])
+    assert 35 < found["pointing/flickr30k"] < 55
+
+
 def test_referit(tmp_path, toy_tree, tokenizer, monkeypatch):
     (tmp_path / "refclef/images").mkdir(parents=True)
     Image.new("RGB", (100, 50)).save(tmp_path / "refclef/images/12.jpg")
