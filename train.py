@@ -2189,7 +2189,8 @@ RECIPES = {
     "toy-pretrain": TOY_PRETRAIN,
     "toy-short": TOY_PRETRAIN | dict(steps=2500, lr=7e-4),
     # Pictures: what words mean is learned from regions, then how things look [README]
-    "toy-patches": TOY_PATCHES | dict(init="toy-short", corpora="crops+coco", steps=5000, lr=7e-4),
+    "toy-patches": TOY_PATCHES
+    | dict(init="toy-short", corpora="crops:1+coco:3", steps=6500, lr=7e-4),
     "toy": TOY
     | dict(task="retrieval", dataset="coco", steps=180, warmup=40, batch_tokens=1536)
     | dict(negatives=3, candidates=8, alternate=True, save_every=100, eval_every=50)

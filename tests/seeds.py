@@ -318,7 +318,9 @@ TABLES = {
         paper="",
         columns={f"Winoground {n}": f"winoground/{n}" for n in ("group", "text", "image")}
         | {head: POINTING[head] for head in ("Flickr30k", "testA", "testB")},
-        rows=dict.fromkeys(("patches cacr", "patches none", "patches amc", "patches amc+cacr"), ""),
+        rows=dict.fromkeys(
+            ("patches rank", "patches cacr", "patches none", "patches amc", "patches amc+cacr"), ""
+        ),
     ),
     "nlvr": Table(
         paper="",
