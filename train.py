@@ -465,11 +465,10 @@ def read_weights(text, usual, option):
     for part in text.split("+"):
         name, _, weight = part.partition(":")
         known(name, list(usual), option)
-        try:
-            weights[name] = float(weight or usual[name])
-        except ValueError:
+        if not re.fullmatch(r"|(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", weight):
             wanted = f"wanted a name, or name:weight as in {name}:3"
-            raise UserError(f"{option} {part}: {wanted}") from None
+            raise UserError(f"{option} {part}: {wanted}")
+        weights[name] = float(weight or usual[name])
     return weights
 
 
