@@ -1201,6 +1201,7 @@ def test_amc_on_patches(toy_tree, patched, tmp_path, model, loss):
             "heat maps are of pictures",
         ),
         (["--recipe", "toy-patches", "--loss", "amc"], "heat maps are of pictures"),
+        (["--recipe", "toy-patches", "--corpora", "crops:-1+coco"], "crops:-1: wanted a name, or"),
         (["--loss", "amc", "--model", "uniter", "--pretrain", "mlm"], "itm in --pretrain"),
         (["--recipe", "toy", "--vision", "patches", "--loss", "cacr+amc"], "--triplets"),
         (["--loss", "amc", "--model", "uniter", "--triplets", "boxes"], "--triplets"),
