@@ -634,7 +634,7 @@ def store_meta(looks):
 
 def toy_store(tmp, name, scenes, ids, seed, given=False):
     looks, rng = appearance(), np.random.default_rng([seed, *name.encode(), 7])
-    writer = StoreWriter(tmp / "regions" / name, list(COLUMNS), store_meta(looks), every=10**9)
+    writer = StoreWriter(tmp / "regions" / name, **store_meta(looks))
     for things, image_id in zip(
         tqdm(scenes, desc=f"toy regions, {name}", disable=None, leave=False), ids
     ):
@@ -671,7 +671,7 @@ def make_nlvr_store(data):
     meta["classes"] = len(CLASSES)
     if not (data / "nlvr/drawn/drawn.json").exists():
         draw_nlvr(data)
-    writer = StoreWriter(data / "regions" / "nlvr", ["features", "boxes"], meta, every=10**9)
+    writer = StoreWriter(data / "regions" / "nlvr", **meta)
     splits = [split for split in ("dev", "test", "drawn") if (data / "nlvr" / split).exists()]
     for split in splits:
         records, written = nlvr_presentations(data, split, Counter()), set()
@@ -1102,7 +1102,7 @@ def entities_xml(name, things, chain):
 
 def toy_winoground(tmp, seed, n):
     rng, looks, jobs, lines = np.random.default_rng([seed, 3]), appearance(), [], []
-    writer = StoreWriter(tmp / "regions/winoground", list(COLUMNS), store_meta(looks), every=10**9)
+    writer = StoreWriter(tmp / "regions/winoground", **store_meta(looks))
     for e in tqdm(range(n), desc="toy Winoground", disable=None, leave=False):
         scenes, (collapsed, tag) = draw_example(rng, looks)
         line = {"id": e, "tag": tag, "collapsed_tag": collapsed, "num_main_preds": 1}
