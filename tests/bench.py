@@ -147,8 +147,8 @@ def always_explicit(attention):
     """Attention as if maps were always wanted."""
     plain = attention.forward
 
-    def forward(x, context, mask, need_maps=False, need_probs=False):
-        return plain(x, context, mask, True, need_probs)
+    def forward(x, context, mask, need_maps=False):
+        return plain(x, context, mask, True)
 
     attention.forward = forward
 
@@ -156,12 +156,12 @@ def always_explicit(attention):
 def always_fused(attention):
     """Attention by torch's kernel, as on a GPU."""
 
-    def forward(x, context, mask, need_maps=False, need_probs=False):
+    def forward(x, context, mask, need_maps=False):
         q, k, v = attention.to_q(x), attention.to_k(context), attention.to_v(context)
         q, k, v = (attention.split(z) for z in (q, k, v))
         p = attention.dropout
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], dropout_p=p)
-        return attention.to_out(out.transpose(1, 2).flatten(2)), None
+        return attention.to_out(out.transpose(1, 2).flatten(2)), None, None
 
     attention.forward = forward
 
@@ -738,9 +738,9 @@ def bench_detector(found, folder):
     torch.manual_seed(0)
     detector, picture = (
         model_parts.Detector(**detector_sizes()).to(DEVICE),
-        torch.randn(1, 3, *picture_size(), device=DEVICE) * 50,
+        torch.randn(3, *picture_size(), device=DEVICE) * 50,
     )
-    spent, work, size = [0.0], [0], torch.tensor([picture_size()])
+    spent, work = [0.0], [0]
 
     def timed(job):
         def wrapped(*args):
@@ -761,11 +761,11 @@ def bench_detector(found, folder):
             module.register_forward_hook(count)
     plain = model_parts.nms, model_parts.roi_pool
     model_parts.nms, model_parts.roi_pool = map(timed, plain)
-    detector(picture, size)
+    detector(picture)
     runs, spent[0], work[0] = 3, 0.0, 0
     start = time.perf_counter()
     for _ in range(runs):
-        detector(picture, size)
+        detector(picture)
     whole = time.perf_counter() - start
     model_parts.nms, model_parts.roi_pool = plain
     product, flops = matmul_rate()
