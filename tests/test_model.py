@@ -19,6 +19,8 @@ from model import (
     CheckpointError,
     Uniter,
     load_pretrained,
+    build,
+    gradcam_layer,
     read_checkpoint,
 )
 
@@ -50,9 +52,10 @@ def test_fused_and_written_out_attention_agree():
         torch.randn(3, 9, 32, requires_grad=True),
         torch.arange(9)[None] < torch.tensor([[9], [4], [1]]),
     )
-    plain, none = attention(x, x, mask)
-    written, S = attention(x, x, mask, need_maps=True)
-    assert none is None and S.shape == (3, 4, 9, 9)
+    plain, *none = attention(x, x, mask)
+    written, S, P = attention(x, x, mask, need_maps=True)
+    assert none == [None, None] and S.shape == (3, 4, 9, 9)
+    torch.testing.assert_close(P, losses.masked_softmax(S, mask))
     q, k, v = (attention.split(f(x)) for f in (attention.to_q, attention.to_k, attention.to_v))
     fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     fused = attention.to_out(fused.transpose(1, 2).flatten(2))
@@ -102,18 +105,30 @@ def test_maps_carry_gradient_and_are_taken_before_dropout():
     assert model.layers[0].attention.to_q.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", ["uniter", "lxmert"])
+def test_maps_and_gradcam_of_one_layer(kind):
+    """Its logits and its probabilities, which belong together and are in the graph of the score."""
+    torch.manual_seed(0)
+    model = build(kind, "tiny", vocab=50, features=16, classes=7).eval()
+    b, layers = batch(), model.layers if kind == "uniter" else model.cross_layers
+    out = model(**b, heads=("match",), maps=(gradcam_layer(layers), -1), need_gradcam=True)
+    S, (P, block_of) = out.maps[0], out.gradcam
+    wanted = losses.masked_softmax(S.S_LV, b["region_mask"])
+    if kind == "uniter":
+        wanted = losses.joint_softmax(*S, b["text_mask"], b["region_mask"])[1]
+    real = b["text_mask"][:, None, :, None] & b["region_mask"][:, None, None]
+    torch.testing.assert_close(block_of(P) * real, wanted * real)
+    assert torch.autograd.grad(out.match.sum(), P)[0].abs().sum() > 0
+
+
 def test_masked_regions_hide_their_feature_but_not_their_box():
     model, b = tiny(), batch()
-    hidden = torch.tensor([1])
-    a = model(**b, masked_regions=hidden, heads=("features",)).region_features
+    predict = lambda: model(**b, masked_regions=torch.tensor([1]), heads=("features",))
+    before = predict().region_features
     b["regions"][0, 1] += 5
-    torch.testing.assert_close(
-        model(**b, masked_regions=hidden, heads=("features",)).region_features, a
-    )
+    torch.testing.assert_close(predict().region_features, before)
     b["boxes"][0, 1] = torch.tensor([0.9, 0.9, 1.0, 1.0])
-    assert not torch.allclose(
-        model(**b, masked_regions=hidden, heads=("features",)).region_features, a
-    )
+    assert not torch.allclose(predict().region_features, before)
 
 
 def test_sizes_are_the_papers():
@@ -139,7 +154,6 @@ def test_width_that_heads_do_not_divide():
 
 def as_bert(model, gamma=True):
     """Our text part under BERT's names, gamma and beta as in the first files."""
-
     official = {
         "text_embedding.word.weight": "bert.embeddings.word_embeddings.weight",
         "text_embedding.position.weight": "bert.embeddings.position_embeddings.weight",
@@ -219,6 +233,9 @@ def test_rank_head_starts_from_the_match_head_and_is_a_copy(tmp_path):
     assert model.rank.weight.data_ptr() != model.match.weight[1:].data_ptr()
 
 
+CUTS = "half", "less"
+
+
 class Bomb:
     def __reduce__(self):
         return os.system, ("touch /tmp/nanoalign_bomb_went_off",)
@@ -226,47 +243,58 @@ class Bomb:
 
 def test_bad_checkpoints(tmp_path):
     model = tiny()
-    for name, content, match in (
-        ("a.pt", b"", "cannot be read"),
-        ("b.pt", b"PK\x03\x04 half", "cannot be read"),
-        ("c.safetensors", b"\xff" * 20, "cannot be read"),
-        ("d.pt", pickle.dumps(Bomb()), "refused"),
+    for name, content in (
+        ("a.pt", b""),
+        ("b.pt", b"PK\x03\x04 half"),
+        ("c.safetensors", b"\xff" * 20),
+        ("d.safetensors", struct.pack("<Q", 2) + b"[]"),
+        ("d.pt", pickle.dumps(Bomb())),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=match):
-            load_pretrained(model, tmp_path / name)
     torch.save({"model": Bomb()}, tmp_path / "e.pt")
-    with pytest.raises(CheckpointError, match="refused"):
-        load_pretrained(model, tmp_path / "e.pt")
-    assert not os.path.exists("/tmp/nanoalign_bomb_went_off")
     torch.save([1, 2], tmp_path / "f.pt")
+    torch.save({"model": [1]}, tmp_path / "i.pt")
     torch.save({"x": torch.zeros(2)}, tmp_path / "g.pt")
     torch.save(tiny(width=64).state_dict(), tmp_path / "h.pt")
+    write_safetensors(as_bert(model, False), tmp_path / "cut.safetensors")
+    for name in ("h.pt", "cut.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / f"half {name}").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / f"less {name}").write_bytes(whole[:-10])
     for name, match in (
-        ("missing.pt", "is not there"),
+        *((name, "cannot be read") for name in ("a.pt", "b.pt", "c.safetensors", "d.safetensors")),
+        *((f"{cut} cut.safetensors", "cannot be read.*\n.*stopped half way") for cut in CUTS),
+        *((f"{cut} h.pt", "cannot be read.*\n.*stopped half way") for cut in CUTS),
+        ("d.pt", "refused"),
+        ("e.pt", "refused"),
+        ("missing.pt", "No such file"),
+        ("", "Is a directory"),
         ("f.pt", "not a table"),
+        ("i.pt", "not a table"),
         ("g.pt", "does not fit"),
         ("h.pt", r"\(50, 64\) in the file, \(50, 32\)"),
     ):
         with pytest.raises(CheckpointError, match=match):
             load_pretrained(model, tmp_path / name)
-    with pytest.raises(CheckpointError, match="is a folder"):
-        load_pretrained(model, tmp_path)
+    assert not os.path.exists("/tmp/nanoalign_bomb_went_off")
+    plain = dict(model={}, optimizer={}, step=3, config={}, sizes={"size": "tiny"})
+    for change in ({}, {"step": "3"}, {"config": None}, {"sizes": [1]}):
+        torch.save(plain | change, tmp_path / "own.pt")
+        if not change:
+            assert read_checkpoint(tmp_path / "own.pt")._asdict() == plain
+            continue
+        with pytest.raises(CheckpointError, match="not a training file"):
+            read_checkpoint(tmp_path / "own.pt")
     with pytest.raises(CheckpointError, match="not a training file"):
         read_checkpoint(tmp_path / "g.pt")
-    whole = (tmp_path / "h.pt").read_bytes()
-    (tmp_path / "h.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_pretrained(model, tmp_path / "h.pt")
 
 
 @pytest.mark.parametrize("kind", ["uniter", "lxmert"])
 def test_patches_begin_from_regions(tmp_path, kind):
     """All but what sees: the stem, and what stands for a patch or is predicted of it"""
-    sizes = dict(vocab=40, attributes=5)
     torch.manual_seed(0)
-    regions = parts.build(kind, "toy", features=16, classes=9, **sizes)
-    patches = parts.build(kind, "toy", features=48, classes=12, patch=4, **sizes)
+    regions = build(kind, "toy", vocab=40, features=16, classes=9)
+    patches = build(kind, "toy", vocab=40, features=48, classes=12, patch=4)
     start = {name: tensor.clone() for name, tensor in patches.state_dict().items()}
     file = dict(regions.state_dict())
     if kind == "uniter":
@@ -285,36 +313,27 @@ def test_patches_begin_from_regions(tmp_path, kind):
     torch.save(start, tmp_path / "patches.pt")
     with pytest.raises(CheckpointError, match="does not fit"):
         load_pretrained(regions, tmp_path / "patches.pt")
-    wider = parts.build(kind, "toy", features=20, classes=9, **sizes)
+    wider = build(kind, "toy", vocab=40, features=20, classes=9)
     with pytest.raises(CheckpointError, match="does not fit"):
         load_pretrained(wider, tmp_path / "regions.pt")
 
 
-@pytest.mark.parametrize("kind, other", [("uniter", "albef"), ("albef", "lxmert")])
-def test_another_kind_of_model_is_refused(tmp_path, kind, other):
+@pytest.mark.parametrize("kinds", [("uniter", "albef"), ("albef", "lxmert")])
+def test_another_kind_of_model_is_refused(tmp_path, kinds):
     """BERT's words and their norm are in all of them, and fit: a start from these alone is an
     error, not a run of days from nothing."""
-    sizes = dict(vocab=40, features=192, patch=8, classes=9, attributes=5)
-    torch.save(parts.build(kind, "toy", **sizes).state_dict(), tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"does not fit.* unknown, \d+ that fit"):
-        load_pretrained(parts.build(other, "toy", **sizes), tmp_path / "x.pt")
-
-
-def test_truncated_safetensors(tmp_path):
-    write_safetensors(as_bert(tiny(), False), tmp_path / "m.safetensors")
-    whole = (tmp_path / "m.safetensors").read_bytes()
-    (tmp_path / "m.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(CheckpointError, match="should end at byte"):
-        load_pretrained(tiny(), tmp_path / "m.safetensors")
+    saved, model = (build(kind, "toy", vocab=40, patch=8) for kind in kinds)
+    torch.save(saved.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit.* unknown, \d+ fit"):
+        load_pretrained(model, tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("kind", ["uniter", "lxmert"])
 def test_scores_are_float32_under_autocast(kind):
     """bf16 knows 1/64 between 2 and 4: scores of it tie, and a tie is wrong."""
     torch.manual_seed(0)
-    how = {"vocab": 30, "features": 16, "classes": 7, "head": "answers", "answers": 3}
-    how |= {"attributes": 5, "types": 2}
-    model, mask = parts.build(kind, "tiny", **how).eval(), torch.ones(4, 6, dtype=torch.bool)
+    model = build(kind, "tiny", vocab=30, features=16, classes=7, head="answers", answers=3).eval()
+    mask = torch.ones(4, 6, dtype=torch.bool)
     x = torch.randint(30, (4, 6)), mask, torch.randn(4, 6, 16), torch.rand(4, 6, 4), mask
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = model(*x, heads=("match", "rank", "task"))
