@@ -2,8 +2,8 @@
 so).
 
 python tests/bench.py            a quarter of an hour on two cores; the last line is one JSON object
-python tests/bench.py retrieval --readme    one part; its figures go to tests/results.json and the
-                                            README's table
+python tests/bench.py retrieval --keep      one part; its figures go to tests/results.json and
+                                            tests/COST.md
 python tests/bench.py steps --small         the same code at toy size, in seconds: does it run?
 
 small        (e) ipot over its plain form; lines a second through the tokenizer
@@ -54,7 +54,7 @@ from data import Batches, PatchStore, Record, RegionStore, WordPiece, make_index
 from data import normalize_pixels, token_batches
 from evaluate import StoreWriter
 from model import SIZES, Uniter, build
-from seeds import RESULTS, fill
+from seeds import RESULTS, commit, fill, with_commits
 from test_full_size import Waits
 from toy import make_toy
 
@@ -924,18 +924,12 @@ PARTS = {
 
 
 def table(results):
-    found = results.get("bench", {})
-    return "\n".join(
-        [
-            "| | measured | wanted |",
-            "|---|---|---|",
-            *(
-                f"| {what} | {found[k]:,.2f} | {wanted} |"
-                for k, (what, wanted) in MEANING.items()
-                if k in found
-            ),
-        ]
-    )
+    """What was measured, and with which commit's code"""
+    measured = results.get("bench", {})
+    rows = ((*MEANING[k], k) for k in MEANING if k in measured)
+    lines = [f"| {what} | {measured[k]:,.2f} | {wanted} |" for what, wanted, k in rows]
+    commits = {name: results["bench_commits"].get(name) for name in MEANING if name in measured}
+    return "\n".join(["| | measured | wanted |", "|---|---|---|", *lines, "", with_commits(commits)])
 
 
 def main():
@@ -945,24 +939,26 @@ def main():
     parser.add_argument("parts", nargs="*", help="which (default: all): " + ", ".join(PARTS))
     parser.add_argument("--small", action="store_true", help="at toy size, one round: does it run?")
     parser.add_argument(
-        "--readme",
+        "--keep",
         action="store_true",
-        help="keep the figures in tests/results.json and put the table into the README",
+        help="keep the figures in tests/results.json and put the table into tests/COST.md",
     )
     args = parser.parse_args()
     global SIZE, MOST_ROUNDS, GLOVE_LINES, BACKEND
     if args.small:
         SIZE, MOST_ROUNDS, GLOVE_LINES, BACKEND = "toy", 1, 2000, "eager"
     unknown = set(args.parts) - set(PARTS)
-    if unknown or args.small and args.readme:
-        parser.error(f"parts are {', '.join(PARTS)}; --small measures nothing for the README")
+    if unknown or args.small and args.keep:
+        parser.error(f"parts are {', '.join(PARTS)}; --small measures nothing to keep")
     train.keep_memory()  # as train.py does on a CPU
     results, found = json.loads(RESULTS.read_text()), {}
     for part in args.parts or PARTS:
         with tempfile.TemporaryDirectory() as folder:
             PARTS[part](found, Path(folder))
-        if args.readme:
+        if args.keep:
             results["bench"] = results.get("bench", {}) | {k: round(v, 4) for k, v in found.items()}
+            commits = results.setdefault("bench_commits", {})
+            commits |= dict.fromkeys(found, commit())
             RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
     print(
         f"UNITER-{SIZE}, 32 pairs of 20 + 36; {DEVICE.type}, {torch.get_num_threads()} threads"
@@ -970,7 +966,7 @@ def main():
     )
     for name, value in found.items():
         print(f"{MEANING[name][0]:60} {value:10.3f}   {MEANING[name][1]}")
-    if args.readme:
+    if args.keep:
         fill(bench=table(results))
     print(json.dumps({k: round(v, 4) for k, v in found.items()}))
 

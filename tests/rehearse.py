@@ -6,7 +6,7 @@ python tests/rehearse.py run --data DATA               every recipe: 3 updates, 
                                                        evaluation, each by a model of size tiny
 python tests/rehearse.py run --data DATA --recipe vqa  one of them
 python tests/rehearse.py run ... --no-evaluation       where the evaluation is another recipe's
-python tests/rehearse.py table                         the README's table, of what was found
+python tests/rehearse.py table                         the table of tests/COST.md
 
 Texts are drawn from a list of words with each data set's mean length. Features are files without
 content (holes take no disk), pictures one JPEG under many names. What a run needs is measured: its
@@ -827,18 +827,21 @@ def run_all(data, recipes, evaluated=True):
     for recipe in tqdm(recipes, "recipes"):
         found = {k: round(v, 3) for k, v in rehearse(recipe, data, folder, evaluated).items()}
         print(recipe, json.dumps(found), flush=True)
+        settings = seeds.digest_of(train.make_config(recipe))
+        found |= {"settings": settings, "commit": seeds.commit()}
         results = json.loads(seeds.RESULTS.read_text())
         results.setdefault("rehearsal", {})[recipe] = found
         seeds.RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
 
 
 def table(results):
-    """The rehearsal in the README: paper and ours, and what a user has to plan for"""
+    """The rehearsal: paper and ours, and what a user has to plan for"""
     lines = [
         "| recipe | batch, paper | ours an update | updates an epoch | epochs, paper | ours "
         "| padding | first update s, cold | warm | GiB, all processes | rows a second |",
         "|" + "---|" * 11,
     ]
+    commits = {}
     for recipe in [r for r in full_size() if r in results.get("rehearsal", {})]:
         found, cfg = results["rehearsal"][recipe], train.make_config(recipe)
         unit = "examples" if cfg.batch_size else "tokens"
@@ -852,13 +855,15 @@ def table(results):
         held = found["processes"] * (found["private_mib"] - found["imports_mib"])
         gib = (held + cfg.gpus * (found["imports_mib"] + 2 * found["worker_mib"])) / 1024
         epochs = cfg.steps / found["updates_an_epoch"]
+        commits[recipe] = found.get("commit")
+        mark = "" if found.get("settings") == seeds.digest_of(cfg) else " (stale)"
         lines.append(
-            f"| `{recipe}` | {size:,} {unit} | {ours} examples | {found['updates_an_epoch']:,.0f} "
+            f"| `{recipe}`{mark} | {size:,} {unit} | {ours} examples | {found['updates_an_epoch']:,.0f} "
             f"| {EPOCHS.get(recipe, '')} | {epochs:.1f} | {100 * found['padding']:.1f} % "
             f"| {found['first_s']:.0f} | {found['first_warm_s']:.0f} | {gib:.1f} "
             f"| {found['pairs_per_s']:,.0f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([seeds.with_note(lines), "", seeds.with_commits(commits)])
 
 
 def main(argv=None):

@@ -1,349 +1,153 @@
-"""The README's tables of UNITER's downstream tasks and of its pre-training ablation, on the toy
-tree, one seed each.
+"""The tables of UNITER's downstream tasks and of its pre-training ablation in tests/RESULTS.md, on
+the toy tree, one seed each. Their runs are arms of tests/claims.json.
 
 python tests/tasks.py                    about an hour on two cores; goes on where it stopped;
-                                         fills tests/results.json and README.md
+                                         fills tests/results.json and tests/RESULTS.md
 python tests/tasks.py --only vqa ve      some rows;   --ablation: table 2 instead, another hour
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from seeds import RESULTS, ROOT, fill
+import seeds
 
 
 class Row(NamedTuple):
-    command: str  # train.py's
+    """A downstream task: an arm of tests/claims.json, and what stands beside it"""
+
     full: str  # the recipe of the full experiment
     where: str  # in UNITER's paper
     paper: str  # UNITER-base there
     keys: tuple  # our numbers for the same thing
-    guess: str = ""  # what a guess gets: a key, or a number
-    blind: bool = True  # run the controls
+    majority: str = ""  # of always the commonest answer: a key, or numbers
 
 
+RECALL = "retrieval/image/r1", "retrieval/text/r1"
+BOXES = "re/gt/accuracy", "re/det/accuracy"
+NLVR2 = ("nlvr2/accuracy",), "nlvr2/majority"
+VCR = ("vcr/q_a", "vcr/qa_r", "vcr/q_ar"), "25, 25, 6"
 ROWS = {
-    "vqa": Row(
-        "--task vqa", "vqa", "table 3, VQA test-dev", "72.70", ("vqa/accuracy",), "vqa/majority"
-    ),
-    "vcr": Row(
-        "--task vcr",
-        "vcr",
-        "table 3, VCR Q→A, QA→R, Q→AR (test)",
-        "75.00, 77.20, 58.20",
-        ("vcr/q_a", "vcr/qa_r", "vcr/q_ar"),
-        "25, 25, 6",
-    ),
-    "nlvr2": Row(
-        "--task nlvr2",
-        "nlvr2",
-        "tables 3, 5, NLVR2 dev, pair-biattn",
-        "77.18",
-        ("nlvr2/accuracy",),
-        "nlvr2/majority",
-    ),
-    "nlvr2-pair": Row(
-        "--task nlvr2 --nlvr2-head pair",
-        "nlvr2",
-        "table 5, dev, pair",
-        "75.85",
-        ("nlvr2/accuracy",),
-        "nlvr2/majority",
-        False,
-    ),
-    "nlvr2-triplet": Row(
-        "--task nlvr2 --nlvr2-head triplet",
-        "nlvr2",
-        "table 5, dev, triplet",
-        "73.03",
-        ("nlvr2/accuracy",),
-        "nlvr2/majority",
-        False,
-    ),
-    "ve": Row("--task ve", "ve", "table 3, SNLI-VE val", "78.59", ("ve/accuracy",), "ve/majority"),
-    "re": Row(
-        "--task re",
-        "refcoco",
-        "table 3, RefCOCO val, val^d",
-        "91.64, 81.24",
-        ("re/gt/accuracy", "re/det/accuracy"),
-        "re/gt/chance",
-    ),
+    "vqa": Row("vqa", "table 3, VQA test-dev", "72.70", ("vqa/accuracy",), "vqa/majority"),
+    "vcr": Row("vcr", "table 3, VCR Q→A, QA→R, Q→AR (test)", "75.00, 77.20, 58.20", *VCR),
+    "nlvr2": Row("nlvr2", "tables 3, 5, NLVR2 dev, pair-biattn", "77.18", *NLVR2),
+    "nlvr2-pair": Row("nlvr2", "table 5, dev, pair", "75.85", *NLVR2),
+    "nlvr2-triplet": Row("nlvr2", "table 5, dev, triplet", "73.03", *NLVR2),
+    "ve": Row("ve", "table 3, SNLI-VE val", "78.59", ("ve/accuracy",), "ve/majority"),
+    "re": Row("refcoco", "table 3, RefCOCO val, val^d", "91.64, 81.24", BOXES, "re/gt/chance"),
     "re-plus": Row(
-        "--task re --dataset refcoco+ --head region-mlp",
-        "refcoco+",
-        "table 3, RefCOCO+ val, val^d",
-        "83.66, 75.31",
-        ("re/gt/accuracy", "re/det/accuracy"),
-        "re/gt/chance",
-        False,
+        "refcoco+", "table 3, RefCOCO+ val, val^d", "83.66, 75.31", BOXES, "re/gt/chance"
     ),
-    "re-g": Row(
-        "--task re --dataset refcocog",
-        "refcocog",
-        "table 3, RefCOCOg val, val^d",
-        "86.52, 74.31",
-        ("re/gt/accuracy", "re/det/accuracy"),
-        "re/gt/chance",
-        False,
-    ),
-    "retrieval": Row(
-        "--task retrieval",
-        "flickr30k",
-        "table 3, Flickr30k IR, TR R@1",
-        "72.52, 85.90",
-        ("retrieval/image/r1", "retrieval/text/r1"),
-        "1, 1",
-        False,
-    ),
+    "re-g": Row("refcocog", "table 3, RefCOCOg val, val^d", "86.52, 74.31", BOXES, "re/gt/chance"),
+    "retrieval": Row("flickr30k", "table 3, Flickr30k IR, TR R@1", "72.52, 85.90", RECALL, "1, 1"),
     "retrieval-random": Row(
-        "--task retrieval --candidates 0 --negatives 2",
-        "retrieval-flickr30k --mine-every 0",
-        "sec. A.2, random negatives alone",
-        "",
-        ("retrieval/image/r1", "retrieval/text/r1"),
-        "1, 1",
-        False,
+        "retrieval-flickr30k --mine-every 0", "sec. A.2, random negatives alone", "", RECALL, "1, 1"
     ),
-    "retrieval-mined": Row(
-        "--task retrieval --candidates 0 --negatives 2 --mine-every 200",
-        "retrieval-flickr30k",
-        "sec. A.2, and mined ones",
-        "",
-        ("retrieval/image/r1", "retrieval/text/r1"),
-        "1, 1",
-        False,
-    ),
+    "retrieval-mined": Row("retrieval-flickr30k", "sec. A.2, and mined ones", "", RECALL, "1, 1"),
 }
-ZERO_SHOT = Row(
-    "--task retrieval --head match",
-    "",
-    "table 3, zero-shot IR, TR R@1 (Flickr30k)",
-    "66.16, 80.70",
-    ("retrieval/image/r1", "retrieval/text/r1"),
-    "1, 1",
-    False,
-)
-ALL = "mlm:4+itm:1+mrckl:1+mrfr:1+wra"
-# table 2: paper's Meta-Sum, VQA, NLVR2, RefCOCO+; line 2 is BERT's weights, and retrieval is left
+ZERO_SHOT = "--task retrieval --head match"
+ZERO_SHOT_ROW = Row("", "table 3, zero-shot IR, TR R@1 (Flickr30k)", "66.16, 80.70", RECALL, "1, 1")
+# table 2: UNITER's Meta-Sum, VQA, NLVR2, RefCOCO+; line 2 is BERT's weights, and retrieval is left
 # out here
 LINES = {
-    "1 none": ("", "314.34, 67.03, 51.02, 68.73"),
-    "3 MRFR": ("mrfr", "344.66, 69.02, 52.16, 68.47"),
-    "4 ITM": ("itm", "385.29, 70.04, 74.08, 72.33"),
-    "5 MLM": ("mlm", "386.10, 71.29, 74.79, 72.89"),
-    "6 MLM + ITM": ("mlm:4+itm:1", "393.04, 71.55, 75.98, 72.75"),
-    "7 MLM + ITM + MRC": ("mlm:4+itm:1+mrc:1", "393.97, 71.46, 76.18, 73.49"),
-    "8 MLM + ITM + MRFR": ("mlm:4+itm:1+mrfr:1", "396.24, 71.73, 76.21, 74.23"),
-    "9 MLM + ITM + MRC-kl": ("mlm:4+itm:1+mrckl:1", "397.09, 71.63, 76.28, 74.51"),
-    "10 MLM + ITM + MRC-kl + MRFR": ("mlm:4+itm:1+mrckl:1+mrfr:1", "399.97, 71.92, 76.93, 74.52"),
-    "11 line 10 + WRA": (ALL, "400.93, 72.47, 76.91, 74.80"),
-    "12 line 10 without conditional masking": (
-        "mlm:4+itm:1+mrckl:1+mrfr:1 --joint-masking",
-        "396.51, 71.68, 76.15, 74.29",
-    ),
-    "13 line 11, out of domain": (f"{ALL} --corpora cc3m+sbu", "396.91, 71.56, 75.66, 72.78"),
-    "14 line 11, both domains": (
-        f"{ALL} --corpora coco:2+vg:3+cc3m:3+sbu:2",
-        "405.24, 72.70, 77.18, 75.31",
-    ),
+    "1 none": "314.34, 67.03, 51.02, 68.73",
+    "3 MRFR": "344.66, 69.02, 52.16, 68.47",
+    "4 ITM": "385.29, 70.04, 74.08, 72.33",
+    "5 MLM": "386.10, 71.29, 74.79, 72.89",
+    "6 MLM + ITM": "393.04, 71.55, 75.98, 72.75",
+    "7 MLM + ITM + MRC": "393.97, 71.46, 76.18, 73.49",
+    "8 MLM + ITM + MRFR": "396.24, 71.73, 76.21, 74.23",
+    "9 MLM + ITM + MRC-kl": "397.09, 71.63, 76.28, 74.51",
+    "10 MLM + ITM + MRC-kl + MRFR": "399.97, 71.92, 76.93, 74.52",
+    "11 line 10 + WRA": "400.93, 72.47, 76.91, 74.80",
+    "12 line 10 without conditional masking": "396.51, 71.68, 76.15, 74.29",
+    "13 line 11, out of domain": "396.91, 71.56, 75.66, 72.78",
+    "14 line 11, both domains": "405.24, 72.70, 77.18, 75.31",
 }
+FINE_TUNED = {"vqa": "vqa/accuracy", "nlvr2": "nlvr2/accuracy", "re": "re/gt/accuracy"}
 
 
-def run(*command, **env):
-    began = time.time()
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1]) | {
-        "minutes": round((time.time() - began) / 60, 2)
-    }
+def controls(name):
+    """The arms of a row that may not see one modality, where there are any"""
+    return [arm for what in ("text", "regions") if (arm := f"{name}, no {what}") in arms()]
 
 
-def remember(results, name, *command, **env):
-    if name not in results:
-        results[name] = run(*command, **env)
-        RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
-        print(name, results[name], flush=True)
-    return results[name]
+def arms():
+    return seeds.CLAIMS["arms"]
 
 
-def numbers(found, keys):
-    return ", ".join(f"{found[k]:.1f}" for k in keys)
+def only(results, arm):
+    """The numbers of an arm's one seed, or {}"""
+    return results.get("runs", {}).get(arm, {}).get("0", {})
 
 
-def table_row(row, results, name):
-    found = results.get(f"tasks/{name}")
-    if not found:
-        return None
-    hidden = [results.get(f"tasks/{name}/{what}") for what in ("text", "regions")]
-    hidden = [numbers(h, row.keys) if h else "" for h in hidden]
-    guess = f"{found[row.guess]:.1f}" if row.guess in found else row.guess
-    script = "evaluate.py" if row is ZERO_SHOT else "train.py"
-    return (
-        f"| `{script} {row.command}` | {'`' + row.full + '`' if row.full else ''} | {row.where} "
-        f"| {row.paper} | {numbers(found, row.keys)} | {hidden[0]} | {hidden[1]} | {guess} | "
-        f"{found['minutes']:.1f} |"
-    )
+def numbers(run, keys):
+    return ", ".join(f"{run[k]:.1f}" for k in keys if k in run)
 
 
 def table(results):
-    lines = [
-        "| toy command | recipe at full size | in the paper | paper, base | toy | words hidden | "
-        "regions hidden | majority | minutes |",
-        "|" + "---|" * 9,
-    ]
-    return "\n".join(
-        lines
-        + [
-            line
-            for name, row in [*ROWS.items(), ("zero-shot", ZERO_SHOT)]
-            if (line := table_row(row, results, name))
-        ]
-    )
+    head = ["toy command", "recipe at full size", "in the paper", "paper, base", "toy"]
+    head += ["words hidden", "regions hidden", "majority", "minutes"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in [*ROWS.items(), ("zero-shot", ZERO_SHOT_ROW)]:
+        if not (run := only(results, name)):
+            continue
+        hidden = [only(results, f"{name}, no {what}") for what in ("text", "regions")]
+        majority = f"{run[row.majority]:.1f}" if row.majority in run else row.majority
+        command = f"evaluate.py {ZERO_SHOT}"
+        command = f"train.py {seeds.label_of(name)}" if name in ROWS else command
+        # zero-shot retrieval is of the run that all tasks begin from
+        mark = seeds.stale_mark((name if name in ROWS else "toy-pretrain", run))
+        cells = [f"`{command}`{mark}", row.full and f"`{row.full}`", row.where, row.paper]
+        cells += [numbers(x, row.keys) for x in (run, *hidden)]
+        lines.append("| " + " | ".join([*cells, majority, f"{run['minutes']:.1f}"]) + " |")
+    return seeds.with_note(lines)
 
 
 def ablation(results):
-    lines = [
-        "| table 2, line | `--pretrain` | paper: Meta-Sum, VQA, NLVR2, RefCOCO+ | toy: VQA | "
-        "NLVR2 | RefCOCO+ | minutes |",
-        "|" + "---|" * 7,
-    ]
-    for line, (tasks, paper) in LINES.items():
-        found = [results.get(f"ablation/{line}/{task}") for task in ("vqa", "nlvr2", "re")]
-        if all(found):
-            values = [
-                f[k] for f, k in zip(found, ("vqa/accuracy", "nlvr2/accuracy", "re/gt/accuracy"))
-            ]
-            minutes = (
-                sum(f["minutes"] for f in found)
-                + results.get(f"ablation/{line}", {"minutes": 0})["minutes"]
-            )
-            lines.append(
-                f"| {line} | {tasks and '`' + tasks + '`'} | {paper} | "
-                + " | ".join(f"{v:.1f}" for v in values)
-                + f" | {minutes:.1f} |"
-            )
-    return "\n".join(lines)
+    head = ["table 2, line", "`--pretrain`", "paper: Meta-Sum, VQA, NLVR2, RefCOCO+"]
+    head += ["toy: VQA", "NLVR2", "RefCOCO+", "minutes"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line, paper in LINES.items():
+        arm = f"table 2, {line.split()[0]}"
+        runs = {f"{arm}, {task}": only(results, f"{arm}, {task}") for task in FINE_TUNED}
+        if not all(runs.values()):
+            continue
+        pretrain = arms().get(arm, "").partition("--pretrain ")[2]
+        minutes = sum(run.get("minutes", 0) for run in (*runs.values(), only(results, arm)))
+        cells = [line + seeds.stale_mark(*runs.items()), pretrain and f"`{pretrain}`", paper]
+        cells += [f"{run[key]:.1f}" for run, key in zip(runs.values(), FINE_TUNED.values())]
+        lines.append("| " + " | ".join([*cells, f"{minutes:.1f}"]) + " |")
+    return seeds.with_note(lines)
 
 
-def one_line(line, results):
-    """Pre-train as a line of table 2 says, then fine-tune on three tasks for so few steps that
-    the start shows.
-    """
-    how, out, one = (
-        LINES[line][0],
-        f"out/tasks/ablation-{line.split()[0]}",
-        {"OMP_NUM_THREADS": "1"},
-    )
-    if how:
-        remember(
-            results,
-            f"ablation/{line}",
-            "train.py",
-            "--recipe",
-            "toy-pretrain",
-            "--corpora",
-            "coco+vg",
-            "--out",
-            out,
-            "--resume",
-            "--pretrain",
-            *how.split(),
-            **one,
-        )
-    for task, more in (
-        ("vqa", ["--steps", 200]),
-        ("nlvr2", ["--steps", 200]),
-        ("re", ["--dataset", "refcoco+", "--steps", 40]),
-    ):
-        remember(
-            results,
-            f"ablation/{line}/{task}",
-            "train.py",
-            "--task",
-            task,
-            *more,
-            "--warmup",
-            20,
-            "--out",
-            f"{out}-{task}",
-            "--resume",
-            "--init",
-            f"{out}/last.pt" if how else "none",
-            **one,
-        )
+def zero_shot(results, threads):
+    """Retrieval by the matching head of the run that all tasks begin from"""
+    if not seeds.is_fresh("toy-pretrain", only(results, "zero-shot")):
+        start = seeds.run_arm("toy-pretrain", 0, threads, results, checkpoint=True)
+        how = ZERO_SHOT.split(), ["--ckpt", f"{start}/last.pt", "--data", seeds.world(0)]
+        run = seeds.numbers_of("evaluate.py", *how[0], *how[1], threads=threads)
+        run |= {"settings": seeds.settings_digest(arms()["toy-pretrain"])}
+        seeds.keep(results, "runs", "zero-shot", "0", numbers=run)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=list(ROWS))
+    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--ablation", action="store_true")
     args = parser.parse_args(argv)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(seeds.RESULTS.read_text()) if seeds.RESULTS.exists() else {}
     if args.ablation:
-        # the first by itself, since it draws the toy world
-        one_line(next(iter(LINES)), results)
-        with ThreadPoolExecutor(2) as pool:  # then two lines at a time, each on one core
-            list(pool.map(lambda line: one_line(line, results), LINES))
+        wanted = [f"table 2, {line.split()[0]}, {task}" for line in LINES for task in FINE_TUNED]
+        seeds.run_all(seeds.run_arm, wanted, [0], 2, results)
     else:
-        # so that no row pays for it
-        remember(
-            results,
-            "tasks/pretraining",
-            "train.py",
-            "--task",
-            "re",
-            "--steps",
-            1,
-            "--warmup",
-            0,
-            "--out",
-            "out/tasks/first",
-            "--resume",
-        )
-        for name in args.only:
-            row = ROWS[name]
-            remember(
-                results,
-                f"tasks/{name}",
-                "train.py",
-                *row.command.split(),
-                "--out",
-                f"out/tasks/{name}",
-                "--resume",
-            )
-            for what in ("text", "regions") if row.blind else ():
-                remember(
-                    results,
-                    f"tasks/{name}/{what}",
-                    "train.py",
-                    *row.command.split(),
-                    "--ablate",
-                    what,
-                    "--out",
-                    f"out/tasks/{name}-{what}",
-                    "--resume",
-                )
-        start = next((ROOT / "out").glob("toy-pretrain-seed0-*")) / "last.pt"
-        remember(
-            results, "tasks/zero-shot", "evaluate.py", *ZERO_SHOT.command.split(), "--ckpt", start
-        )
-    fill(tasks=table(results), ablation=ablation(results))
+        # first, so that no row pays for it
+        zero_shot(results, 2)
+        wanted = [arm for name in args.only for arm in (name, *controls(name))]
+        seeds.run_all(seeds.run_arm, wanted, [0], 1, results)
+    seeds.fill(tasks=table(results), ablation=ablation(results))
 
 
 if __name__ == "__main__":
