@@ -344,7 +344,7 @@ def found_paragraph(results):
     def number(match, verdict):
         now, middle, half = decided[match[1]]
         mark = stale_mark(*claim_runs(claims[match[1]], results))
-        mark = mark if now == verdict else f", now {now}"
+        mark = mark.replace(" (stale)", ", stale") if now == verdict else f", now {now}"
         return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]{mark}"
 
     lines = []
@@ -820,8 +820,17 @@ def draw_figures(checkpoints, data="data/toy"):
 
 
 def write_pages(results):
-    """All tables of this file"""
+    """All tables of all pages"""
+    # they use this file
+    import bench
+    import rehearse
+    import tasks
+
     fill(
+        bench=bench.table(results),
+        rehearsal=rehearse.table(results),
+        tasks=tasks.table(results),
+        ablation=tasks.ablation(results),
         sizes=sizes_table(results),
         found=found_paragraph(results),
         claims=claims_table(results),
