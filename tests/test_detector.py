@@ -413,7 +413,7 @@ def test_photos_to_training_to_evaluation(weights_file, tmp_path):
 def test_one_photo_without_a_detector(toy_tree, tmp_path, recipe, capsys):
     args = {
         "toy-pretrain": "--vision patches --resolution 32 --batch-tokens 256",
-        "toy-albef": "--queue 8 --batch-tokens 4",
+        "toy-albef": "--queue 8 --batch-tokens 4 --corpora coco:1",
     }[recipe]
     args += " --steps 3 --warmup 1 --out x --data"
     run(tmp_path, "--recipe", recipe, args, toy_tree, *QUICK)
