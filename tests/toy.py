@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, permutations, product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +29,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import COLUMNS, REFER, DataError, WordPiece, nlvr_presentations, read_json, write_atomic
+from data import REFER, DataError, WordPiece, normalise_answer, read_json, read_picture
+from data import gqa_records, relative_box, vg_answer, vg_items, vg_phrase, vg_split
+from data import vqa_annotations
 from evaluate import PHENOMENA, SUGARCREPE, StoreWriter, crops, need_new
 
-# NLVR's structured representations name shapes, colours and sizes by these words
 SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
 COLOURS = "red", "green", "blue", "yellow", "black", "purple"
 SIZES = "small", "medium", "large"
@@ -40,7 +41,7 @@ SIZES = "small", "medium", "large"
 FREQUENCIES = 1 / np.arange(1, len(SHAPES) + 1)
 FREQUENCIES /= FREQUENCIES.sum()
 # raised whenever the bytes change; an older tree is made again
-TOY_VERSION = 7
+TOY_VERSION = 8
 RGB = {
     "red": (214, 48, 40),
     "green": (46, 160, 67),
@@ -53,7 +54,7 @@ RGB = {
 KINDS = dict(zip(SHAPES, ("people", "clothing", "animals", "vehicles", "instruments", "other")))
 PIXELS = {"small": 26, "medium": 42, "large": 64}  # pixels
 WIDTH, HEIGHT = 240, 180
-CLASSES = ("background", *SHAPES, "box")  # the detector's; "box" is NLVR's grey container
+CLASSES = ("background", *SHAPES, "box")  # the detector's; a "box" is in no scene
 # what it calls them: rarely as people do
 LABELS = "disc", "square", "triangle", "star", "plus", "rhombus", "box"
 OUTLINES = {  # corners in the unit square
@@ -458,18 +459,6 @@ def render(things):
     return picture
 
 
-def render_nlvr(boxes):
-    """The picture of a structured_rep, as NLVR's own: three grey boxes, 50 pixels apart"""
-    picture = Image.new("RGB", (400, 100), "grey")
-    pen = ImageDraw.Draw(picture)
-    for left, items in zip((0, 150, 300), boxes):
-        pen.rectangle((left, 0, left + 99, 99), fill="lightgrey")
-        for item in items:
-            x, y, size = left + item["x_loc"], item["y_loc"], item["size"]
-            draw_shape(pen, item["type"], (x, y, x + size, y + size), item["color"], None)
-    return picture
-
-
 def save_picture(job):
     path, things = job
     render(things).save(
@@ -603,7 +592,9 @@ def make_toy(out, seed=0, scenes=6000):
                 painted.append(pool.map(save_picture, jobs, chunksize=64))
                 total += len(jobs)
             list(tqdm(chain(*painted), "toy pictures", total, disable=None, leave=False))
+            list(pool.map(save_crops, toy_crops(tmp), chunksize=16))
         crops(tmp)
+        toy_answers(tmp)
         words = sorted(
             {*OTHER_WORDS, *SHAPES, *COLOURS, *SIZES, *(w for r in RELATIONS for w in r.split())}
         )
@@ -615,11 +606,11 @@ def make_toy(out, seed=0, scenes=6000):
             *(w for w in words if len(w) > 1),
         ]
         for name in ("bert-base-cased", "bert-base-uncased"):
-            write_atomic(tmp / name / "vocab.txt", "\n".join(vocab) + "\n")
+            write(tmp / name / "vocab.txt", "\n".join(vocab) + "\n")
         toy_glove(tmp, ["a", *words])
-        write_atomic(tmp / "vg" / "objects_vocab.txt", "\n".join(LABELS) + "\n")
-        write_atomic(tmp / "vg" / "attributes_vocab.txt", "\n".join(COLOURS) + "\n")
-        write_atomic(
+        write(tmp / "vg" / "objects_vocab.txt", "\n".join(LABELS) + "\n")
+        write(tmp / "vg" / "attributes_vocab.txt", "\n".join(COLOURS) + "\n")
+        write(
             tmp / "toy.json", json.dumps({"version": TOY_VERSION, "seed": seed, "scenes": scenes})
         )
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -628,331 +619,34 @@ def make_toy(out, seed=0, scenes=6000):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+def write(path, content):
+    """Text or bytes; the whole tree is renamed once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def store_meta(looks):
     return {"source": "ShapesWorld", "features": looks.shape[-1], "classes": len(CLASSES)}
 
 
 def toy_store(tmp, name, scenes, ids, seed, given=False):
-    looks, rng = appearance(), np.random.default_rng([seed, *name.encode(), 7])
+    """DATA/regions/NAME; of VCR the annotated boxes and, as images det/ID, the detector's"""
+    looks = appearance()
     writer = StoreWriter(tmp / "regions" / name, **store_meta(looks))
-    for things, image_id in zip(
-        tqdm(scenes, desc=f"toy regions, {name}", disable=None, leave=False), ids
-    ):
-        writer.add(image_id, (WIDTH, HEIGHT), **detect(rng, things, looks, given))
+    parts = [(name, "", given)]
+    if name == "vcr":
+        parts = [("vcr_gt", "", True), ("vcr_det", "det/", False)]
+    for part, prefix, given in parts:
+        rng = np.random.default_rng([seed, *part.encode(), 7])
+        bar = tqdm(scenes, desc=f"toy regions, {part}", disable=None, leave=False)
+        for things, image_id in zip(bar, ids):
+            regions = detect(rng, things, looks, given)
+            writer.add(f"{prefix}{image_id}", (WIDTH, HEIGHT), **regions)
     writer.commit()
-
-
-NLVR_COLOURS = {"yellow": "yellow", "black": "black", "#0099ff": "blue"}
-
-
-def nlvr_things(record):
-    """[(place in appearance(), box x1 y1 x2 y2)] of an NLVR Record: its three grey boxes side by
-    side, each followed by its items.
-    """
-    things = []
-    for at, items in enumerate(record):
-        things.append(((len(SHAPES), len(COLOURS), 2), (150 * at, 0, 150 * at + 100, 100)))
-        for item in items:
-            x, y, size = item["x_loc"], item["y_loc"], item["size"]
-            colour = COLOURS.index(NLVR_COLOURS[item["color"].lower()])
-            place = SHAPES.index(item["type"]), colour, size // 10 - 1
-            right, low = min(x + size, 100), min(y + size, 100)
-            things.append((place, (150 * at + x, y, 150 * at + right, low)))
-    return things
-
-
-def make_nlvr_store(data):
-    """NLVR's structured representations as regions that the toy world's detector might see:
-    DATA/nlvr -> DATA/regions/nlvr, each sentence's boxes in all six orders; and of sentences of the
-    same kind that are drawn here, to learn from first: draw_nlvr.
-    """
-    looks, data = appearance(), Path(data)
-    meta = {"source": "NLVR's structured_rep", "features": looks.shape[-1]}
-    meta["classes"] = len(CLASSES)
-    if not (data / "nlvr/drawn/drawn.json").exists():
-        draw_nlvr(data)
-    writer = StoreWriter(data / "regions" / "nlvr", **meta)
-    splits = [split for split in ("dev", "test", "drawn") if (data / "nlvr" / split).exists()]
-    for split in splits:
-        records, written = nlvr_presentations(data, split, Counter()), set()
-        for r in tqdm(records, desc=f"regions of NLVR {split}", disable=None, leave=False):
-            if r.image in written:
-                continue
-            written.add(r.image)
-            # the k-th order of the boxes; a picture that the record names has one
-            k = r.image.removeprefix(f"{r.id}-")
-            order = list(permutations(r.note))[int(k)] if k.isdigit() else r.note
-            try:
-                places, boxes = zip(*nlvr_things(order))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise DataError(
-                    f"NLVR {r.id}: an item of structured_rep lacks or has an unknown {error}"
-                ) from None
-            features, boxes = looks[tuple(zip(*places))], np.array(boxes, np.float32)
-            writer.add(r.image, (400, 100), features=features, boxes=boxes)
-    writer.commit()
-
-
-# What NLVR's sentences speak of: towers, counts, walls, negation.
-NUMBERS = "no", "one", "two", "three", "four", "five", "six", "seven", "eight"
-BLOCKS = tuple(NLVR_COLOURS)
-
-
-def draw_boxes(rng, towers):
-    """Three grey boxes as NLVR's structured_rep has them: a tower of squares in each, or items
-    scattered, some of them at a wall.
-    """
-    if towers:
-        return [
-            [
-                {"type": "square", "color": str(rng.choice(BLOCKS)), "size": 20}
-                | {"x_loc": 40, "y_loc": 80 - 21 * k}
-                for k in range(int(rng.integers(1, 5)))
-            ]
-            for _ in range(3)
-        ]
-    boxes = []
-    for _ in range(3):
-        items = []
-        for _ in range(int(rng.integers(1, 9))):
-            size, kind = int(rng.choice([10, 20, 30])), str(rng.choice(SHAPES[:3]))
-            for _ in range(20):
-                x, y = (int(v) for v in rng.integers(1, 99 - size, 2))
-                if rng.random() < 0.3:
-                    x, y = [(0, y), (100 - size, y), (x, 0), (x, 100 - size)][int(rng.integers(4))]
-                apart = all(
-                    x + size <= i["x_loc"]
-                    or i["x_loc"] + i["size"] <= x
-                    or y + size <= i["y_loc"]
-                    or i["y_loc"] + i["size"] <= y
-                    for i in items
-                )
-                if apart:
-                    place = {"x_loc": x, "y_loc": y, "size": size}
-                    items.append({"type": kind, "color": str(rng.choice(BLOCKS)), **place})
-                    break
-        boxes.append(items)
-    return boxes
-
-
-def quantified(rng, n, noun):
-    """("there are at least two blocks", "at least two blocks", its test of a count)"""
-    said = str(rng.choice([NUMBERS[n], str(n)]))
-    ways = [
-        ("a", lambda k: k >= 1),
-        ("no", lambda k: k == 0),
-        (said, lambda k: k == n),
-        (f"exactly {said}", lambda k: k == n),
-        (f"only {said}", lambda k: k == n),
-        (f"at least {said}", lambda k: k >= n),
-        (f"more than {said}", lambda k: k > n),
-    ]
-    words, test = ways[int(rng.choice(7, p=[0.3, 0.1, 0.2, 0.15, 0.05, 0.15, 0.05]))]
-    is_one = words.split()[-1] in ("a", "no", "one", "1")
-    words = f"{words} {noun if is_one else plural(noun)}"
-    return f"there {'is' if is_one else 'are'} {words}", words, test
-
-
-def plural(noun):
-    return noun + ("es" if noun.endswith("x") else "s")
-
-
-def with_colour(items, colour, kind=None):
-    """Those of this colour and kind; None: of any"""
-    return [i for i in items if colour in (None, i["color"]) and kind in (None, i["type"])]
-
-
-def num_colours(box):
-    return len({item["color"] for item in box})
-
-
-def count(test, xs):
-    return sum(bool(test(x)) for x in xs)
-
-
-def pick(rng, forms):
-    """One of [(how often, text, test)], without how often"""
-    often = np.array([form[0] for form in forms])
-    return forms[int(rng.choice(len(forms), p=often / often.sum()))][1:]
-
-
-def tower_sentence(rng):
-    """A sentence about three towers of blocks, the base first, and its test of them"""
-    n, m = (int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])) for _ in range(2))
-    colour, other = (str(c) for c in rng.choice(BLOCKS, 2))
-    word, second = NLVR_COLOURS[colour], NLVR_COLOURS[other]
-    tower, block = ("tower", "block") if rng.random() < 0.85 else ("box", "item")
-    place, at = (("top", -1), ("base", 0))[int(rng.integers(2))]
-    a_block = f"a {word} {block} at the {place}"
-    is_at = lambda b: b[at]["color"] == colour
-    a_pair = f"{block} {rng.choice(['over', 'above', 'on'])} a {second} {block}"
-    pairs = lambda b: sum(
-        (low["color"], high["color"]) == (other, colour) for low, high in zip(b, b[1:])
-    )
-    size = int(rng.integers(1, 5))
-    sized = f"{rng.choice([NUMBERS[size], str(size)])} {block if size == 1 else plural(block)}"
-    sized = f"with {rng.choice(['', 'exactly ', 'only '])}{sized}"
-    _, some, some_test = quantified(rng, m, f"{word} {block}")
-    what, holds = pick(
-        rng,
-        [
-            (3, sized, lambda b: len(b) == size),
-            (4, f"with {a_block}", is_at),
-            (3, f"with a {word} {a_pair}", pairs),
-            (3, f"with {some}", lambda b: some_test(len(with_colour(b, colour)))),
-            (
-                1,
-                f"with only {word} {plural(block)}",
-                lambda b: len(with_colour(b, colour)) == len(b),
-            ),
-            (1, f"with {plural(block)} of all three colors", lambda b: num_colours(b) == 3),
-            (1, f"{sized} of the same color", lambda b: len(b) == size and num_colours(b) == 1),
-            (3, f"{sized} and {a_block}", lambda b: len(b) == size and is_at(b)),
-            (2, f"{sized} having {a_block}", lambda b: len(b) == size and is_at(b)),
-        ],
-    )
-    towers, _, right = quantified(rng, n, tower)
-    blocks, _, right_blocks = quantified(rng, n, f"{word} {block}")
-    at_place = f"{blocks} as the {place} of a {tower}"
-    return pick(
-        rng,
-        [
-            (9, f"{towers} {what}", lambda s: right(count(holds, s))),
-            (2, at_place, lambda s: right_blocks(count(is_at, s))),
-            (
-                1,
-                f"{at_place} {sized}",
-                lambda s: right_blocks(count(lambda b: len(b) == size and is_at(b), s)),
-            ),
-            (2, blocks, lambda s: right_blocks(sum(len(with_colour(b, colour)) for b in s))),
-            (
-                2,
-                blocks.removesuffix(block).removesuffix(plural(block)) + a_pair,
-                lambda s: right_blocks(sum(map(pairs, s))),
-            ),
-            (
-                1,
-                f"the {tower} {sized} has {a_block}",
-                lambda s: any(len(b) == size and is_at(b) for b in s),
-            ),
-            (
-                1,
-                f"{blocks} touching the wall",
-                lambda s: right_blocks(count(lambda b: b[0]["color"] == colour, s)),
-            ),
-        ],
-    )
-
-
-def sides_touched(item):
-    """Which walls of its box it is at: some of "lrtb\""""
-    x, y, size = item["x_loc"], item["y_loc"], item["size"]
-    at = {"l": x <= 0, "r": x + size >= 100, "t": y <= 0, "b": y + size >= 100}
-    return "".join(side for side, is_at in at.items() if is_at)
-
-
-def scattered_sentence(rng):
-    """A sentence about three boxes of scattered items, and its test of them"""
-    n, m = (int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])) for _ in range(2))
-    colour, other = (str(c) for c in rng.choice(BLOCKS, 2, replace=False))
-    word, second = NLVR_COLOURS[colour], NLVR_COLOURS[other]
-    kind, kind_2 = (str(rng.choice([*SHAPES[:3], ""])) or None for _ in range(2))
-    item, edge = str(rng.choice(["item", "object"])), str(rng.choice(["edge", "wall"]))
-    hue = None if kind and rng.random() < 0.2 else colour
-    thing = f"{word} {kind or item}" if hue else kind
-    of = lambda b: with_colour(b, hue, kind)
-    where, is_there = pick(
-        rng,
-        [
-            (2, "", lambda i: True),
-            (3, f" touching the {edge}", sides_touched),
-            (1, f" not touching any {edge}", lambda i: not sides_touched(i)),
-            (1, f" not touching the {edge}", lambda i: not sides_touched(i)),
-            (1, " touching the base", lambda i: "b" in sides_touched(i)),
-            (1, " closely touching the bottom of a box", lambda i: "b" in sides_touched(i)),
-            (1, " touching the corner", lambda i: len(sides_touched(i)) > 1),
-        ],
-    )
-    size = int(rng.integers(1, 8))
-    _, some, some_test = quantified(rng, m, thing)
-    sized = f"{rng.choice([NUMBERS[size], str(size)])} {item if size == 1 else plural(item)}"
-    what, holds = pick(
-        rng,
-        [
-            (4, some, lambda b: some_test(len(of(b)))),
-            (
-                3,
-                f"a {thing} and a {second} {kind_2 or item}",
-                lambda b: of(b) and with_colour(b, other, kind_2),
-            ),
-            (2, sized, lambda b: len(b) == size),
-            (2, f"only {word} {item}s", lambda b: len(with_colour(b, colour)) == len(b)),
-            (
-                2,
-                f"only {word} and {second} {item}s",
-                lambda b: {i["color"] for i in b} == {colour, other},
-            ),
-            (1, f"{item}s of all 3 different colors", lambda b: num_colours(b) == 3),
-            (1, f"{item}s of only one color", lambda b: num_colours(b) == 1),
-        ],
-    )
-    things, _, right = quantified(rng, n, thing)
-    boxes, _, right_boxes = quantified(rng, n, "box")
-    touching = lambda b: count(sides_touched, of(b))
-    return pick(
-        rng,
-        [
-            (6, things + where, lambda s: right(count(is_there, of(sum(s, []))))),
-            (5, f"{boxes} with {what}", lambda s: right_boxes(count(holds, s))),
-            (
-                1,
-                f"none of the {thing}s are touching any {edge}",
-                lambda s: not any(map(touching, s)),
-            ),
-            (1, f"each box has at least one {thing}", lambda s: all(map(of, s))),
-        ],
-    )
-
-
-def draw_nlvr(data, pictures=10_000, sentences=30_000):
-    """DATA/nlvr/drawn/drawn.json, as NLVR's own files: sentences, each with a picture of which it
-    is true and one of which it is not, of the same kind.
-    """
-    rng, records, folder = np.random.default_rng(1), [], Path(data) / "nlvr/drawn"
-    # towers as often as in NLVR
-    num_towers = pictures * 7 // 10
-    worlds = [draw_boxes(rng, towers=n < num_towers) for n in range(pictures)]
-    spans = {tower_sentence: (0, num_towers), scattered_sentence: (num_towers, pictures)}
-    bar = tqdm(total=sentences, desc="sentences about boxes", disable=None, leave=False)
-    while len(records) < 2 * sentences:
-        draw = tower_sentence if rng.random() < 0.7 else scattered_sentence
-        (text, test), found = draw(rng), {}
-        end = str(rng.choice(["", "."]))
-        for n in rng.integers(*spans[draw], 60):
-            found.setdefault(bool(test(worlds[n])), int(n))
-        # some are true or false of nearly everything
-        for label, n in found.items() if len(found) == 2 else ():
-            records.append(
-                {
-                    "identifier": f"{len(records)}-0",
-                    "sentence": text + end,
-                    "label": str(label).lower(),
-                    "structured_rep": worlds[n],
-                    "picture": f"drawn-{n}",
-                }
-            )
-        bar.update(len(found) == 2)
-    bar.close()
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for n, boxes in enumerate(tqdm(worlds, desc="their pictures", disable=None, leave=False)):
-        render_nlvr(boxes).save(folder / f"images/drawn-{n}.png")
-    dump(folder / "drawn.json", records, lines=True)
 
 
 def dump(path, record, lines=False):
-    write_atomic(
-        path, "".join(json.dumps(r) + "\n" for r in record) if lines else json.dumps(record)
-    )
+    write(path, "".join(json.dumps(r) + "\n" for r in record) if lines else json.dumps(record))
 
 
 class Seen(NamedTuple):
@@ -1067,20 +761,16 @@ def toy_flickr30k(tmp, seed, cuts):
                 )
                 for caption in parts
             ]
-            write_atomic(entities / "Sentences" / f"{name}.txt", "\n".join(tagged) + "\n")
-            write_atomic(
-                entities / "Annotations" / f"{name}.xml", entities_xml(name, things, chain)
-            )
+            write(entities / "Sentences" / f"{name}.txt", "\n".join(tagged) + "\n")
+            write(entities / "Annotations" / f"{name}.xml", entities_xml(name, things, chain))
             every.append(Seen(split, name, things)), ids.append(name)
-        write_atomic(entities / f"{split}.txt", "\n".join(ids[start:]) + "\n")
-    write_atomic(
+        write(entities / f"{split}.txt", "\n".join(ids[start:]) + "\n")
+    write(
         entities / "UNRELATED_CAPTIONS",
         "# image and caption number (from 1) of captions that do not fit: none here\n",
     )
-    write_atomic(
-        root / "dataset_flickr30k.json", json.dumps({"images": images, "dataset": "flickr30k"})
-    )
-    write_atomic(root / "results_20130124.token", "\n".join(tokens) + "\n")
+    write(root / "dataset_flickr30k.json", json.dumps({"images": images, "dataset": "flickr30k"}))
+    write(root / "results_20130124.token", "\n".join(tokens) + "\n")
     toy_store(tmp, "flickr30k", [i.things for i in every], ids, seed)
     return every, [(root / "flickr30k-images" / f"{i.id}.jpg", i.things) for i in every]
 
@@ -1115,12 +805,76 @@ def toy_winoground(tmp, seed, n):
             jobs.append((tmp / "winoground" / "images" / f"{name}.png", things))
         lines.append(json.dumps(line))
     writer.commit()
-    write_atomic(tmp / "winoground" / "examples.jsonl", "\n".join(lines) + "\n")
+    write(tmp / "winoground" / "examples.jsonl", "\n".join(lines) + "\n")
     return jobs
 
 
 def xywh(box):
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+CROP = 64  # pixels, as the recipes of pictures read them
+
+
+def toy_crops(tmp):
+    """Visual Genome's regions as pictures of their own, with their descriptions in COCO's format:
+    things before scenes. Yields (picture, [(crop, its window)]), for save_crops.
+    """
+    windows = {}
+    for split in ("train", "val"):
+        images, record = vg_split(tmp, split, Counter()), {"images": [], "annotations": []}
+        for image, regions in vg_items(tmp, "region_descriptions", "regions"):
+            for k, region in enumerate(regions if image in images else ()):
+                if not relative_box(region, images[image]):
+                    continue
+                name, number = f"{image}_{k:03d}.png", len(record["images"])
+                record["images"].append({"id": number, "file_name": name})
+                caption = {"caption": vg_phrase(region), "id": region["region_id"]}
+                record["annotations"].append({"image_id": number} | caption)
+                window = crop_window(np.random.default_rng([image, k]), region)
+                windows.setdefault(image, []).append((tmp / "crops/images" / name, window))
+        dump(tmp / f"crops/captions_{split}.json", record)
+    (tmp / "crops/images").mkdir()
+    return [(tmp / f"vg/VG_100K/{image}.jpg", parts) for image, parts in windows.items()]
+
+
+def crop_window(rng, region):
+    """(left, top, right, bottom) round a region's box: anything from the box to the picture"""
+    x, y, w, h = (region[name] for name in ("x", "y", "width", "height"))
+    spans = []
+    for at, length, whole in ((x, w, WIDTH), (y, h, HEIGHT)):
+        length = min(max(length, 1), whole)
+        # uniform in the logarithm
+        wide = length * (whole / length) ** rng.random()
+        lowest, highest = max(0, at + length - wide), min(max(0, at), whole - wide)
+        start = rng.uniform(lowest, highest) if wide < whole else 0
+        spans.append((start, start + wide))
+    (left, right), (top, bottom) = spans
+    return left, top, right, bottom
+
+
+def save_crops(job):
+    picture, parts = read_picture(job[0]), job[1]
+    for path, window in parts:
+        picture.resize((CROP, CROP), Image.BICUBIC, window).save(path, compress_level=1)
+
+
+def toy_answers(tmp):
+    """The official lists of answers, by the published rules: of VQA and of Visual Genome's
+    questions those of at least 9 questions, of GQA all.
+    """
+    vqa, vg = Counter(), Counter()
+    for split in ("train2014", "val2014"):
+        answers = (a["multiple_choice_answer"] for a in vqa_annotations(tmp, split))
+        vqa.update(map(normalise_answer, answers))
+    for _, questions in vg_items(tmp, "question_answers", "qas"):
+        vg.update(map(vg_answer, questions))
+    vqa, vg = (sorted(a for a, n in count.items() if n >= 9) for count in (vqa, vg))
+    splits = (gqa_records(tmp, split) for split in ("train_balanced", "val_balanced"))
+    gqa = sorted({q["answer"] for _, q in chain(*splits)})
+    dump(tmp / "vqa2/trainval_label2ans.json", vqa)
+    dump(tmp / "gqa/trainval_label2ans.json", gqa)
+    dump(tmp / "lxmert/all_ans.json", [{"ans": a} for a in sorted({*vqa, *gqa, *vg})])
 
 
 def toy_vg(tmp, seed, seen, n):
@@ -1282,7 +1036,7 @@ def toy_glove(tmp, words):
     ):
         found[word] = 0.7 * (0.9 * unit(found[near]) + 0.436 * unit(found[word]))
     lines = [f"{w} " + " ".join(f"{x:.4f}" for x in 10 * v) for w, v in found.items()]
-    write_atomic(tmp / "glove" / "glove.6B.300d.txt", "\n".join(lines) + "\n")
+    write(tmp / "glove" / "glove.6B.300d.txt", "\n".join(lines) + "\n")
 
 
 def toy_gqa(tmp, seed, known, n):
@@ -1542,9 +1296,9 @@ def toy_web(tmp, seed, n):
         ("cc3m_train", "Train_GCC-training.tsv"),
         ("cc3m_val", "Validation_GCC-1.1.0-Validation.tsv"),
     ):
-        write_atomic(tmp / "cc3m" / name, "".join(f"{said}\t{url}\n" for said, url in names[store]))
+        write(tmp / "cc3m" / name, "".join(f"{said}\t{url}\n" for said, url in names[store]))
     for column, name in ((1, "urls"), (0, "captions")):
-        write_atomic(
+        write(
             tmp / f"sbu/SBU_captioned_photo_dataset_{name}.txt",
             "".join(row[column] + "\n" for row in names["sbu"]),
         )
@@ -2003,8 +1757,7 @@ def toy_vcr(tmp, seed, n):
                     }
                 )
         dump(tmp / f"vcr1/{split}.jsonl", lines, lines=True)
-    toy_store(tmp, "vcr_gt", scenes, names, seed, given=True)
-    toy_store(tmp, "vcr_det", scenes, names, seed)
+    toy_store(tmp, "vcr", scenes, names, seed)
     return jobs
 
 
@@ -2065,7 +1818,7 @@ def toy_referring(tmp, seed, seen):
                         ],
                     }
                 )
-        write_atomic(tmp / f"refer/{name}/refs({REFER[name]}).p", pickle.dumps(found, protocol=2))
+        write(tmp / f"refer/{name}/refs({REFER[name]}).p", pickle.dumps(found, protocol=2))
         dump(
             tmp / f"refer/{name}/instances.json",
             {
@@ -2109,16 +1862,12 @@ def ensure_toy(folder, seed=0, scenes=6000):
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
         make_toy(new, made["seed"], made["scenes"])
-        for mine in Path(folder).iterdir():  # what the user put beside it stays, e.g. nlvr/
+        for mine in Path(folder).iterdir():  # what the user put beside it stays
             if not (new / mine.name).exists():
                 shutil.move(mine, new / mine.name)
         os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old)
-    nlvr, store = Path(folder) / "nlvr", Path(folder) / "regions/nlvr"
-    if nlvr.exists() and not (store.exists() and (nlvr / "drawn/drawn.json").exists()):
-        shutil.rmtree(store, ignore_errors=True)
-        make_nlvr_store(folder)
 
 
 def main(argv=None):
@@ -2143,12 +1892,9 @@ def main(argv=None):
         action="store_true",
         help="do nothing where the folder holds this version of the toy tree already",
     )
-    parser.add_argument("--nlvr", help="only make regions of NLVR v1, of the data tree NLVR/nlvr")
     args = parser.parse_args(argv)
     try:
-        if args.nlvr:
-            make_nlvr_store(args.nlvr)
-        elif args.if_needed:
+        if args.if_needed:
             ensure_toy(args.out, args.seed, args.scenes)
         else:
             make_toy(args.out, args.seed, args.scenes)
