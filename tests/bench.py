@@ -929,7 +929,8 @@ def table(results):
     rows = ((*MEANING[k], k) for k in MEANING if k in measured)
     lines = [f"| {what} | {measured[k]:,.2f} | {wanted} |" for what, wanted, k in rows]
     commits = {name: results["bench_commits"].get(name) for name in MEANING if name in measured}
-    return "\n".join(["| | measured | wanted |", "|---|---|---|", *lines, "", with_commits(commits)])
+    head = ["| | measured | wanted |", "|---|---|---|"]
+    return "\n".join([*head, *lines, "", with_commits(commits)])
 
 
 def main():

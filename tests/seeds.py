@@ -118,7 +118,9 @@ def is_fresh(arm, numbers):
 
 
 def stale_mark(*runs):
-    """" (stale)" if any of the runs ((arm, numbers) each) is no longer what its command gives"""
+    """A table's mark where any of the runs ((arm, numbers) each) is no longer what its command
+    gives
+    """
     return "" if all(is_fresh(arm, numbers) for arm, numbers in runs) else " (stale)"
 
 
@@ -370,7 +372,8 @@ def code_lines(path):
     source = path.read_text()
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
             text = node.body[0]
             lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
     return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)

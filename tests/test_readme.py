@@ -359,7 +359,8 @@ def test_every_command_of_the_pages_runs(quick):
 
 def test_your_own_captions_and_photos(quick):
     """As they are typed, in a folder that has nothing"""
-    (block,) = re.findall(r"```bash\n(.*?)```", FRONT.split("## Change it")[1].split("\n## ")[0], re.S)
+    change_it = FRONT.split("## Change it")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", change_it, re.S)
     assert run_commands(quick, [block]) == 7
     assert list((quick / "out").rglob("*.png"))
 

@@ -40,13 +40,12 @@ def test_no_line_over_100_columns(path):
     assert not wide, f"{path.name}: {wide}"
 
 
-def test_readme_is_100_columns_wide_and_short():
-    """Tables and addresses apart; before the appendix 250 lines and 3,000 words."""
-    text = (ROOT / "README.md").read_text()
-    wide = [line for line in text.splitlines() if len(line) > 100 and not line.startswith("|")]
-    assert not [line for line in wide if not re.match(r"(python|torchrun) \S+ --image", line)]
-    front = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
-    assert len(front.splitlines()) <= 250 and len(re.findall(r"\w+", front)) <= 3000
+def test_pages_are_100_columns_wide():
+    """Tables and addresses apart"""
+    for name in ("README", "tests/RESULTS", "tests/COST", "tests/DIFFERENCES"):
+        lines = (ROOT / f"{name}.md").read_text().splitlines()
+        wide = [line for line in lines if len(line) > 100 and line[0] not in "|![*"]
+        assert not wide, f"{name}.md: {wide}"
 
 
 def test_widths():
