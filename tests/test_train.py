@@ -764,6 +764,6 @@ def test_evaluate_says_what_train_said(toy_tree, pretrained, tmp_path, monkeypat
 
 def test_processes_need_a_common_folder(toy_tree, pretrained, tmp_path, monkeypatch):
     """A second machine that does not see what the first one has put into --out."""
-    monkeypatch.setattr(train, "gathered", lambda found: [found, False])
+    monkeypatch.setattr(train, "all_gather_objects", lambda found: [found, False])
     done = run(tmp_path, *toy_run(toy_tree, pretrained), "--out", "o", expect=1)
     assert "not one folder for all" in done.stderr and "share" in done.stderr
