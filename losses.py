@@ -8,6 +8,9 @@ softmax over its columns.
 A mask is bool and True means real; each row of a mask has at least one True. Finite values in
 padding change nothing.
 Everything is computed in float32 (float64 stays), also under autocast.
+Read first: cacr_side and cacr, what the other files are for, then soft_relation_alignment, the same
+as loops; the helpers as they are called. Skip what you do not train with: no section needs another
+one, and the losses after the five papers come last.
 
     masked modelling       mlm  mrfr  mrc  mrc_kl                               UNITER eq. 1, 4
     matching               itm                                                  UNITER eq. 2

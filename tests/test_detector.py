@@ -205,7 +205,7 @@ def test_counters_of_any_shape_load(tmp_path, weights_file):
 # ------------------------------------------------------------------------------------- extraction
 
 
-PHOTOS = 50
+PHOTOS = 20
 
 
 @pytest.fixture(scope="module")
