@@ -758,7 +758,7 @@ def test_amc_heat_maps_and_losses(monkeypatch):
     A = losses.gradcam(P, (P * out["attn_grad"]).sum((1, 2, 3)), mask)[boxed].detach()
     close(A, out["gradcam_raw"].flatten(1), 1e-7)
     close(losses.unit_range(A, c["eps"]), out["gradcam_norm"].flatten(1), 1e-5)
-    show = SimpleNamespace(given="heat", function=lambda heat, M: heat)
+    show = train.LOSSES["amc"]._replace(function=lambda heat, M: heat)
     heat = train.heat_losses(SimpleNamespace(losses={"show": show}), A, M)["show"]
     close(heat, out["gradcam_resized"], 1e-5)
     cfg = train.make_config("toy-amc", loss="amc+amc-mean+amc-max")
@@ -830,7 +830,7 @@ def test_amc_evaluation_points_and_boxes():
     for b, (h, w) in enumerate(z["eval/sizes_hw"]):
         full = evaluate.at_size(A[b : b + 1], (int(w), int(h)))[0]
         close(full, z[f"eval/upsampled_{b}"], 1e-7)
-        assert evaluate.hottest(full) == tuple(z["eval/points_xy"][b])
+        assert evaluate.argmax_xy(full) == tuple(z["eval/points_xy"][b])
         boxes = z["eval/det_boxes_xywh"][b]
         close(boxes[evaluate.best_box_by_heat(full, boxes)], z["eval/pred_box_xywh"][b], 1e-4)
 
