@@ -13,6 +13,7 @@ import torch
 import data
 import evaluate
 import model as model_parts
+import seeds
 import losses
 import train
 from conftest import (
@@ -844,11 +845,11 @@ def test_how_much_of_a_words_attention_its_object_gets(toy_tree):
             return model_parts.Output(None, None, each)
 
     run = evaluate.Run(Looks(), tokenizer, {}, {}, None)
-    weights, alike = evaluate.object_weights(run, index)
+    weights, alike = seeds.object_weights(run, index)
     firsts, every = [], []
     for c in range(len(index)):
         one = np.array([c])
-        boxes = torch.from_numpy(index.store.read(index.image[one], "boxes")[0])
+        boxes = torch.from_numpy(index.store.relative_boxes(index.image[one])[0])
         for box in index.pointers(one)[2]:
             iou = losses.box_iou(torch.from_numpy(box), boxes)
             if (iou >= 0.5).any():

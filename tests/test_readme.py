@@ -352,9 +352,14 @@ def small_picture(folder, args):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_pages_runs(quick):
+def test_every_command_of_the_pages_runs(quick, monkeypatch):
     small_world()
     assert run_commands(quick, BLOCKS) > 40
+    (quick / "tests").mkdir()
+    monkeypatch.setattr(seeds, "ROOT", quick)
+    seeds.main(["--figures", "out/toy-none-seed0/last.pt", "out/toy-cacr-seed0/last.pt"])
+    assert Image.open(quick / "tests/winoground.png").size > (900, 600)
+    assert (quick / "tests/objects.png").exists()
 
 
 def test_your_own_captions_and_photos(quick):
