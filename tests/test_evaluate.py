@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import inspect
 import json
+import re
 import weakref
 from collections import Counter
 
@@ -128,7 +130,7 @@ def test_command_line(toy_tree, pretrained, tmp_path):
         ["--data", str(toy_tree), "--task", "winoground", "--ckpt", "nothing.pt"],
         evaluate.main,
     )
-    assert bad.returncode == 1 and "is not there" in bad.stderr and "Traceback" not in bad.stderr
+    assert bad.returncode == 1 and "No such file" in bad.stderr and "Traceback" not in bad.stderr
 
 
 def test_recall_in_folds_sees_only_its_fold():
@@ -164,13 +166,13 @@ def test_entropy_of_what_words_attend_to(toy_tree, pretrained, monkeypatch):
     """Each word another region: log2 of their number. All the same: 0."""
     run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
     index, _ = evaluate.choice_index(run, "winoground")
-    n_words = index.n_words(np.arange(len(index))) - 2
-    spread = np.eye(40)[None, (np.arange(40) - 1) % 40]
-    for P, wanted in ((spread, np.log2(n_words).mean()), (np.ones((1, 40, 40)), 0)):
+    n_words = index.arrays["n_words"] - 2
+    spread = torch.eye(40)[None, (torch.arange(40) - 1) % 40]
+    for P, wanted in ((spread, np.log2(n_words).mean()), (torch.ones(1, 40, 40), 0)):
 
         def attend(run, index, captions):
             for c in captions:
-                yield [c], {"text_mask": np.ones((1, n_words[c] + 2), bool)}, P
+                yield [c], {"text_mask": torch.ones(1, n_words[c] + 2, dtype=torch.bool)}, P
 
         monkeypatch.setattr(evaluate, "word_to_region", attend)
         assert evaluate.argmax_entropy(run)["entropy/bits"] == pytest.approx(wanted)
@@ -179,7 +181,10 @@ def test_entropy_of_what_words_attend_to(toy_tree, pretrained, monkeypatch):
 def test_winoground_by_kind_and_by_what_was_said(toy_tree, pretrained):
     """Of either tag, the scores of its values are means that give the whole, weighted by size."""
     run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
-    (_, notes), numbers = evaluate.choice_index(run, "winoground"), evaluate.winoground(run)
+    (_, notes), numbers = (
+        evaluate.choice_index(run, "winoground"),
+        evaluate.choose(run, "winoground"),
+    )
     for names in ({"Object", "Relation", "Both"}, {"seen", "held out"}):
         tags = [*({*note} & names for note in notes)]
         assert set().union(*tags) == names and all(len(tag) == 1 for tag in tags)
@@ -208,7 +213,7 @@ def test_congruence_of_matched_and_mismatched_pairs(toy_tree, pretrained):
     for c in range(len(index)):
         own, other = index.image[[c]], index.image[[c + 1 if c % 2 == 0 else c - 1]]
         for image in (own, other):
-            batch = index.batch(np.array([c]), image)
+            batch = data.as_tensors(index.batch(np.array([c]), image))
             with torch.no_grad():
                 maps = run.model.eval()(**batch, maps=(-1,)).maps[0]
             words = batch["text_mask"].clone()
@@ -223,19 +228,36 @@ def test_congruence_of_matched_and_mismatched_pairs(toy_tree, pretrained):
     assert numbers["congruence/matched_is_less"] == pytest.approx(less, abs=3)
 
 
-def test_ensembles_and_head_figures(toy_tree, pretrained, tmp_path):
-    """Two of the same are one; a figure has a row for each layer, a panel for each head."""
+def test_an_ensemble_is_the_mean_of_its_scores(toy_tree, pretrained, monkeypatch):
+    """Two of the same are one; of two that differ the mean chooses."""
     run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
-    both = evaluate.Ensemble([run.model, run.model])
-    index, _ = evaluate.choice_index(run, "winoground")
-    batch = index.batch(np.arange(4), index.image[:4])
-    with evaluate.evaluating(run.model):
-        one, two = (m(**batch, heads=("match",)).match for m in (run.model, both))
-    torch.testing.assert_close(one, two)
+    run = run._replace(settings=run.settings | {"task": "ve", "answer_list": [*data.ENTAILMENT]})
+    monkeypatch.setitem(evaluate.TASKS, "ve", evaluate.TASKS["ve"]._replace(output="match"))
+    index = evaluate.open_task(run, "ve", "dev")
+    target, scores = index.targets(np.arange(len(index))), iter([])
+
+    def predict(one, task, index, whole=False):
+        return next(scores) if whole else next(scores).argmax(axis=1)
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    right, wrong = np.eye(3)[target], np.eye(3)[(target + 1) % 3]
+    for given, wanted in (([right], 100), ([right, right], 100), ([wrong, 2 * right], 100)):
+        scores = iter(given)
+        assert evaluate.downstream(run, others=[run] * (len(given) - 1))["ve/accuracy"] == wanted
+    scores = iter([2 * wrong, right])
+    assert evaluate.downstream(run, others=[run])["ve/accuracy"] == 0
+
+
+def test_head_figures(toy_tree, pretrained, tmp_path):
+    """A figure has a row for each layer, a panel for each head."""
+    run = evaluate.load_run(f"{pretrained[0]}", toy_tree)
     (path,) = evaluate.head_figures({"a run": run}, tmp_path)
     layers, heads = len(run.model.layers), run.model.layers[0].attention.heads
-    width, height = Image.open(path).size
-    assert (width, height) == (heads * 102, layers * 120)
+    index, _ = evaluate.choice_index(run, "winoground")
+    tokens = int(index.length(np.zeros(1, int), index.image[:1])[0])
+    cell = 96 // tokens + 1
+    size = heads * (tokens * cell + 6), layers * (tokens * cell + evaluate.TITLE + 24)
+    assert Image.open(path).size == size
 
 
 @pytest.mark.parametrize(
@@ -297,23 +319,51 @@ def test_each_process_has_its_share(monkeypatch):
     shares = []
     for rank in range(3):
         monkeypatch.setattr(evaluate.dist, "get_rank", lambda: rank)
-        shares.append(list(evaluate.shared_out(range(7))))
+        shares.append(list(evaluate.my_share(range(7))))
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def test_an_ensemble_is_of_one_kind_of_model(toy_tree, pretrained, tmp_path):
-    """Ids of other words, or other answers, would be averaged without a word."""
-    for name, changes in (("a", {}), ("b", {"types": 4})):
+    """The mean of scores of other answers would say nothing."""
+    for name, answers in (("a", ["no", "yes"]), ("b", ["yes", "no"])):
         saved = torch.load(pretrained[0], weights_only=True)
-        saved["config"]["task"] = "ve"
-        saved["sizes"] |= changes
-        if changes:
-            table = saved["model"]["text_embedding.token_type.weight"]
-            saved["model"]["text_embedding.token_type.weight"] = table[:1].repeat(4, 1)
-        torch.save(saved, tmp_path / f"{name}.pt")
-    args = ["--task ve --ckpt", tmp_path / "a.pt", tmp_path / "b.pt", "--data", toy_tree]
+        saved["config"]["task"], saved["sizes"]["answer_list"] = "ve", answers
+        (tmp_path / name).mkdir()
+        torch.save(saved, tmp_path / name / "last.pt")
+    args = ["--task ve --ckpt a/last.pt b/last.pt --data", toy_tree]
     done = inside(tmp_path, args, main=evaluate.main)
-    assert done.returncode == 1 and "not models of one kind" in done.stderr, done.stderr
+    assert done.returncode == 1 and "on one data tree" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        ("--task winoground --submit x.json", "--task winoground does not take --submit"),
+        ("--task congruence --head rank", "does not take --head"),
+        ("--task entropy --dataset coco", "does not take --dataset"),
+        ("--task vqa --head match", "does not take --head"),
+        ("--task winoground --ckpt CKPT", "does not take several --ckpt"),
+        ("--task grounding", "grounding needs phrases, this model gives attention"),
+        ("--task vqa", "was trained for pretrain, not for vqa"),
+        ("--task winogroud", "invalid choice: 'winogroud'"),
+    ],
+)
+def test_combinations_that_cannot_be(toy_tree, pretrained, tmp_path, args, told):
+    args = args.replace("CKPT", f"{pretrained[0]} {pretrained[0]}")
+    args = args if "--ckpt" in args else f"{args} --ckpt {pretrained[0]}"
+    done = inside(tmp_path, [args, "--data", toy_tree], main=evaluate.main)
+    assert done.returncode and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_help_names_every_benchmark_and_command(tmp_path):
+    """With what it says, and of a command what its options are"""
+    text = inside(tmp_path, ["--help"], main=evaluate.main).stdout
+    for name in (*evaluate.BENCHMARKS, *evaluate.COMMANDS):
+        assert re.search(rf"\b{re.escape(name)}\b", text), name
+    for name, function in evaluate.COMMANDS.items():
+        text = inside(tmp_path, [name, "--help"], main=evaluate.main).stdout
+        for option in inspect.signature(function).parameters:
+            assert re.search(rf"^ *{option} {{2,}}\w", text, re.M), (name, option)
 
 
 def test_an_error_of_one_process_is_said(monkeypatch):
