@@ -296,10 +296,10 @@ def quick(tmp_path, monkeypatch):
     seeds.settings_digest.cache_clear()
 
 
-def small_world(folder="data/toy"):
+def small_world(folder="data/toy", scenes=600):
     """data/toy, where it is not there yet"""
     if not Path(folder).exists():
-        toy.make_toy(folder, scenes=600)
+        toy.make_toy(folder, scenes=scenes)
 
 
 # they take hours
@@ -320,7 +320,7 @@ def run_commands(folder, blocks):
             continue
         count += 1
         if script == "tests/toy.py":
-            small_world()
+            small_world(scenes=400)
             continue
         if script == "train.py":
             done = inside(folder, args)
