@@ -207,12 +207,27 @@ def prepared_run(cfg, tokenizer):
     return train.Run(None, tokenizer, settings, {}, train.vision_of(settings))
 
 
-def read(reader, *args, **options):
+def read(reader, tree, splits, **options):
     """All records of a reader, and what it counted."""
     from collections import Counter
+    from functools import partial
+
+    from data import records
 
     stats = Counter()
-    return list(reader(*args, stats, **options)), stats
+    return list(records(partial(reader, **options), str(tree), splits, stats)), stats
+
+
+def batches_of(kind, index, size=1024, name="", place=0, helpers=None, **settings):
+    """data.Batches of so many words + regions, of the settings that it asks for."""
+    from types import SimpleNamespace
+
+    from data import Batches
+
+    usual = {"seed": 0, "batch_tokens": size, "batch_size": 0, "mask_rate": 0.15, "max_words": 60}
+    usual |= {"joint_masking": False, "negatives": 2, "candidates": 0, "mine_every": 0}
+    cfg = SimpleNamespace(**usual | {"alternate": False, "augment": ""} | settings)
+    return Batches(kind, index, cfg, name, place=place, **helpers or {})
 
 
 def weights(folder):
@@ -231,34 +246,3 @@ def same(a, b, **tolerance):
 def ids_of(store):
     """The names of a store's images."""
     return [store.image_id(i) for i in range(len(store))]
-
-
-def write_nlvr(tree):
-    """NLVR v1, small: dev and test of eight sentences, their pictures in all six orders; few drawn
-    sentences.
-    """
-    import toy
-    from PIL import Image
-
-    toy.draw_nlvr(tree, pictures=100, sentences=30)
-
-    for split in ("dev", "test"):
-        (tree / f"nlvr/{split}/images/3").mkdir(parents=True)
-        lines = []
-        for i in range(8):
-            item = {"type": "circle", "color": "#0099ff", "size": 20, "x_loc": 10 * i, "y_loc": 5}
-            lines.append(
-                json.dumps(
-                    {
-                        "identifier": f"{i}-0",
-                        "sentence": "there is a blue circle",
-                        "label": "true" if i % 2 else "false",
-                        "structured_rep": [[item], [], []],
-                    }
-                )
-            )
-            for k in range(6):
-                picture = Image.new("RGBA", (400, 100), (200, 200, 200, 255))
-                picture.paste((0, 153, 255, 255), (10 * i, 5, 10 * i + 20, 25))
-                picture.save(tree / f"nlvr/{split}/images/3/{split}-{i}-0-{k}.png")
-        (tree / f"nlvr/{split}/{split}.json").write_text("\n".join(lines))

@@ -1851,7 +1851,7 @@ def ensure_toy(folder, seed=0, scenes=6000):
     if not Path(folder).exists():
         make_toy(folder, seed, scenes)
     elif (
-        mark.exists() and (made := read_json(mark, "the toy tree's mark"))["version"] != TOY_VERSION
+        mark.exists() and (made := read_json(mark))["version"] != TOY_VERSION
     ):
         print(
             f"{folder} was made by version {made['version']} of ShapesWorld, this is version "
