@@ -272,66 +272,6 @@ def test_the_best_validation_is_kept(toy_tree, tmp_path, monkeypatch):
     assert [step for name, step in kept if name == "best.pt"] == [10]
 
 
-def spoil(path, kind):
-    """A picture as bad downloads leave it"""
-    whole = path.read_bytes()
-    if kind == "bomb":
-        # a few kilobytes that claim to be a billion pixels
-        Image.new("1", (40_000, 5_000)).save(path, "PNG")
-    else:
-        path.write_bytes({"cut": whole[:900], "empty": b"", "page": b"<html>"}[kind])
-
-
-@pytest.mark.parametrize("recipe", ["toy-albef", "toy-patches", "toy-vqa"])
-def test_bad_pictures_are_left_out_and_counted(toy_tree, tmp_path, recipe):
-    """Nine of three hundred: the run ends, lists them, and resumes to the same bits; a stop in the
-    middle forgets nothing."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for place in toy_tree.iterdir():
-        if place.name not in ("coco", "index"):
-            (tree / place.name).symlink_to(place)
-    shutil.copytree(toy_tree / "coco", tree / "coco")
-    pictures = sorted((tree / "coco/train2014").iterdir())
-    bad = [path.stem for path in pictures[3:120:13]]
-    for name, kind in zip(bad, ["cut", "empty", "page", "bomb"] * 3):
-        spoil(tree / f"coco/train2014/{name}.jpg", kind)
-    argv = ["--recipe", recipe, "--data", tree, "--vision", "patches", "--init", "none", *QUICK]
-    argv += ["--steps", 24, "--save-every", 8, "--warmup", 1, "--eval-every", 24, "--patch", 16]
-    if recipe != "toy-vqa":
-        argv += ["--corpora", "coco"]
-    argv += ["--batch-size", 16, "--queue", 32] if recipe == "toy-albef" else []
-    whole = run(tmp_path, *argv, "--out", "a")
-    left_out = (tmp_path / "a/skipped.txt").read_text().splitlines()
-    assert sorted(left_out) == sorted(set(left_out)) and set(left_out) <= set(bad)
-    assert len(left_out) >= 6 and f"{len(left_out)} pictures could not be read" in whole.stdout
-    # the same, stopped after step 8
-    save = train.save_checkpoint
-
-    def stop(path, cfg, model, optimizer, step, sizes):
-        save(path, cfg, model, optimizer, step, sizes)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", stop)
-        run(tmp_path, *argv, "--out", "b", expect=1)
-    run(tmp_path, *argv, "--out", "b", "--resume")
-    same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    assert set((tmp_path / "b/skipped.txt").read_text().splitlines()) == set(left_out)
-
-
-def test_a_batch_of_bad_pictures_is_an_error(toy_tree, tmp_path):
-    """Not an endless search for one that can be read."""
-    (tmp_path / "own/images").mkdir(parents=True)
-    for name in "ab":
-        (tmp_path / f"own/images/{name}.jpg").write_bytes(b"")
-    store = data.PatchStore(tmp_path, "own", 64, 16)
-    tokenizer = data.WordPiece(toy_tree / "bert-base-cased/vocab.txt", lower=False)
-    index = data.make_index([data.Record(i, "a star", i) for i in "ab"], store, tokenizer)
-    with pytest.raises(data.DataError, match="none of the pictures of a batch can be read"):
-        data.Batches("mlm", index, 300, 0)[0]
-
-
 def test_numbers_of_what_was_trained_on_are_called_so(monkeypatch):
     """The vqa recipe learns from val2014 too, as the authors: its number there is of no test."""
     task = evaluate.TASKS["vqa"]._replace(evaluate=lambda *a, **how: ({"vqa/accuracy": 1.0}, None))
