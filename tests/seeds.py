@@ -30,7 +30,6 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -47,6 +46,8 @@ LOCK = threading.Lock()
 # of each run
 RUNNING = defaultdict(threading.Lock)
 # arms: {name: command of train.py}, {name} in it: the checkpoint of another arm
+# claims, losses, found, main, tables, maf, compared, tasks, table 2: what the pages tell of them,
+# with the papers' numbers; {claim} in found: its difference and interval
 CLAIMS = json.loads((ROOT / "tests/claims.json").read_text())
 FIRST_ABOVE = "winoground/updates to 50"
 # Student's t: what 97.5 % lie below, for 1 to 19 degrees of freedom
@@ -313,23 +314,6 @@ def claims_table(results):
     return with_note([*lines, "", f"*{counted}.*"])
 
 
-# of README.md: {claim}: its difference and interval; who says what by its verdict
-FOUND = {
-    "holds": "MAF learns from captions ({MAF: trained better than its unsupervised rule} points "
-    "over its unsupervised rule), Kervadec's supervision raises GQA's accuracy "
-    "({alignment supervision raises GQA accuracy}) and makes words point to their objects "
-    "({alignment supervision makes words point to their objects}), AMC moves heat maps into the "
-    "boxes ({AMC raises pointing accuracy}), and conditional masking beats joint masking on VQA "
-    "({conditional masking better than joint masking, VQA}).",
-    "the opposite": "CACR ends *below* the same fine-tuning without it on Winoground "
-    "({CACR ends higher on Winoground} in group score): flat attention maps meet its loss as well "
-    "as aligned ones do. Without the loss, maps of matched pairs are *less* congruent than those "
-    "of mismatched ones "
-    "({without any alignment loss, maps of matched pairs are more congruent than of mismatched}).",
-    "undecided here": "IAIS ({IAIS helps on Winoground}) and WRA "
-    "({WRA in fine-tuning helps on Winoground}) on Winoground and WRA on VQA ({WRA helps VQA}) "
-    "show no effect beyond seed variance.",
-}
 VERDICTS = {
     "holds": "{} of {} claims hold here",
     "the opposite": "for {} the opposite holds",
@@ -350,7 +334,7 @@ def found_paragraph(results):
         return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]{mark}"
 
     lines = []
-    for verdict, text in FOUND.items():
+    for verdict, text in CLAIMS["found"].items():
         text = re.sub(r"{(.*?)}", functools.partial(number, verdict=verdict), text)
         told = VERDICTS[verdict].format(counts[verdict], len(claims))
         lines.append(f"**{told[0].upper()}{told[1:]}.** {text}")
@@ -390,22 +374,6 @@ def sizes_table(results):
 
 # 4. Tables ---------------------------------------------------------------------------------------
 
-# the one number of each benchmark that its papers compare
-COMPARED = (
-    "winoground/group",
-    "sugarcrepe/mean",
-    "sugarcrepe-pp/mean",
-    "valse/mean",
-    "aro-relation/mean",
-    "aro-attribution/mean",
-    "aro-coco-order/accuracy",
-    "whatsup-a/accuracy",
-    "whatsup-b/accuracy",
-    "whatsup-coco-two/accuracy",
-    "colorswap/group",
-    "bivlc/group",
-)
-
 
 def label_of(arm):
     """What tells an arm from the others of its table"""
@@ -424,7 +392,7 @@ def losses_table(results):
                 continue
             mark = stale_mark(*((a, scores[a][s]) for a in (none, arm) for s in seeds))
             cells = [f"`{label_of(arm)}`{mark}", encoder, str(len(seeds))]
-            for name in COMPARED:
+            for name in CLAIMS["compared"]:
                 base, with_loss = ([scores[a][s][name] for s in seeds] for a in (none, arm))
                 plus = "" if arm == none else "+"
                 values = [x - y for x, y in zip(with_loss, base)] if plus else base
@@ -432,7 +400,7 @@ def losses_table(results):
                 clear += [abs(middle) > half] if plus else []
                 cells.append(f"{middle:{plus}.1f} ± {half:.1f}")
             lines.append("| " + " | ".join(cells) + " |")
-    head = ["`train.py`", "encoder", "seeds", *COMPARED]
+    head = ["`train.py`", "encoder", "seeds", *CLAIMS["compared"]]
     lines[:0] = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     if clear:
         chance = f"by chance {0.05 * len(clear):.0f} do"
@@ -462,101 +430,9 @@ def arms_table(results):
     return with_note(lines)
 
 
-# what MAF and the baselines of its table 5 have there
-MAF_BASELINES = {
-    "random": "7.19",
-    "center-obj": "18.24",
-    "whole image": "21.99",
-    "max-obj": "24.51",
-    "direct match": "26.42",
-    "glove-max": "26.28",
-    "glove-avg": "54.51",
-    "glove-att": "56.05",
-    "accuracy": "61.43",
-    "upper bound": "86.29",
-}
-
-
-class Table(NamedTuple):
-    """A table of tests/RESULTS.md: runs of tests/claims.json and what they measured"""
-
-    paper: str  # head of the column of the paper's numbers
-    columns: dict  # {head: name of a run's number}; a row has those that its run measured
-    rows: dict  # {arm: the paper's numbers}
-
-
-POINTING = {
-    "Flickr30k": "pointing/flickr30k",
-    "by chance": "pointing/flickr30k/chance",
-    "testA": "pointing/refcoco+/testA",
-    "testB": "pointing/refcoco+/testB",
-    "testA, clean": "pointing/refcoco+/testA/clean",
-    "testA, Recall@1": "pointing/refcoco+/testA/boxes",
-}
-TABLES = {
-    "align": Table(
-        paper="GQA accuracy, consistency; NLVR2 test-P",
-        columns={
-            "GQA accuracy": "gqa/accuracy",
-            "consistency": "gqa/consistency",
-            "words that point to their object": "pointing/accuracy",
-            "by chance": "pointing/chance",
-            "NLVR2 dev": "nlvr2/accuracy",
-        },
-        rows={
-            "align none": "54.9, 79.5",
-            "align": "60.5, 89.7",
-            "align none, nlvr2": "74.5",
-            "align, nlvr2": "75.5",
-        },
-    ),
-    "maf_ablation": Table(
-        paper="tables 3, 4",
-        columns={"accuracy": "grounding/accuracy"},
-        rows={
-            "maf": "61.43",
-            "maf average, label": "55.73",
-            "maf average, feature": "56.18",
-            "maf average": "59.51",
-            "maf label": "57.23",
-            "maf features": "58.49",
-            "maf attribute": "24.08",
-            "maf label+attribute": "53.20",
-            "maf attribute+feature": "57.98",
-            "maf label+attribute+feature": "60.86",
-            "maf xavier, xavier": "58.54",
-            "maf zero, xavier": "60.05",
-            "maf xavier": "59.68",
-        },
-    ),
-    "amc": Table(
-        paper="Flickr30k, ReferIt, RefCOCO+ testA, testB",
-        columns=POINTING,
-        rows={
-            "albef": "79.14, 50.69, 69.37, 53.77",
-            "amc none": "",
-            "amc": "86.59, 64.27, 80.34, 64.55",
-            "amc box": "86.49, 62.65, 78.89, 61.16",
-            "amc region": "85.14, 59.16, 77.89, 61.26",
-            "amc cosine": "84.85, 61.21, 76.41, 60.81",
-            "amc mean": "82.83, 57.63, 75.34, 56.90",
-            "amc max": "86.56, 62.79, 80.34, 64.47",
-        },
-    ),
-    "patches": Table(
-        paper="",
-        columns={f"Winoground {n}": f"winoground/{n}" for n in ("group", "text", "image")}
-        | {head: POINTING[head] for head in ("Flickr30k", "testA", "testB")},
-        rows=dict.fromkeys(
-            ("patches rank", "patches cacr", "patches none", "patches amc", "patches amc+cacr"), ""
-        ),
-    ),
-}
-
-
 def table(name, results):
     """Mean and deviation over an arm's runs; the last column has each run's first number"""
-    paper, columns, rows = TABLES[name]
+    paper, columns, rows = (CLAIMS["tables"][name][part] for part in ("paper", "columns", "rows"))
     papers = [f"paper: {paper}"] if paper else []
     head = ["`train.py`", *papers, *columns, "seed by seed"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -574,70 +450,24 @@ def table(name, results):
     return with_note(lines)
 
 
-class Compared(NamedTuple):
-    """A row of the papers' main numbers"""
-
-    paper: str  # which of its tables
-    there: str  # the paper's numbers
-    ours: tuple  # (arm of tests/claims.json, name of a number) each
-
-
-REPRODUCED = (
-    Compared(
-        "CACR 3, Winoground group: none, CACR",
-        "8.50, 14.25",
-        (("none", "winoground/group"), ("cacr", "winoground/group")),
-    ),
-    Compared("UNITER 3, VQA", "72.70", (("vqa", "vqa/accuracy"),)),
-    Compared("UNITER 3, VCR Q→AR", "58.20", (("vcr", "vcr/q_ar"),)),
-    Compared("UNITER 3, 5, NLVR2", "77.18", (("nlvr2", "nlvr2/accuracy"),)),
-    Compared("UNITER 3, SNLI-VE", "78.59", (("ve", "ve/accuracy"),)),
-    Compared(
-        "UNITER 3, RefCOCO val, val^d",
-        "91.64, 81.24",
-        (("re", "re/gt/accuracy"), ("re", "re/det/accuracy")),
-    ),
-    Compared(
-        "UNITER 3, Flickr30k IR, TR R@1",
-        "72.52, 85.90",
-        (("retrieval", "retrieval/image/r1"), ("retrieval", "retrieval/text/r1")),
-    ),
-    Compared(
-        "Kervadec 2, GQA: without, with alignment",
-        "54.9, 60.5",
-        (("align none", "gqa/accuracy"), ("align", "gqa/accuracy")),
-    ),
-    Compared(
-        "MAF 2, 5, Flickr30k Entities: unsupervised, trained",
-        "56.05, 61.43",
-        (("maf", "grounding/glove-att"), ("maf", "grounding/accuracy")),
-    ),
-    Compared(
-        "AMC 1, Flickr30k pointing: without, with",
-        "79.14, 86.59",
-        (("amc none", "pointing/flickr30k"), ("amc", "pointing/flickr30k")),
-    ),
-)
-
-
 def main_table(results):
     """The papers' main numbers beside ours; where several seeds have two, their difference with its
     95 % interval
     """
     lines = ["| paper's table | `train.py` | paper | toy |", "|---|---|---|---|"]
-    for row in REPRODUCED:
-        runs = [(results.get("runs", {}).get(arm, {}), key) for arm, key in row.ours]
+    for paper, there, ours in CLAIMS["main"]:
+        runs = [(results.get("runs", {}).get(arm, {}), key) for arm, key in ours]
         cell = ", ".join(mean([run[key] for run in by_seed.values()]) for by_seed, key in runs)
         seeds = set.intersection(*(set(by_seed) for by_seed, _ in runs))
         if len(runs) == 2 and len(seeds) > 1:
             (first, a), (second, b) = runs
             middle, half = interval([second[s][b] - first[s][a] for s in seeds])
             cell += f": {middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
-        arms = dict.fromkeys(arm for arm, _ in row.ours)
+        arms = dict.fromkeys(arm for arm, _ in ours)
         commands = ", ".join(f"`{label_of(arm)}`" for arm in arms)
         by_arm = results.get("runs", {})
         mark = stale_mark(*((arm, run) for arm in arms for run in by_arm.get(arm, {}).values()))
-        lines.append(f"| {row.paper} | {commands} | {row.there} | {cell}{mark} |")
+        lines.append(f"| {paper} | {commands} | {there} | {cell}{mark} |")
     return with_note(lines)
 
 
@@ -648,7 +478,7 @@ def maf_table(results):
     lines = ["| Flickr30k Entities, IoU 0.5 | paper (tables 1, 2, 5) | toy |", "|---|---|---|"]
     names = {"accuracy": "MAF, weakly supervised"}
     names |= {"glove-att": "glove-att: MAF's unsupervised rule"}
-    for measure, paper in MAF_BASELINES.items() if rows else ():
+    for measure, paper in CLAIMS["maf"].items() if rows else ():
         ours = mean([row[f"grounding/{measure}"] for row in rows])
         lines.append(f"| {names.get(measure, measure)} | {paper} | {ours}{mark} |")
     return with_note(lines) if rows else ""
@@ -841,7 +671,7 @@ def write_pages(results):
         losses=losses_table(results),
         maf=maf_table(results),
         main=main_table(results),
-        **{name: table(name, results) for name in TABLES},
+        **{name: table(name, results) for name in CLAIMS["tables"]},
     )
 
 
@@ -868,7 +698,11 @@ def main(argv=None):
         "--jobs", type=int, default=2, help="seeds at a time, each with its share of the cores"
     )
     parser.add_argument(
-        "--tables", nargs="*", default=[], choices=list(TABLES), help="the runs of these tables"
+        "--tables",
+        nargs="*",
+        default=[],
+        choices=list(CLAIMS["tables"]),
+        help="the runs of these tables",
     )
     help_losses = "every loss on every benchmark instead, of all encoders or of these"
     parser.add_argument("--losses", nargs="*", choices=list(CLAIMS["losses"]), help=help_losses)
@@ -880,7 +714,7 @@ def main(argv=None):
     if args.figures:
         return draw_figures(args.figures)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    arms = [arm for name in args.tables for arm in TABLES[name].rows]
+    arms = [arm for name in args.tables for arm in CLAIMS["tables"][name]["rows"]]
     run_all(run_arm, arms, args.seeds, args.jobs, results)
     encoders = [] if args.losses is None else args.losses or CLAIMS["losses"]
     arms = [arm for name in encoders for arm in CLAIMS["losses"][name]]

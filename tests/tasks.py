@@ -8,62 +8,17 @@ python tests/tasks.py --only vqa ve      some rows;   --ablation: table 2 instea
 
 import argparse
 import json
-from typing import NamedTuple
 
 import seeds
 
-
-class Row(NamedTuple):
-    """A downstream task: an arm of tests/claims.json, and what stands beside it"""
-
-    full: str  # the recipe of the full experiment
-    where: str  # in UNITER's paper
-    paper: str  # UNITER-base there
-    keys: tuple  # our numbers for the same thing
-    majority: str = ""  # of always the commonest answer: a key, or numbers
-
-
-RECALL = "retrieval/image/r1", "retrieval/text/r1"
-BOXES = "re/gt/accuracy", "re/det/accuracy"
-NLVR2 = ("nlvr2/accuracy",), "nlvr2/majority"
-VCR = ("vcr/q_a", "vcr/qa_r", "vcr/q_ar"), "25, 25, 6"
-ROWS = {
-    "vqa": Row("vqa", "table 3, VQA test-dev", "72.70", ("vqa/accuracy",), "vqa/majority"),
-    "vcr": Row("vcr", "table 3, VCR Q→A, QA→R, Q→AR (test)", "75.00, 77.20, 58.20", *VCR),
-    "nlvr2": Row("nlvr2", "tables 3, 5, NLVR2 dev, pair-biattn", "77.18", *NLVR2),
-    "nlvr2-pair": Row("nlvr2", "table 5, dev, pair", "75.85", *NLVR2),
-    "nlvr2-triplet": Row("nlvr2", "table 5, dev, triplet", "73.03", *NLVR2),
-    "ve": Row("ve", "table 3, SNLI-VE val", "78.59", ("ve/accuracy",), "ve/majority"),
-    "re": Row("refcoco", "table 3, RefCOCO val, val^d", "91.64, 81.24", BOXES, "re/gt/chance"),
-    "re-plus": Row(
-        "refcoco+", "table 3, RefCOCO+ val, val^d", "83.66, 75.31", BOXES, "re/gt/chance"
-    ),
-    "re-g": Row("refcocog", "table 3, RefCOCOg val, val^d", "86.52, 74.31", BOXES, "re/gt/chance"),
-    "retrieval": Row("flickr30k", "table 3, Flickr30k IR, TR R@1", "72.52, 85.90", RECALL, "1, 1"),
-    "retrieval-random": Row(
-        "retrieval-flickr30k --mine-every 0", "sec. A.2, random negatives alone", "", RECALL, "1, 1"
-    ),
-    "retrieval-mined": Row("retrieval-flickr30k", "sec. A.2, and mined ones", "", RECALL, "1, 1"),
-}
-ZERO_SHOT = "--task retrieval --head match"
-ZERO_SHOT_ROW = Row("", "table 3, zero-shot IR, TR R@1 (Flickr30k)", "66.16, 80.70", RECALL, "1, 1")
+# what the table tells of each arm, with UNITER-base's numbers: "full": the recipe at full size,
+# "keys": our numbers for the same thing, "majority": of always the commonest answer
+ROWS = seeds.CLAIMS["tasks"]
+TRAINED = [arm for arm in ROWS if arm != "zero-shot"]
 # table 2: UNITER's Meta-Sum, VQA, NLVR2, RefCOCO+; line 2 is BERT's weights, and retrieval is left
 # out here
-LINES = {
-    "1 none": "314.34, 67.03, 51.02, 68.73",
-    "3 MRFR": "344.66, 69.02, 52.16, 68.47",
-    "4 ITM": "385.29, 70.04, 74.08, 72.33",
-    "5 MLM": "386.10, 71.29, 74.79, 72.89",
-    "6 MLM + ITM": "393.04, 71.55, 75.98, 72.75",
-    "7 MLM + ITM + MRC": "393.97, 71.46, 76.18, 73.49",
-    "8 MLM + ITM + MRFR": "396.24, 71.73, 76.21, 74.23",
-    "9 MLM + ITM + MRC-kl": "397.09, 71.63, 76.28, 74.51",
-    "10 MLM + ITM + MRC-kl + MRFR": "399.97, 71.92, 76.93, 74.52",
-    "11 line 10 + WRA": "400.93, 72.47, 76.91, 74.80",
-    "12 line 10 without conditional masking": "396.51, 71.68, 76.15, 74.29",
-    "13 line 11, out of domain": "396.91, 71.56, 75.66, 72.78",
-    "14 line 11, both domains": "405.24, 72.70, 77.18, 75.31",
-}
+LINES = seeds.CLAIMS["table 2"]
+ZERO_SHOT = "--task retrieval --head match"
 FINE_TUNED = {"vqa": "vqa/accuracy", "nlvr2": "nlvr2/accuracy", "re": "re/gt/accuracy"}
 
 
@@ -89,17 +44,19 @@ def table(results):
     head = ["toy command", "recipe at full size", "in the paper", "paper, base", "toy"]
     head += ["words hidden", "regions hidden", "majority", "minutes"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, row in [*ROWS.items(), ("zero-shot", ZERO_SHOT_ROW)]:
+    for name, row in ROWS.items():
         if not (run := only(results, name)):
             continue
         hidden = [only(results, f"{name}, no {what}") for what in ("text", "regions")]
-        majority = f"{run[row.majority]:.1f}" if row.majority in run else row.majority
+        majority = row["majority"]
+        majority = f"{run[majority]:.1f}" if majority in run else majority
         command = f"evaluate.py {ZERO_SHOT}"
-        command = f"train.py {seeds.label_of(name)}" if name in ROWS else command
+        command = f"train.py {seeds.label_of(name)}" if name in TRAINED else command
         # zero-shot retrieval is of the run that all tasks begin from
-        mark = seeds.stale_mark((name if name in ROWS else "toy-pretrain", run))
-        cells = [f"`{command}`{mark}", row.full and f"`{row.full}`", row.where, row.paper]
-        cells += [numbers(x, row.keys) for x in (run, *hidden)]
+        mark = seeds.stale_mark((name if name in TRAINED else "toy-pretrain", run))
+        cells = [f"`{command}`{mark}", row["full"] and f"`{row['full']}`"]
+        cells += [row["where"], row["paper"]]
+        cells += [numbers(x, row["keys"]) for x in (run, *hidden)]
         lines.append("| " + " | ".join([*cells, majority, f"{run['minutes']:.1f}"]) + " |")
     return seeds.with_note(lines)
 
@@ -135,7 +92,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--only", nargs="*", default=TRAINED, choices=TRAINED)
     parser.add_argument("--ablation", action="store_true")
     args = parser.parse_args(argv)
     results = json.loads(seeds.RESULTS.read_text()) if seeds.RESULTS.exists() else {}

@@ -79,7 +79,7 @@ def test_commands_parse(monkeypatch):
             evaluate.make_parser().parse_args(args)
         else:
             assert (ROOT / script).exists()
-    outs |= {train.parse(shlex.split(seeds.label_of(arm))).out: arm for arm in tasks.ROWS}
+    outs |= {train.parse(shlex.split(seeds.label_of(arm))).out: arm for arm in tasks.TRAINED}
     for checkpoint in re.findall(r"(out/\S+)/last\.pt", PAGES):
         assert checkpoint in outs, f"no command makes {checkpoint}"
     scripts = {"train.py", "evaluate.py", "tests/rehearse.py", "tests/seeds.py", "tests/toy.py"}
@@ -120,7 +120,7 @@ TABLES = {
     "bench": bench.table,
     "main": seeds.main_table,
     "maf": seeds.maf_table,
-    **{mark: functools.partial(seeds.table, mark) for mark in seeds.TABLES},
+    **{mark: functools.partial(seeds.table, mark) for mark in seeds.CLAIMS["tables"]},
     "rehearsal": rehearse.table,
 }
 
@@ -232,9 +232,9 @@ def test_claims_name_arms_that_parse():
         assert {t[1] for t in claim["terms"] if len(t) > 1} <= set(arms)
         assert 5 <= len(claim["seeds"]) <= len(seeds.T_975) + 1
         assert claim["paper"] and claim["source"]
-    named = [arm for table in seeds.TABLES.values() for arm in table.rows]
+    named = [arm for table in seeds.CLAIMS["tables"].values() for arm in table["rows"]]
     named += [arm for losses_of in seeds.CLAIMS["losses"].values() for arm in losses_of]
-    named += [*tasks.ROWS, *(arm for name in tasks.ROWS for arm in tasks.controls(name))]
+    named += [*tasks.TRAINED, *(arm for name in tasks.TRAINED for arm in tasks.controls(name))]
     named += [f"table 2, {line.split()[0]}, {t}" for line in tasks.LINES for t in tasks.FINE_TUNED]
     assert set(named) <= set(arms)
 
@@ -257,9 +257,9 @@ def test_functions_named_exist():
 
 
 def test_recipes_of_the_task_table_are_of_the_same_task():
-    for arm, row in tasks.ROWS.items():
+    for arm in tasks.TRAINED:
         cfg = train.parse(shlex.split(seeds.label_of(arm)))
-        assert train.parse(["--recipe", *shlex.split(row.full)]).task == cfg.task
+        assert train.parse(["--recipe", *shlex.split(tasks.ROWS[arm]["full"])]).task == cfg.task
     evaluate.make_parser().parse_args([*shlex.split(tasks.ZERO_SHOT), "--ckpt", "x"])
 
 
@@ -336,7 +336,7 @@ def run_commands(folder, blocks):
 def make_checkpoints(folder, args):
     """Those that a command of the table of tasks makes."""
     for path in (a for a in args if a.endswith("last.pt") and not (folder / a).exists()):
-        made_by = [shlex.split(seeds.label_of(arm)) for arm in tasks.ROWS]
+        made_by = [shlex.split(seeds.label_of(arm)) for arm in tasks.TRAINED]
         for command in (c for c in made_by if f"{train.parse(c).out}/last.pt" == path):
             assert inside(folder, command).returncode == 0
 
@@ -429,8 +429,8 @@ def test_the_scripts_of_the_tables_run(quick, script, argv, monkeypatch):
     monkeypatch.setattr(seeds, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
     once = [claim | {"seeds": [0]} for claim in seeds.CLAIMS["claims"]]
     two = {"uniter": ["none", "eqsim"], "lxmert": ["none, lxmert", "hard-rank, lxmert"]}
-    monkeypatch.setattr(seeds, "CLAIMS", seeds.CLAIMS | {"claims": once, "losses": two})
-    monkeypatch.setattr(seeds, "FOUND", {})
+    changed = {"claims": once, "losses": two, "found": {}}
+    monkeypatch.setattr(seeds, "CLAIMS", seeds.CLAIMS | changed)
     monkeypatch.setattr(seeds, "sizes_table", lambda results: "")
     monkeypatch.setattr(seeds, "run", run)
     script.main(argv)
