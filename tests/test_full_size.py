@@ -18,7 +18,6 @@ import rehearse
 import toy
 import train
 from conftest import QUICK, ROOT, inside, last_line, prepared_run, read, run, same, weights
-from conftest import write_nlvr
 
 # [UNITER's, IAIS's, LXMERT's, ALBEF's, MAF's code; the papers]: a GPU's batch, times, GPUs
 BATCHES = {
@@ -317,13 +316,8 @@ def last():
 @pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name.startswith("toy")])
 def test_two_processes_are_one(toy_tree, tmp_path, recipe):
     """The weights of every recipe; which numbers there are at the end."""
-    cfg, tree = train.make_config(recipe), toy_tree
-    if recipe in ("toy-nlvr", "toy-boxes"):
-        tree = tmp_path / "nlvr"
-        shutil.copytree(toy_tree / "bert-base-uncased", tree / "bert-base-uncased")
-        write_nlvr(tree)
-        toy.make_nlvr_store(tree)
-    args = ["--recipe", recipe, "--data", tree, "--init none --steps 3 --warmup 1 --lr 0.0001"]
+    cfg = train.make_config(recipe)
+    args = ["--recipe", recipe, "--data", toy_tree, "--init none --steps 3 --warmup 1 --lr 0.0001"]
     args += ["--dropout 0 --eval-every 3 --mine-pool 4", *QUICK]
     # MAF's 1e-8 is below the rounding of its gradients: where one is nearly 0, only its sign counts
     args += ["--eps 1e-6"] if cfg.eps < 1e-6 else []
