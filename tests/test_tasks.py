@@ -246,7 +246,7 @@ def test_vcr_texts_have_their_types_and_tags(toy_tree):
     assert all(tokenizer(f"person_{i}") == [len(tokenizer) - 81 + i] for i in (0, 80))
     cut = make_index(records[:4], index.store, tokenizer, max_words=5, group=4)
     assert (cut.arrays["n_words"] == 7).all()
-    assert all(len(cut.row(i)["types"]) == len(cut.row(i)["tokens"]) == 7 for i in range(4))
+    assert cut.text(np.arange(4))[0].shape == cut.text(np.arange(4), "types")[0].shape == (4, 7)
     assert cut.meta["counts"]["truncated"] == 4
     assert len(examples(index)) * 4 == len(index) == len(records)
     assert len(examples(load_vcr(toy_tree, "val", "all"))) == len(examples(index))
@@ -484,7 +484,8 @@ def test_head_of_another_task_stays_at_its_start(toy_tree, pretrained, tmp_path,
     short = ("--steps", 2, "--warmup", 1, "--batch-tokens", 256)
     cfg, runtime, _ = configured(toy_tree, "--task", "vqa", *short, "--init", pretrained[0])
     train.train(cfg, runtime)
-    cfg, runtime, _ = configured(toy_tree, "--task", "ve", *short, "--init", f"{cfg.out}/last.pt")
+    start = f"{cfg.out}/last.pt"
+    cfg, runtime, _ = configured(toy_tree, "--task ve --out o --init", start, *short)
     assert "ve/accuracy" in train.train(cfg, runtime)
 
 
@@ -712,7 +713,7 @@ def test_nlvr2_missing_image_is_counted_or_an_error(toy_tree, pretrained, tmp_pa
         and "Traceback" not in stopped.stderr
     )
     assert (
-        "1 examples left out: no features"
+        "2 texts without features"
         in banner(tree, pretrained, tmp_path, "nlvr2", "--skip-missing").stdout
     )
 
@@ -722,7 +723,7 @@ def test_nlvr2_missing_image_counts_as_wrong_in_evaluation(toy_tree):
     right = evaluate.Predictions("", index, index.targets(examples(index)))
     run = evaluate.Run(None, None, {"answer_list": []}, {}, None)
     assert evaluate.nlvr2_numbers(run, "dev", right)["accuracy"] == 100
-    index.meta["counts"]["missing"] = len(index)
+    index.meta["counts"]["without features"] = len(index)
     assert evaluate.nlvr2_numbers(run, "dev", right)["accuracy"] == 50
 
 
@@ -735,9 +736,9 @@ def test_an_example_with_one_missing_image_is_left_out_whole(toy_tree):
     with pytest.raises(DataError, match="image nowhere has texts but no features"):
         make_index(broken, store, tokenizer, group=2)
     index = make_index(broken, store, tokenizer, group=2, skip_missing=True)
-    assert len(index) == len(records) - 2 and index.meta["counts"]["missing"] == 2
+    assert len(index) == len(records) - 2 and index.meta["counts"]["without features"] == 2
     assert [index.row(i)["id"] for i in range(len(index))] == [r.id for r in records[2:]]
-    assert "2 texts missing" in str(index)
+    assert "2 texts without features" in str(index)
 
 
 def test_vcr_tag_past_the_boxes_is_counted(toy_tree, pretrained, tmp_path):
@@ -774,7 +775,7 @@ def test_snli_ve_without_a_gold_label_is_counted(toy_tree, pretrained, tmp_path)
         lines=True,
     )
     with pytest.raises(DataError, match="'perhaps'"):
-        read(data.entailment_pairs, tree, "train")
+        list(data.records(data.entailment_pairs, tree, "train", Counter()))
 
 
 def test_snli_ve_image_names_old_and_new(toy_tree, tmp_path):
