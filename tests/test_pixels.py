@@ -602,15 +602,29 @@ def test_momentum_and_queue_by_hand():
     model.update_teacher(0.9)
     for old, new, student in zip(start, model.teacher.parameters(), now):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * student)
-    before = model.image_queue.clone()
+    assert model.image_queue.shape == (64, 5)
     model.enqueue(torch.full((3, 64), 1.0), torch.full((3, 64), 2.0))
     model.enqueue(torch.full((3, 64), 3.0), torch.full((3, 64), 4.0))
-    assert (
-        model.queue_ptr.item() == 1
-        and model.image_queue[0].tolist() == [3, 1, 1, 3, 3]
-        and model.text_queue[5].tolist() == [4, 2, 2, 4, 4]
-        and before.shape == (64, 5)
-    )
+    assert model.queue_ptr.item() == 1
+    assert model.image_queue[0].tolist() == [3, 1, 1, 3, 3]
+    assert model.text_queue[5].tolist() == [4, 2, 2, 4, 4]
+
+
+DEIT = {"cls_token": (1, 1, 24), "pos_embed": (1, 5, 24), "norm.weight": (24,)}
+DEIT |= {"patch_embed.proj.weight": (24, 3, 16, 16), "patch_embed.proj.bias": (24,)}
+DEIT |= {"blocks.1.attn.qkv.weight": (72, 24), "blocks.1.attn.qkv.bias": (72,)}
+DEIT |= {"blocks.0.mlp.fc1.weight": (48, 24), "head.weight": (10, 24), "head.bias": (10,)}
+BERT = {
+    "bert.embeddings.word_embeddings.weight": (40, 16),
+    "bert.embeddings.LayerNorm.gamma": (16,),
+    "bert.encoder.layer.1.attention.self.query.weight": (16, 16),
+    "bert.encoder.layer.3.attention.self.value.bias": (16,),
+    "bert.encoder.layer.3.output.dense.weight": (16, 32),
+    "cls.predictions.transform.dense.weight": (16, 16),
+    "cls.predictions.bias": (40,),
+    "bert.pooler.dense.weight": (16, 16),
+    "cls.seq_relationship.weight": (2, 16),
+}
 
 
 @pytest.mark.parametrize("kind", ["deit", "bert", "albef at another resolution"])
@@ -619,78 +633,35 @@ def test_official_checkpoints(tmp_path, kind):
     starts from them; ALBEF's positions are resized.
     """
     torch.manual_seed(0)
-    tiny = dict(
-        vocab=40,
-        width=16,
-        layers=4,
-        fusion=2,
-        heads=2,
-        mlp_dim=32,
-        embed=8,
-        vision=dict(width=24, layers=2, heads=2, mlp_dim=48),
-        queue=6,
-        positions=20,
-    )
-    model = Albef(**tiny, resolution=64, patch=16)
-    if kind == "deit":
-        file = {
-            "cls_token": torch.randn(1, 1, 24),
-            "pos_embed": torch.randn(1, 5, 24),
-            "patch_embed.proj.weight": torch.randn(24, 3, 16, 16),
-            "patch_embed.proj.bias": torch.randn(24),
-            "blocks.1.attn.qkv.weight": torch.randn(72, 24),
-            "blocks.1.attn.qkv.bias": torch.randn(72),
-            "blocks.0.mlp.fc1.weight": torch.randn(48, 24),
-            "norm.weight": torch.randn(24),
-            "head.weight": torch.randn(10, 24),
-            "head.bias": torch.randn(10),
-        }
-        torch.save({"model": file}, tmp_path / "x.pth")
-        report = load_pretrained(model, tmp_path / "x.pth")
-        assert sorted(report.unused) == ["head.bias", "head.weight"], report
-        torch.testing.assert_close(
-            model.student.vision.layers[1].attention.to_k.weight,
-            file["blocks.1.attn.qkv.weight"][24:48],
-        )
-        torch.testing.assert_close(
-            model.teacher.vision.position, resize_position(file["pos_embed"], 16)
-        )
-    elif kind == "bert":
-        file = {
-            "bert.embeddings.word_embeddings.weight": torch.randn(40, 16),
-            "bert.embeddings.LayerNorm.gamma": torch.randn(16),
-            "bert.encoder.layer.1.attention.self.query.weight": torch.randn(16, 16),
-            "bert.encoder.layer.3.attention.self.value.bias": torch.randn(16),
-            "bert.encoder.layer.3.output.dense.weight": torch.randn(16, 32),
-            "cls.predictions.transform.dense.weight": torch.randn(16, 16),
-            "cls.predictions.bias": torch.randn(40),
-            "bert.pooler.dense.weight": torch.randn(16, 16),
-            "cls.seq_relationship.weight": torch.randn(2, 16),
-        }
-        torch.save(file, tmp_path / "x.bin")
-        report = load_pretrained(model, tmp_path / "x.bin")
-        assert sorted(report.unused) == [
-            "bert.pooler.dense.weight",
-            "cls.seq_relationship.weight",
-        ], report
-        torch.testing.assert_close(
-            model.student.fusion_layers[1].attention.to_v.bias,
-            file["bert.encoder.layer.3.attention.self.value.bias"],
-        )
-        torch.testing.assert_close(
-            model.teacher.text_layers[1].attention.to_q.weight,
-            file["bert.encoder.layer.1.attention.self.query.weight"],
-        )
+    sizes = {"vocab": 40, "width": 16, "layers": 4, "fusion": 2, "heads": 2, "mlp_dim": 32}
+    sizes |= {"vision": {"width": 24, "layers": 2, "heads": 2, "mlp_dim": 48}}
+    sizes |= {"embed": 8, "queue": 6, "positions": 20, "patch": 16}
+    model, path = Albef(**sizes, resolution=64), tmp_path / "x.pt"
+    student, teacher = model.student, model.teacher
+    if kind == "albef at another resolution":
+        other = Albef(**sizes | {"queue": 12}, resolution=96)
+        torch.save(other.state_dict(), path)
+        filled = [(student.vision.position, resize_position(other.student.vision.position, 16))]
+        unused = ["image_queue", "text_queue"]
     else:
-        from model import read_checkpoint  # noqa: F401
-
-        other = Albef(**tiny | {"queue": 12}, resolution=96, patch=16)
-        torch.save(other.state_dict(), tmp_path / "x.pt")
-        report = load_pretrained(model, tmp_path / "x.pt")
-        assert set(report.unused) == {"image_queue", "text_queue"}
-        torch.testing.assert_close(
-            model.student.vision.position, resize_position(other.student.vision.position, 16)
-        )
+        shapes = DEIT if kind == "deit" else BERT
+        file = {name: torch.randn(shape) for name, shape in shapes.items()}
+        torch.save({"model": file} if kind == "deit" else file, path)
+    report = load_pretrained(model, path)
+    if kind == "deit":
+        unused = ["head.bias", "head.weight"]
+        qkv = file["blocks.1.attn.qkv.weight"]
+        filled = [(student.vision.layers[1].attention.to_k.weight, qkv[24:48])]
+        filled += [(teacher.vision.position, resize_position(file["pos_embed"], 16))]
+    elif kind == "bert":
+        unused = ["bert.pooler.dense.weight", "cls.seq_relationship.weight"]
+        layer = "bert.encoder.layer.{}.attention.self.{}".format
+        fused, read = student.fusion_layers[1].attention, teacher.text_layers[1].attention
+        filled = [(fused.to_v.bias, file[layer(3, "value.bias")])]
+        filled += [(read.to_q.weight, file[layer(1, "query.weight")])]
+    assert sorted(report.unused) == unused, report
+    for parameter, wanted in filled:
+        torch.testing.assert_close(parameter, wanted)
 
 
 def pointed(toy_tree, tokenizer, monkeypatch, heat, dataset="", **settings):
