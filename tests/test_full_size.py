@@ -15,7 +15,6 @@ import data
 import evaluate
 import model as parts
 import rehearse
-import toy
 import train
 from conftest import QUICK, ROOT, inside, last_line, prepared_run, read, run, same, weights
 
