@@ -320,7 +320,7 @@ def run_commands(folder, blocks):
             continue
         count += 1
         if script == "tests/toy.py":
-            small_world(scenes=400)
+            small_world(scenes=150)
             continue
         if script == "train.py":
             done = inside(folder, args)
