@@ -445,8 +445,6 @@ def test_second_stage_and_all_corpora_then_vcr(toy_tree, pretrained, tmp_path, m
     on the way and stay.
     """
     monkeypatch.chdir(tmp_path)
-    # of the 40 captions of SBU in a test's tree a hundredth is one image, too few for matching
-    monkeypatch.setattr(data.hold_back, "__defaults__", (20,))
     short = ("--steps", 4, "--warmup", 1, "--batch-tokens", 256, "--accumulate", 1)
     short = ("--size", "tiny", *short)
     cfg, runtime, _ = configured(
