@@ -157,7 +157,7 @@ def with_coco(tree, names):
     ]
     (tree / "coco").mkdir(exist_ok=True)
     (tree / "coco/dataset_coco.json").write_text(json.dumps({"images": images}))
-    evaluate.coco_stems.cache_clear()
+    data.coco_stems.cache_clear()
 
 
 def test_sugarcrepes_real_files(tmp_path):
@@ -191,7 +191,7 @@ def test_valses_real_files(tmp_path):
     shutil.copytree(shared("real/valse"), tmp_path / "valse")
     stats, kept = Counter(), 0
     for part in CHOICES["valse"].parts:
-        kept += len(list(evaluate.valse(tmp_path, part, stats))) // 2
+        kept += len(list(data.valse(tmp_path, part, stats))) // 2
     assert kept == 7702 and sum(stats.values()) == 8782 - 7702
     assert {path.name[:-8] for path in (tmp_path / "valse").iterdir()} == {*evaluate.PHENOMENA}
 
@@ -281,11 +281,11 @@ def broken(toy_tree, tmp_path, path, change):
 def test_bad_files(toy_tree, pretrained, tmp_path, name, path, change, said):
     """One clear error that names the file or the image"""
     tree = broken(toy_tree, tmp_path, path, change)
-    evaluate.coco_stems.cache_clear()
+    data.coco_stems.cache_clear()
     with pytest.raises(DataError) as error:
         evaluate.choose(evaluate.load_run(str(pretrained[0]), tree), name)
     assert said in str(error.value), error.value
-    evaluate.coco_stems.cache_clear()
+    data.coco_stems.cache_clear()
 
 
 def test_crops_are_cut_where_the_boxes_are(toy_tree, tmp_path):

@@ -72,7 +72,7 @@ def choices_of(name):
 
     def make(tree):
         row = evaluate.CHOICES[name]
-        evaluate.coco_stems.cache_clear()
+        data.coco_stems.cache_clear()
         texts, _ = read(row.reader, tree, "+".join(row.parts))
         data.make_index(texts, data.RegionStore(tree / "regions" / row.store), words_of(tree))
         assert all(hash((kind, which)) for r in texts for kind, which in r.note.items())

@@ -31,8 +31,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import REFER, DataError, WordPiece, normalise_answer, read_json, read_picture
 from data import gqa_records, relative_box, vg_answer, vg_items, vg_phrase, vg_split
-from data import vqa_annotations
-from evaluate import PHENOMENA, SUGARCREPE, StoreWriter, crops, need_new
+from data import PHENOMENA, SUGARCREPE, vqa_annotations
+from evaluate import StoreWriter, crops, need_new
 
 SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
 COLOURS = "red", "green", "blue", "yellow", "black", "purple"
