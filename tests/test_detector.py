@@ -128,6 +128,17 @@ def test_nms_is_the_loop(kind):
         )
 
 
+def test_as_many_regions_as_are_confident():
+    """UNITER's rule, at least and at most so many: of ten boxes far apart six are above 0.2."""
+    x = torch.arange(10.0) * 20
+    boxes = torch.stack([x, x, x + 9, x + 9], dim=1)[:, None].expand(-1, 3, -1)
+    score = torch.tensor([0.9, 0.1, 0.8, 0.15, 0.7, 0.05, 0.6, 0.12, 0.5, 0.4])
+    probs = torch.stack([score, *[(1 - score) / 30] * 2, 0.9 * (1 - score)], dim=1)
+    for regions, n in (((1, 10), 6), ((1, 4), 4), ((8, 10), 8)):
+        keep, kind = parts.select_boxes(boxes, probs, regions, confidence=0.2)
+        assert keep.tolist() == score.argsort(descending=True)[:n].tolist() and not kind.any()
+
+
 def slow_roi_pool(x, boxes, size):
     C, H, W = x.shape
     out = torch.zeros(len(boxes), C, size, size)

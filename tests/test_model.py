@@ -107,9 +107,11 @@ def test_maps_carry_gradient_and_are_taken_before_dropout():
 
 @pytest.mark.parametrize("kind", ["uniter", "lxmert"])
 def test_maps_and_gradcam_of_one_layer(kind):
-    """Its logits and its probabilities, which belong together and are in the graph of the score."""
+    """Its logits and its probabilities, which belong together, without dropout, and are in the
+    graph of the score.
+    """
     torch.manual_seed(0)
-    model = build(kind, "tiny", vocab=50, features=16, classes=7).eval()
+    model = build(kind, "tiny", vocab=50, features=16, classes=7, dropout=0.5).train()
     b, layers = batch(), model.layers if kind == "uniter" else model.cross_layers
     out = model(**b, heads=("match",), maps=(gradcam_layer(layers), -1), need_gradcam=True)
     S, (P, block_of) = out.maps[0], out.gradcam
@@ -142,6 +144,14 @@ def test_sizes_are_the_papers():
         # UNITER footnote 12
         assert count(Uniter(28996, **SIZES["base"])) / 1e6 == pytest.approx(86, rel=0.03)
         assert count(Uniter(28996, **SIZES["large"])) / 1e6 == pytest.approx(303, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["uniter", "lxmert"])
+def test_boxes_enter_around_their_middle(kind):
+    box = build(kind, "tiny", vocab=50, features=16, classes=7).region_embedding.box
+    middle = torch.tensor([0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])[: box.in_features]
+    torch.testing.assert_close(box(middle), torch.zeros(32))
+    assert box(middle + 0.1).abs().max() > 1e-3
 
 
 def test_width_that_heads_do_not_divide():
@@ -254,7 +264,8 @@ def test_bad_checkpoints(tmp_path):
     torch.save({"model": Bomb()}, tmp_path / "e.pt")
     torch.save([1, 2], tmp_path / "f.pt")
     torch.save({"model": [1]}, tmp_path / "i.pt")
-    torch.save({"x": torch.zeros(2)}, tmp_path / "g.pt")
+    # one that fits and one that does not
+    torch.save({"x": torch.zeros(2), "word_bias": torch.zeros(50)}, tmp_path / "g.pt")
     torch.save(tiny(width=64).state_dict(), tmp_path / "h.pt")
     write_safetensors(as_bert(model, False), tmp_path / "cut.safetensors")
     for name in ("h.pt", "cut.safetensors"):
