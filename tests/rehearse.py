@@ -859,7 +859,8 @@ def table(results):
         mark = "" if found.get("settings") == seeds.digest_of(cfg) else " (stale)"
         lines.append(
             f"| `{recipe}`{mark} | {size:,} {unit} | {ours} examples "
-            f"| {found['updates_an_epoch']:,.0f} | {EPOCHS.get(recipe, '')} | {epochs:.1f} | {100 * found['padding']:.1f} % "
+            f"| {found['updates_an_epoch']:,.0f} | {EPOCHS.get(recipe, '')} | {epochs:.1f} "
+            f"| {100 * found['padding']:.1f} % "
             f"| {found['first_s']:.0f} | {found['first_warm_s']:.0f} | {gib:.1f} "
             f"| {found['pairs_per_s']:,.0f} |"
         )
