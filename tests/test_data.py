@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -561,6 +562,19 @@ def test_an_index_is_made_again_when_a_source_changes(toy, tmp_path, words):
     assert stamp() != written
 
 
+def test_an_index_is_made_again_when_a_students_reader_changes(toy, tmp_path, words, pairs):
+    """Its file is a source too."""
+    image = ids_of(pairs.store)[0]
+    for text in ("a red circle", "a blue circle"):
+        code = "from data import Record\n\ndef mine(data, split, stats):\n"
+        (tmp_path / "mine.py").write_text(f"{code}    yield Record({image!r}, {text!r}, '1')\n")
+        script = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+        module = importlib.util.module_from_spec(script)
+        script.loader.exec_module(module)
+        index = data.open_index(tmp_path / "tree", module.mine, "train", pairs.store, words)
+        assert index.decode(0) == text
+
+
 def test_what_is_made_of_kept_arrays_is_made_again_with_them(tmp_path):
     """An index that reads a list kept beside the data: the list's files are its sources too, and
     the files that it read before the list was made.
@@ -661,7 +675,7 @@ def test_a_readers_slip_is_one_error_that_names_its_line(tmp_path):
     fails("no field 'word'", kept, tmp_path)
     good = data.Record("x", "red", "1")
     for odd, match in (
-        ({"text": 3}, "not iterable.*\n.*\n.*text=3"),
+        ({"text": 3}, "a text was wanted.*\n.*\n.*text=3"),
         ({"id": 3}, "a text was wanted"),
         ({"text": ((0, 1),)}, "a text was wanted"),
         ({"target": "yes"}, "an answer 'yes'"),
