@@ -311,32 +311,57 @@ def last():
 """
 
 
+# of ALBEF each process draws for the whole update and takes its rows: masks, augmentation and
+# negatives are else a process's own
+SHARED_DRAWS = """
+sys.path.insert(0, {root!r})
+import data
+
+def share(self, k):
+    pieces, b = self.helpers.get("pieces", 1), self.size
+    whole = data.Batches(self.kind, self.index, self.cfg, self.name, b * pieces, self.place)
+    batch, start = getitem(whole, k // pieces), k % pieces * b
+    N_L = batch["text"].shape[1]
+    for name, width in (("masked_words", N_L), ("boxed", 1)):
+        places = batch.get(name, batch["masked_words"][:0])
+        own = (places // width >= start) & (places // width < start + b)
+        batch[name], other = places[own] - start * width, {{"boxed": "region_target"}}
+        other = other.get(name, "word_targets")
+        batch |= {{other: batch[other][own]}} if other in batch else {{}}
+    rows = slice(start, start + b)
+    names = "names flip text masked_text text_mask pixels".split()
+    own = {{n: batch[n][rows] for n in names}}
+    return batch | own | {{"u": batch["u"][:, rows], "number": k}}
+
+getitem, data.Batches.__getitem__ = data.Batches.__getitem__, share
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name.startswith("toy")])
-def test_two_processes_are_one(toy_tree, tmp_path, recipe):
-    """The weights of every recipe; which numbers there are at the end."""
+def test_processes_are_one(toy_tree, tmp_path, recipe):
+    """One, two and four: the weights of every recipe; which numbers there are at the end."""
     cfg = train.make_config(recipe)
     args = ["--recipe", recipe, "--data", toy_tree, "--init none --steps 3 --warmup 1 --lr 0.0001"]
-    args += ["--dropout 0 --eval-every 3 --mine-pool 4", *QUICK]
+    args += ["--dropout 0 --eval-every 3 --mine-pool 4 --gpus 4", *QUICK]
     # MAF's 1e-8 is below the rounding of its gradients: where one is nearly 0, only its sign counts
     args += ["--eps 1e-6"] if cfg.eps < 1e-6 else []
     args += ["--candidates 6"] if cfg.candidates else []
     # AMC's mean pools over a process's pairs
     args += ["--loss amc-max"] if cfg.loss == "amc" else []
-    option, n = ("--batch-size", 6) if cfg.batch_size else ("--batch-tokens", 256)
-    (tmp_path / "sitecustomize.py").write_text(THREADS_AT_THE_END)
-    run(tmp_path, *args, option, 2 * n, "--out", "one")
-    args += [option, n, "--gpus", 2, "--out", "two"]
-    done = run(tmp_path, *args, processes=2, PYTHONPATH=str(tmp_path))
-    assert "threads at the end" in done.stderr and "gloo" not in done.stderr
-    one, two = (
-        {k: v for k, v in weights(tmp_path / name).items() if not k.endswith(NOISE)}
-        for name in ("one", "two")
-    )
-    same(one, two, rtol=0, atol=1e-5)
-    files = [tmp_path / name / "done.json" for name in ("one", "two")]
-    names = [json.loads(path.read_text()).keys() for path in files]
-    assert names[0] == names[1] and len(names[0]) > 1
+    args += ["--batch-size 3 --queue 20"] if cfg.batch_size else ["--batch-tokens 256"]
+    draws = SHARED_DRAWS.format(root=str(ROOT)) if cfg.is_albef else ""
+    (tmp_path / "sitecustomize.py").write_text(THREADS_AT_THE_END + draws)
+    weights_of, names_of = {}, {}
+    for n in (1, 2, 4):
+        done = run(tmp_path, *args, "--out", n, processes=n, PYTHONPATH=str(tmp_path))
+        assert "threads at the end" in done.stderr and "gloo" not in done.stderr
+        all_weights = weights(tmp_path / str(n)).items()
+        weights_of[n] = {k: v for k, v in all_weights if not k.endswith(NOISE)}
+        names_of[n] = json.loads((tmp_path / f"{n}/done.json").read_text()).keys()
+    for n in (2, 4):
+        same(weights_of[1], weights_of[n], rtol=0, atol=1e-5)
+        assert names_of[1] == names_of[n] and len(names_of[1]) > 1
 
 
 @pytest.mark.slow

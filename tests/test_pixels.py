@@ -18,8 +18,7 @@ import evaluate
 import losses
 import toy
 import train
-from conftest import QUICK, ROOT, ids_of, last_line, prepared_run, read, run, run_and_kill, same
-from conftest import weights
+from conftest import QUICK, ids_of, last_line, prepared_run, read, run, run_and_kill, same, weights
 from data import Batches, DataError, PatchStore, PictureStore, Record, Vision, WordPiece, make_index
 from model import Albef, PatchStem, build, load_pretrained, resize_position
 
@@ -528,49 +527,6 @@ def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
         for step in range(1, 31)
     ]
     assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3]), values
-
-
-# Each process draws for the whole update and takes its rows: masks are else a process's own.
-SHARED_DRAWS = """
-import sys
-sys.path.insert(0, {root!r})
-import data
-
-def share(self, k):
-    pieces, b = self.helpers.get("pieces", 1), self.size
-    whole = data.Batches(self.kind, self.index, self.cfg, self.name, b * pieces, self.place)
-    batch, start = getitem(whole, k // pieces), k % pieces * b
-    N_L = batch["text"].shape[1]
-    for name, width in (("masked_words", N_L), ("boxed", 1)):
-        places = batch.get(name, batch["masked_words"][:0])
-        own = (places // width >= start) & (places // width < start + b)
-        batch[name], other = places[own] - start * width, {{"boxed": "region_target"}}
-        other = other.get(name, "word_targets")
-        batch |= {{other: batch[other][own]}} if other in batch else {{}}
-    rows = slice(start, start + b)
-    names = "names flip text masked_text text_mask pixels".split()
-    own = {{n: batch[n][rows] for n in names}}
-    return batch | own | {{"u": batch["u"][:, rows], "number": k}}
-
-getitem, data.Batches.__getitem__ = data.Batches.__getitem__, share
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_are_one(toy_tree, albef, tmp_path, processes):
-    """Queue, negatives, contrast, matching and words: to the last digits the same weights, teacher
-    and queue, where masks and draws are the same. (AMC's mean pools over a process's pairs.)
-    """
-    (tmp_path / "sitecustomize.py").write_text(SHARED_DRAWS.format(root=str(ROOT)))
-    args = ["--recipe toy-amc --loss amc-max", "--data", toy_tree, "--init", albef[0]]
-    # a large epsilon: gradients that are rounding move nothing
-    args += ["--queue 20 --steps 4 --warmup 1 --batch-size 12 --eps 1e-3", *QUICK]
-    run(tmp_path, *args, "--out one", PYTHONPATH=str(tmp_path))
-    run(tmp_path, *args, "--out several", processes=processes, PYTHONPATH=str(tmp_path))
-    one, several = (weights(tmp_path / name) for name in ("one", "several"))
-    same(one, several, rtol=0, atol=2e-6)
-    assert one["queue_ptr"].item() in (6 * 12 % 20, (6 * 8 + 4 * 12) % 20)
 
 
 def test_resume_is_bit_for_bit(toy_tree, albef, tmp_path):
