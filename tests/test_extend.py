@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import types
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,22 +18,10 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", CHANGE_IT, re.S)
 
 
 @pytest.fixture
-def tables(monkeypatch):
+def tables():
     """The three tables, put back afterwards."""
-    for owner, name in ((train, "LOSSES"), (evaluate, "TASKS"), (train, "RECIPES")):
-        table = getattr(owner, name)
-        before = dict(table)
-        yield_back = (table, before)
-        monkeypatch.setattr(owner, name, table)
-        TABLES.append(yield_back)
-    yield
-    while TABLES:
-        table, before = TABLES.pop()
-        table.clear()
-        table.update(before)
-
-
-TABLES = []
+    with patch.dict(train.LOSSES), patch.dict(evaluate.TASKS), patch.dict(train.RECIPES):
+        yield
 
 
 def write_labels(tree):
