@@ -632,7 +632,7 @@ def test_fine_tuning_from_two_streams(toy_tree, tmp_path, aligned, argv):
 
 
 def evaluated(tmp_path, *argv, expect=0):
-    done = inside(tmp_path, [*map(str, argv)], evaluate.main)
+    done = inside(tmp_path, argv, evaluate.main)
     assert done.returncode == expect, done.stderr[-2000:]
     return done
 
@@ -641,43 +641,24 @@ def test_evaluation_of_checkpoints(toy_tree, tmp_path, aligned):
     """GQA without fine-tuning, its submission, pointing, and figures of two models beside each
     other.
     """
-    rows = evaluated(
-        tmp_path, "--task", "gqa", "--ckpt", aligned, "--data", toy_tree, "--submit", "s.json"
-    )
+    ask = lambda task, *more: evaluated(tmp_path, f"--task {task} --data", toy_tree, *more)
+    numbers = lambda done: json.loads(done.stdout.splitlines()[-1])
+    rows = ask("gqa", "--submit s.json --ckpt", aligned)
     sent = json.loads((tmp_path / "s.json").read_text())
-    assert {r["questionId"] for r in sent} == set(
-        dict(data.gqa_records(toy_tree, "testdev_all"))
-    ) and "gqa/accuracy" in rows.stdout
-    assert (
-        "pointing/accuracy"
-        in evaluated(tmp_path, "--task", "pointing", "--ckpt", aligned, "--data", toy_tree).stdout
-    )
-    val = json.loads(
-        evaluated(
-            tmp_path, "--task", "gqa", "--split", "val_all", "--ckpt", aligned, "--data", toy_tree
-        ).stdout.splitlines()[-1]
-    )
+    assert {r["questionId"] for r in sent} == {*dict(data.gqa_records(toy_tree, "testdev_all"))}
+    assert "gqa/accuracy" in rows.stdout
+    assert "pointing/accuracy" in ask("pointing", "--ckpt", aligned).stdout
+    val = numbers(ask("gqa", "--split val_all --ckpt", aligned))
     assert val["gqa/consistency"] >= 0 and val["gqa/validity"] > 0
-    evaluated(
-        tmp_path, "--task", "figures", "--ckpt", aligned, aligned, "--data", toy_tree, "--out", "f"
-    )
+    ask("figures", "--out f --ckpt", aligned, aligned)
     assert len(list((tmp_path / "f").glob("map_*.png"))) == 4
     run(tmp_path, "--loss maf", "--data", toy_tree, "--steps 5 --batch-size 32 --out m", *QUICK)
-    found = json.loads(
-        evaluated(
-            tmp_path, "--task", "grounding", "--ckpt", "m/last.pt", "--data", toy_tree
-        ).stdout.splitlines()[-1]
-    )
-    assert (
-        found["grounding/accuracy"] <= found["grounding/upper bound"] <= 100
-        and found["grounding/whole image"] < 10
-    )
-    assert (
-        "grounding needs phrases, this model gives attention"
-        in evaluated(
-            tmp_path, "--task", "grounding", "--ckpt", aligned, "--data", toy_tree, expect=1
-        ).stderr
-    )
+    phrases = numbers(ask("grounding", "--ckpt m/last.pt"))
+    assert phrases["grounding/accuracy"] <= phrases["grounding/upper bound"] <= 100
+    assert phrases["grounding/whole image"] < 10
+    how = "--task grounding --data", toy_tree, "--ckpt", aligned
+    told = evaluated(tmp_path, *how, expect=1).stderr
+    assert "grounding needs phrases, this model gives attention" in told
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -769,7 +750,7 @@ def test_gqa_needs_the_entailed_predictions():
     [
         (["--loss", "aling"], "did you mean align?"),
         (["--loss", "align", "--recipe", "toy"], "words point at boxes"),
-        (["--loss", "maf", "--recipe", "toy"], "--loss maf alone, which chooses"),
+        (["--loss", "maf", "--recipe", "toy"], "--loss maf, which chooses"),
         (["--recipe", "toy-align", "--model", "uniter"], "--model uniter with --vision regions"),
         (
             ["--recipe", "toy-pretrain", "--model", "lxmert", "--pretrain", "mlm+mrckl"],

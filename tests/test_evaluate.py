@@ -23,15 +23,9 @@ def slow_recall(scores, image_of_text):
     T, I = scores.shape
     found = {}
     for k in (1, 5, 10):
-        hits = [
-            sum(
-                scores[t][i] >= scores[t][image_of_text[t]]
-                for i in range(I)
-                if i != image_of_text[t]
-            )
-            < k
-            for t in range(T)
-        ]
+        right = [scores[t][image_of_text[t]] for t in range(T)]
+        wrong = lambda t: (i for i in range(I) if i != image_of_text[t])
+        hits = [sum(scores[t][i] >= right[t] for i in wrong(t)) < k for t in range(T)]
         found[f"image/r{k}"] = 100 * np.mean(hits)
         hits = []
         for i in range(I):
@@ -62,18 +56,11 @@ def test_recall_agrees_with_the_authors_where_theirs_is_right():
 
     z = np.load(f"{os.environ.get('GOLDEN_DIR', ROOT / 'tests/golden')}/uniter_heads.npz")
     scores, owner = z["itm_eval/score_matrix"].astype(float), z["itm_eval/gt_img_of_txt"]
-    ours, theirs = (
-        evaluate.recall(scores, owner),
-        dict(zip(z["itm_eval/names"].tolist(), z["itm_eval/official"].tolist())),
-    )
-    np.testing.assert_allclose(
-        [ours[f"image/r{k}"] / 100 for k in (1, 5, 10)],
-        z["itm_eval/plain_img_r1_r5_r10"],
-        atol=1e-9,
-    )
-    np.testing.assert_allclose(
-        [ours[f"text/r{k}"] / 100 for k in (1, 5, 10)], z["itm_eval/plain_txt_r1_r5_r10"], atol=1e-9
-    )
+    ours = evaluate.recall(scores, owner)
+    theirs = dict(zip(z["itm_eval/names"].tolist(), z["itm_eval/official"].tolist()))
+    for name, short in (("image", "img"), ("text", "txt")):
+        shares = [ours[f"{name}/r{k}"] / 100 for k in (1, 5, 10)]
+        np.testing.assert_allclose(shares, z[f"itm_eval/plain_{short}_r1_r5_r10"], atol=1e-9)
     # the official slip
     assert theirs["img_r10"] > ours["image/r10"] / 100
 
@@ -101,35 +88,23 @@ def test_winoground_scores():
 
 def test_command_line(toy_tree, pretrained, tmp_path):
     ask = lambda *a: inside(
-        tmp_path, ["--data", str(toy_tree), "--ckpt", str(pretrained[0]), *a], evaluate.main
+        tmp_path, ["--ckpt", pretrained[0], "--data", toy_tree, *a], evaluate.main
     )
-    done = ask("--task", "winoground")
-    numbers = json.loads(done.stdout.strip().splitlines()[-1])
-    assert numbers == json.loads(done.stdout) and {
-        "winoground/text",
-        "winoground/image",
-        "winoground/group",
-    } <= set(numbers)
+    done = ask("--task winoground")
+    numbers = json.loads(done.stdout)
+    assert {f"winoground/{n}" for n in ("text", "image", "group")} <= set(numbers)
     saved = json.loads((pretrained[0].parent / "done.json").read_text())
     assert numbers["winoground/group"] == pytest.approx(saved["winoground/group"], abs=0.01)
+    recalls = {f"retrieval/{d}/r{k}" for d in ("image", "text") for k in (1, 5, 10)}
     for dataset in ("flickr30k", "coco"):
-        done = ask("--task", "retrieval", "--dataset", dataset)
-        numbers = json.loads(done.stdout.strip().splitlines()[-1])
-        assert {f"retrieval/{d}/r{k}" for d in ("image", "text") for k in (1, 5, 10)} <= set(
-            numbers
-        ), done.stderr
-    done = ask("--task", "figures", "--out", "figures")
-    assert (
-        len(list((tmp_path / "figures").glob("winoground_*.png"))) == 8
-        and (tmp_path / "figures/curve_run.png").exists()
-    ), done.stderr
-    picture = Image.open(tmp_path / "figures/winoground_0_0.png")
+        done = ask("--task retrieval --dataset", dataset)
+        assert recalls <= set(json.loads(done.stdout)), done.stderr
+    done, figures = ask("--task figures --out figures"), tmp_path / "figures"
+    assert len(list(figures.glob("winoground_*.png"))) == 8, done.stderr
+    assert (figures / "curve_run.png").exists()
+    picture = Image.open(figures / "winoground_0_0.png")
     assert picture.width > 400 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    bad = inside(
-        tmp_path,
-        ["--data", str(toy_tree), "--task", "winoground", "--ckpt", "nothing.pt"],
-        evaluate.main,
-    )
+    bad = inside(tmp_path, ["--task winoground --ckpt no.pt --data", toy_tree], evaluate.main)
     assert bad.returncode == 1 and "No such file" in bad.stderr and "Traceback" not in bad.stderr
 
 

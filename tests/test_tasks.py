@@ -197,39 +197,27 @@ def test_pretraining_sees_no_evaluation_image(toy_tree):
     assert judged == ids
     for name in ("Karpathy val", "refcocog val, test"):
         assert counts[f"images held out, {name}"] > 0
-    coco, told = read(data.coco_corpus, toy_tree, "train")
-    assert (
-        not {int(t.image[-12:]) for t in coco} & judged
-        and told["images held out, also in Flickr30k"] == 2
-    )
-    assert {t.image for t in read(data.coco_corpus, toy_tree, "val")[0]} == {
-        t.image for t in read(data.karpathy_captions, toy_tree, "val")[0]
-    }
+    also = "images held out, also in Flickr30k"
+    coco, stats = read(data.coco_corpus, toy_tree, "train")
+    assert not {int(t.image[-12:]) for t in coco} & judged and stats[also] == 2
+    images_of = lambda reader: {t.image for t in read(reader, toy_tree, "val")[0]}
+    assert images_of(data.coco_corpus) == images_of(data.karpathy_captions)
     images = data.vg_images(toy_tree)
     for text in read(data.vg_descriptions, toy_tree, "train")[0]:
         assert images[int(text.image)]["coco_id"] not in judged
     for corpus in (data.cc3m_captions, data.sbu_captions):
-        texts, told = read(corpus, toy_tree, "train")
-        assert (
-            told == {"images held out, also in Flickr30k": 1}
-            and len(texts) > 5
-            and "3" not in {t.id for t in texts}
-        )
+        texts, stats = read(corpus, toy_tree, "train")
+        assert stats == {also: 1} and len(texts) > 5 and "3" not in {t.id for t in texts}
 
 
 def test_photo_numbers():
-    assert (
-        data.flickr_photo("http://farm3.staticflickr.com/2567/3907012345_abc0_z.jpg")
-        == "3907012345"
-    )
-    assert (
-        data.flickr_photo("http://static.flickr.com/2723/4385058960_b0f291553e.jpg") == "4385058960"
-    )
-    assert (
-        data.flickr_photo("http://example.org/1/4385058960_b0f291553e.jpg")
-        == data.flickr_photo(None)
-        == ""
-    )
+    for url, number in (
+        ("http://farm3.staticflickr.com/2567/3907012345_abc0_z.jpg", "3907012345"),
+        ("http://static.flickr.com/2723/4385058960_b0f291553e.jpg", "4385058960"),
+        ("http://example.org/1/4385058960_b0f291553e.jpg", ""),
+        (None, ""),
+    ):
+        assert data.flickr_photo(url) == number
 
 
 def test_vcr_texts_have_their_types_and_tags(toy_tree):
@@ -388,19 +376,9 @@ def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
         "retrieval": ["winoground/group"],
     }[cfg.task]
     assert all(0 <= numbers[name] <= 100 for name in wanted)
-    done = inside(
-        tmp_path,
-        [
-            "--task",
-            cfg.task,
-            "--ckpt",
-            f"{cfg.out}/last.pt",
-            "--data",
-            str(toy_tree),
-            *(["--dataset", cfg.dataset] if cfg.task == "retrieval" else []),
-        ],
-        evaluate.main,
-    )
+    how = ["--dataset", cfg.dataset] if cfg.task == "retrieval" else []
+    how += [f"--task {cfg.task} --ckpt {cfg.out}/last.pt --data", toy_tree]
+    done = inside(tmp_path, how, evaluate.main)
     assert done.returncode == 0, done.stderr[-2000:]
     again = json.loads(done.stdout)
     assert all(
@@ -596,40 +574,23 @@ def test_submission_files(toy_tree, pretrained, tmp_path, monkeypatch, name):
     train.train(cfg, runtime)
     file = tmp_path / f"submit.{'json' if name == 'vqa' else 'csv'}"
     split = {"vqa": "val2014", "vcr": "val", "nlvr2": "test1"}[name]
-    done = inside(
-        tmp_path,
-        [
-            "--task",
-            name,
-            "--ckpt",
-            f"{cfg.out}/last.pt",
-            "--data",
-            str(toy_tree),
-            "--split",
-            split,
-            "--submit",
-            str(file),
-        ],
-        evaluate.main,
-    )
+    how = [f"--task {name} --split {split} --ckpt {cfg.out}/last.pt --submit", file]
+    done = inside(tmp_path, [*how, "--data", toy_tree], evaluate.main)
     assert done.returncode == 0, done.stderr[-2000:]
     if name == "vqa":
         rows = json.loads(file.read_text())
-        assert {r["question_id"] for r in rows} == {
-            int(t.id) for t in read(data.vqa_questions, toy_tree, split)[0]
-        } and all(isinstance(r["answer"], str) for r in rows)
+        asked = {int(t.id) for t in read(data.vqa_questions, toy_tree, split)[0]}
+        assert {r["question_id"] for r in rows} == asked
+        assert all(isinstance(r["answer"], str) for r in rows)
     else:
         rows = list(csv.reader(file.open()))
         if name == "nlvr2":
-            assert [r[0] for r in rows] == [
-                e.id for e in read(data.nlvr2_pairs, toy_tree, split, rows="triplet")[0]
-            ] and {r[1] for r in rows} <= {"True", "False"}
+            asked = read(data.nlvr2_pairs, toy_tree, split, rows="triplet")[0]
+            assert [r[0] for r in rows] == [e.id for e in asked]
+            assert {r[1] for r in rows} <= {"True", "False"}
         else:
-            assert (
-                len(rows[0]) == 21
-                and rows[0][:2] == ["annot_id", "answer_0"]
-                and rows[0][-1] == "rationale_conditioned_on_a3_3"
-            )
+            assert len(rows[0]) == 21 and rows[0][:2] == ["annot_id", "answer_0"]
+            assert rows[0][-1] == "rationale_conditioned_on_a3_3"
             values = np.array([r[1:] for r in rows[1:]], float).reshape(len(rows) - 1, 5, 4)
             np.testing.assert_allclose(values.sum(-1), 1, atol=1e-5)
 
