@@ -238,6 +238,10 @@ def test_another_of_the_batch_stands_in(toy_tree, tokenizer, tmp_path, kind):
         assert len(pairs) == 8 and named == [texts[n - 1].text for n in wide]
         assert not {path.stem for path in pictures[::5]} & {image for _, image in pairs}
     assert batch["unreadable"] == [path.stem for path in pictures[::5]]
+    # a negative that is drawn anew where its picture cannot be read; else these would be errors
+    index = make_index(texts, PatchStore(tmp_path, "own", 32, 16), tokenizer)
+    groups = [batches("rank", index, batch_size=8, negatives=6)[k]["pool"] for k in range(3)]
+    assert all(pool.rows.shape == (8, 7) for pool in groups)
     for path in pictures:
         spoil(path, "empty")
     index = make_index(texts, PatchStore(tmp_path, "own", 64, 16), tokenizer)
