@@ -207,6 +207,25 @@ def prepared_run(cfg, tokenizer):
     return train.Run(None, tokenizer, settings, {}, train.vision_of(settings))
 
 
+def prepare(*words):
+    """What train.train() has before its first update: cfg, runtime, run, streams, model, optimizer,
+    and the first batch of the first stream.
+    """
+    from types import SimpleNamespace
+
+    import train
+
+    cfg = train.parse(argv(*words))
+    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
+    run = prepared_run(cfg, tokenizer)
+    streams = train.load_streams(cfg, runtime, run)
+    sizes = train.model_sizes(cfg, tokenizer, streams, run.settings["answer_list"])
+    model = train.build_model(cfg, runtime, tokenizer, sizes)
+    made = {"cfg": cfg, "runtime": runtime, "run": run, "streams": streams, "model": model}
+    made |= {"optimizer": train.build_optimizer(cfg, model), "batch": streams.train[0][0]}
+    return SimpleNamespace(**made)
+
+
 def read(reader, tree, splits, **options):
     """All records of a reader, and what it counted."""
     from collections import Counter
