@@ -475,7 +475,7 @@ def test_all_pairs_are_the_pairs_one_by_one_and_features_are_read_once(
 ):
     cfg, runtime, streams, model = built(toy_tree, "--task", "retrieval")
     records, _ = read(data.karpathy_captions, toy_tree, "test", dataset="flickr30k")
-    pairs = make_index(records, streams.store, streams.train[0].index.tokenizer)
+    pairs = make_index(records, streams.train[0].index.store, streams.train[0].index.tokenizer)
     run = evaluate.Run(model.eval(), None, {}, {}, None)
     T, I = len(pairs), len(pairs.images)
     rows, images = np.repeat(np.arange(T), I), np.tile(pairs.images, T)
