@@ -5,7 +5,6 @@ padding, precision, edge cases.
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import data
 import evaluate
 import losses
 import train
-from conftest import QUICK, argv, prepared_run, read, run, same, weights
+from conftest import QUICK, argv, prepare, read, run, same, weights
 from test_losses import prefix_mask, spoil
 
 
@@ -220,89 +219,92 @@ def test_mdetr_is_the_logits_cross_entropy_where_each_has_one():
 
 
 def prepared(toy_tree, how, *more):
-    """A config, its model and the first batch of each of its streams"""
-    cfg = train.parse(argv(how, "--init none --data", toy_tree, *more, *QUICK))
-    runtime, tokenizer = train.setup_runtime(cfg), train.load_tokenizer(cfg)
-    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
-    model = train.build_model(cfg, runtime, tokenizer, streams)
-    return cfg, model.eval(), [stream[0] for stream in streams.train], streams.train
+    """What train.train() has before its first update, ready to be evaluated"""
+    made = prepare(how, "--init none --data", toy_tree, *more, *QUICK)
+    made.model.eval()
+    return made
+
+
+MARGINS = torch.tensor([0.3, 0.2, 0.1])
+
+
+def check_scores(cfg, model, batch, score, rows, kind):
+    """eqsim and hard-rank of an objective are those of pairs that are scored one by one. score
+    (caption, image, edited) -> its score; rows: which are matched; kind: of their edits
+    """
+    torch.manual_seed(0)
+    batch["margins"] = MARGINS
+    with torch.no_grad():
+        terms, _ = train.OBJECTIVES[batch["task"]](cfg, model, batch)
+        matched = torch.tensor([score(r, r) for r in rows])
+        pairs = [(rows[p], rows[p + 1]) for p in range(0, len(rows) // 2 * 2, 2)]
+        s = torch.tensor([[[score(c, i) for c in pair] for i in pair] for pair in pairs])
+        edited = torch.tensor([score(r, r, True) for r in rows])
+    assert len(pairs) > 2 and (kind >= 0).any()
+    torch.testing.assert_close(terms["eqsim"], losses.eqsim(s), rtol=1e-3, atol=1e-7)
+    gaps = matched, edited, kind, MARGINS
+    torch.testing.assert_close(terms["hard-rank"], losses.hard_rank(*gaps))
+    wanted = losses.edit_gaps(*gaps)
+    torch.testing.assert_close(batch["edit_gaps"], wanted, rtol=1e-3, atol=1e-6)
+    return terms
 
 
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
 @pytest.mark.parametrize("head", ["rank", "match"])
-def test_scores_of_exchanged_images_and_of_edits(toy_tree, model, head):
+def test_scores_of_exchanged_captions_and_of_edits(toy_tree, model, head):
     """Each pair scored by itself gives the two losses"""
-    how = (
-        "--recipe toy --candidates 0" if head == "rank" else "--recipe toy-pretrain --pretrain itm"
-    )
+    how = {"rank": "--recipe toy --candidates 0", "match": "--recipe toy-pretrain --pretrain itm"}
     more = f"--loss eqsim+hard-rank --batch-tokens 400 --model {model}"
-    cfg, network, (batch,), (stream,) = prepared(toy_tree, how, more)
-    batch["edit_margins"] = margins = torch.tensor([0.3, 0.2, 0.1])
-    x = batch["positive" if head == "rank" else "input"]
-    rows = range(len(x["text"])) if head == "rank" else batch["matched"].tolist()
-    edited, kind = batch["edited"], batch["edit_kind"]
-    with torch.no_grad():
-        terms = train.OBJECTIVES[batch["task"]][0](cfg, network, batch)
+    made = prepared(toy_tree, how[head], more)
+    batch, pool = made.batch, made.batch.get("pool")
+    x = pool.batch(pool.rows[:, 0], pool.images[:, 0]) if pool else batch["input"]
+    rows = range(len(x["text"])) if pool else batch["matched"].tolist()
 
-        def score(caption, image, text=None):
-            one = {k: x[k][[caption]] for k in ("text", "text_mask")}
-            one |= {k: x[k][[image]] for k in ("regions", "boxes", "region_mask")}
-            one |= {} if text is None else {"text": text[[caption]]}
-            return evaluate.pair_scores(network(**one, heads=(head,)), head).item()
+    def score(caption, image, edited=False):
+        one = {k: x[k][[caption]] for k in ("text", "text_mask")}
+        one |= {k: x[k][[image]] for k in ("regions", "boxes", "region_mask")}
+        one |= {"text": batch["edited"][[caption]]} if edited else {}
+        return evaluate.pair_scores(made.model(**one, heads=(head,)), head).item()
 
-        own = torch.tensor([score(r, r) for r in rows])
-        pairs = [(rows[p], rows[p + 1]) for p in range(0, len(rows) // 2 * 2, 2)]
-        s = torch.tensor([[[score(c, i) for c in pair] for i in pair] for pair in pairs])
-        changed = torch.tensor([score(r, r, edited) for r in rows])
-    assert len(pairs) > 2 and (kind[list(rows)] >= 0).any()
-    torch.testing.assert_close(terms["eqsim"], losses.eqsim(s), rtol=1e-3, atol=1e-7)
-    how = own, changed, kind[list(rows)], margins
-    torch.testing.assert_close(terms["hard-rank"], losses.hard_rank(*how))
-    torch.testing.assert_close(batch["edit_gaps"], losses.edit_gaps(*how), rtol=1e-3, atol=1e-6)
+    check_scores(made.cfg, made.model, batch, score, rows, batch["edit_kind"][list(rows)])
 
 
 def test_albef_takes_losses_on_scores_and_on_states(toy_tree):
     """Pairs scored by forward() one by one; words and patches by the projections"""
     how = "--loss eqsim+hard-rank+sparc+wra --batch-size 7 --queue 20"
-    cfg, model, batches, streams = prepared(toy_tree, "--recipe toy-albef", how)
-    for batch, stream in zip(batches, streams):
-        batch["edit_margins"] = margins = torch.tensor([0.3, 0.2, 0.1])
+    made = prepared(toy_tree, "--recipe toy-albef", how)
+    model = made.model
+    for stream in made.streams.train:
+        batch = next(b for b in map(stream.__getitem__, range(20)) if b["flip"].any())
         text, mask, edited, kind = (batch[k] for k in ("text", "text_mask", "edited", "edit_kind"))
-        assert batch["flip"].any() and edited.shape == text.shape
         changed = (text != edited).sum(dim=1)
         assert ((changed > 0) == (kind >= 0)).all() and (changed <= 2).all() and changed.any()
-        torch.manual_seed(0)
-        with torch.no_grad():
-            terms = train.OBJECTIVES["albef"][0](cfg, model, batch)
-            pixels = data.normalize_pixels(batch["pixels"])
+        pixels, alone = data.normalize_pixels(batch["pixels"]), torch.zeros(1, dtype=torch.int64)
 
-            def score(caption, image, text=text):
-                match, _ = model(text[[caption]], mask[[caption]], pixels[[image]])
-                return (match[0, 1] - match[0, 0]).item()
+        def score(caption, image, use_edited=False):
+            words = (edited if use_edited else text)[[caption]]
+            match = model(words, mask[[caption]], pixels[[image]], alone).match
+            return (match[0, 1] - match[0, 0]).item()
 
-            own = torch.tensor([score(r, r) for r in range(7)])
-            after = torch.tensor([score(r, r, edited) for r in range(7)])
-            pairs = (0, 1), (2, 3), (4, 5)
-            s = torch.tensor([[[score(c, i) for c in pair] for i in pair] for pair in pairs])
-            words = model.student.text_proj(model.student.read(text, mask))
-            patches = model.student.vision_proj(model.student.vision(pixels)[:, 1:])
-        torch.testing.assert_close(terms["eqsim"], losses.eqsim(s), rtol=1e-3, atol=1e-7)
-        gaps = own, after, kind, margins
-        torch.testing.assert_close(terms["hard-rank"], losses.hard_rank(*gaps))
-        wanted = losses.edit_gaps(*gaps)
-        torch.testing.assert_close(batch["edit_gaps"], wanted, rtol=1e-3, atol=1e-6)
-        seen = torch.ones(patches.shape[:2], dtype=torch.bool)
+        terms = check_scores(made.cfg, model, batch, score, range(7), kind)
+        words = model.student.text_proj(model.student.read(text, mask))
+        patches = model.student.vision_proj(model.student.vision(pixels)[:, 1:])
+        whole = torch.ones(patches.shape[:2], dtype=torch.bool)
         for name in ("sparc", "wra"):
-            wanted = train.LOSSES[name].function(words, patches, mask, seen)
+            wanted = train.LOSSES[name].function(words, patches, mask, whole)
             torch.testing.assert_close(terms[name], wanted)
 
 
 def test_edited_captions(toy_tree):
     """One word exchanged with one of its kind, the same each time; opposites for relations."""
-    _, _, (batch,), (stream,) = prepared(toy_tree, "--recipe toy --candidates 0 --loss hard-rank")
-    again, edits, tokenizer = stream[0], stream.other_texts[0], stream.index.tokenizer
-    assert (again["edited"] == batch["edited"]).all()
-    text, kinds = batch["positive"]["text"], batch["edit_kind"].tolist()
+    made = prepared(toy_tree, "--recipe toy --candidates 0 --loss hard-rank")
+    batch, (stream,), pool = made.batch, made.streams.train, made.batch["pool"]
+    (edits,), tokenizer = stream.helpers["other_texts"], stream.index.tokenizer
+    assert (stream[0]["edited"] == batch["edited"]).all()
+    text, kinds = (
+        pool.batch(pool.rows[:, 0], pool.images[:, 0])["text"],
+        batch["edit_kind"].tolist(),
+    )
     assert set(kinds) >= {0, 1}
     for before, after, kind in zip(text.numpy(), batch["edited"].numpy(), kinds):
         at = np.flatnonzero(before != after)
@@ -310,31 +312,25 @@ def test_edited_captions(toy_tree):
         assert (edits.kind[before[at]] == kind).all() and (edits.kind[after[at]] == kind).all()
         if len(at) == 2:
             assert sorted(before[at]) == sorted(after[at])
-    said = lambda ids: " ".join(tokenizer.pieces[i] for i in ids)
-    for where in np.random.default_rng(0).random((200, 3)):
+    decode = lambda ids: " ".join(tokenizer.pieces[i] for i in ids)
+    shapes, places = "a red square left of a blue star", "a red star right of a blue square"
+    wanted = (shapes,), ("a blue star left of a red square",), (places,)
+    for u in np.random.default_rng(0).random((200, 3)):
         ids = np.array(tokenizer("a red star left of a blue square"))
-        kind = edits.edit(ids, where)
-        assert (
-            said(ids)
-            in (
-                ("a red square left of a blue star",),
-                ("a blue star left of a red square",),
-                ("a red star right of a blue square",),
-            )[kind]
-        )
+        kind = edits.edit(ids, u)
+        assert decode(ids) in wanted[kind]
     ids = np.array(tokenizer("a a a"))
-    assert edits.edit(ids, (0.5, 0.5, 0.5)) == -1 and said(ids) == "a a a"
+    assert edits.edit(ids, (0.5, 0.5, 0.5)) == -1 and decode(ids) == "a a a"
 
 
 def test_margins_are_the_runs(toy_tree, tmp_path):
     """In the checkpoint are the gaps of the last update; the next one has them for margins."""
     args = "--recipe toy --init none --loss hard-rank --candidates 0 --batch-tokens 400 --steps 4"
     run(tmp_path, args, "--data", toy_tree, "--save-every 2 --out o", *QUICK)
-    saved = torch.load(tmp_path / "o/last.pt", weights_only=True)["optimizer"]
-    margins = saved["param_groups"][0]["edit_margins"]
+    margins = torch.load(tmp_path / "o/last.pt", weights_only=True)["margins"]
     assert margins.shape == (3,) and (margins > 0).any() and (margins <= 10).all()
     gaps = [torch.tensor([1.0, 2, 3]), torch.tensor([3.0, 2, 1])]
-    alone = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    alone = train.Runtime(torch.device("cpu"), 0, 1, None)
     assert train.next_margins(alone, gaps, margins).tolist() == [2, 2, 2]
     assert torch.equal(train.next_margins(alone, [], margins), margins)
 
@@ -349,8 +345,7 @@ def test_two_processes_have_the_same_pairs_and_margins(toy_tree, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         run(tmp_path, args, "--data", toy_tree, "--out", name, *QUICK, processes=processes)
     same(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-5)
-    states = [torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("one", "two")]
-    first, second = (s["optimizer"]["param_groups"][0]["edit_margins"] for s in states)
+    first, second = (torch.load(tmp_path / name / "last.pt")["margins"] for name in ("one", "two"))
     torch.testing.assert_close(first, second)
 
 
@@ -358,27 +353,25 @@ def test_two_processes_have_the_same_pairs_and_margins(toy_tree, tmp_path):
 def test_paraphrases(toy_tree, tmp_path, how):
     """Each text in other words, mirrored with its picture; of the same words the maps agree."""
     size = "--batch-size 24 --queue 48" if "uniter" not in how else "--batch-tokens 1024"
-    cfg, model, batches, streams = prepared(toy_tree, how, size)
-    said = json.loads((toy_tree / "vg/paraphrases.json").read_text())
-    assert all(" in " in other and other != text for text, other in said.items())
-    stream, batch = next((s, b) for s, b in zip(streams, batches) if b["task"] in ("itm", "albef"))
-    index, others = stream.index, stream.other_texts[0].index
-    assert len(index) == len(others)
-    told = [(index.decode(r), others.decode(r)) for r in range(0, len(index), 37)]
+    made = prepared(toy_tree, how, size)
+    others = json.loads((toy_tree / "vg/paraphrases.json").read_text())
+    assert all(" in " in other and other != text for text, other in others.items())
+    stream = next(s for s in made.streams.train if s.kind in ("itm", "albef"))
+    index, batch, (add,) = stream.index, stream[0], stream.helpers["other_texts"]
+    paraphrases = add.args[0]
+    assert len(index) == len(paraphrases)
     strip = lambda text: text.replace("[CLS] ", "").replace(" [SEP]", "")
-    assert sum(a != b for a, b in told) > len(told) / 3
-    for a, b in told:
-        assert said.get(strip(a), strip(a)) == strip(b)
+    texts = [[strip(x.decode(r)) for x in (index, paraphrases)] for r in range(0, len(index), 37)]
+    assert sum(a != b for a, b in texts) > len(texts) / 3
+    assert all(others.get(a, a) == b for a, b in texts)
     flip = batch.get("flip")
     assert flip is None or flip.any() and not flip.all()
     # heat maps of the text itself
-    text = batch["text"] if "text" in batch else batch["input"]["text"]
-    mask = batch["text_mask"] if "text_mask" in batch else batch["input"]["text_mask"]
-    assert batch["paraphrase"]["text"].shape[0] == len(text)
-    batch["paraphrase"] = {"text": text, "text_mask": mask}
-    terms = train.OBJECTIVES[batch["task"]][0](cfg, model, batch)
-    A = torch.rand(5, 16)
-    same_maps = train.paraphrase_losses(cfg, A, A)["selfeq"]
+    x = batch if "text" in batch else batch["input"]
+    assert batch["paraphrase"]["text"].shape[0] == len(x["text"])
+    batch["paraphrase"] = {name: x[name] for name in ("text", "text_mask")}
+    terms, _ = train.OBJECTIVES[batch["task"]](made.cfg, made.model, batch)
+    same_maps = train.heat_losses(made.cfg, A := torch.rand(5, 16), None, A)["selfeq"]
     assert same_maps.item() == pytest.approx(losses.selfeq(*2 * [losses.unit_range(A)]).item())
     assert terms["selfeq"].isfinite() and terms["selfeq"].item() < 1
 
@@ -413,6 +406,5 @@ def test_a_text_without_a_paraphrase_is_its_own(toy_tree, tmp_path):
     ],
 )
 def test_losses_say_what_they_need(toy_tree, how, wanted):
-    with pytest.raises(train.UserError) as error:
+    with pytest.raises(train.UserError, match=wanted):
         train.parse(argv(how, "--data", toy_tree))
-    assert wanted in str(error.value)
