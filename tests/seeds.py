@@ -59,7 +59,8 @@ T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 PROBES = json.loads((ROOT / "tests/digests.json").read_text())["runs"]
 # {part of a command: how often its numbers have changed}: raise it by hand where a change of code
 # changes numbers of runs with this in their command and no run of tests/digests.json sees it
-REVISIONS = {}
+# patches lost the classes that a detector saw in them, and with them other first weights
+REVISIONS = {"patches": 1}
 
 
 @functools.lru_cache(maxsize=None)
