@@ -210,6 +210,21 @@ def test_pretraining_sees_no_evaluation_image(toy_tree):
         assert stats == {also: 1} and len(texts) > 5 and "3" not in {t.id for t in texts}
 
 
+def test_karpathys_training_has_restval(tmp_path):
+    """Of COCO, as every paper; of its images the first five captions, of Flickr30k's all."""
+    splits = "train", "restval", "val", "test"
+    sentences = lambda split: [{"raw": f"{split} {i}", "sentid": i} for i in range(6)]
+    images = [{"filename": f"{s}.jpg", "split": s, "sentences": sentences(s)} for s in splits]
+    for name in ("coco", "flickr30k"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}/dataset_{name}.json").write_text(json.dumps({"images": images}))
+    for dataset, n in (("coco", 5), ("flickr30k", 6)):
+        for split, parts in (("train", splits[:2]), ("val", ["val"]), ("test", ["test"])):
+            texts, _ = read(data.karpathy_captions, tmp_path, split, dataset=dataset)
+            assert [t.text for t in texts] == [f"{part} {i}" for part in parts for i in range(n)]
+            assert {t.image for t in texts} == {*parts}
+
+
 def test_photo_numbers():
     for url, number in (
         ("http://farm3.staticflickr.com/2567/3907012345_abc0_z.jpg", "3907012345"),
