@@ -154,6 +154,23 @@ def test_training_lowers_the_loss(toy_tree, task):
     assert values[-1] < 0.9 * values[0], values
 
 
+def test_dropout_is_of_seed_step_and_process(monkeypatch):
+    """Drawn anew in each, and the same again after a resume."""
+    drawn, model = [], torch.nn.Linear(2, 1)
+
+    def objective(cfg, model, batch):
+        drawn.append(torch.rand(()).item())
+        return {"itm": model.weight.sum()}, None
+
+    monkeypatch.setitem(train.OBJECTIVES, "itm", objective)
+    for seed, step, rank in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0), (0, 1, 0)):
+        cfg = train.Config(seed=seed)
+        runtime = train.Runtime(torch.device("cpu"), rank, 1, contextlib.nullcontext)
+        batch = {"task": "itm", "names": ["a pair"]}
+        train.train_step(cfg, runtime, model, train.build_optimizer(cfg, model), step, [batch])
+    assert len({*drawn}) == 4 and drawn[0] == drawn[4]
+
+
 def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
     """6 steps = 3, kill -9 while the fourth or a later one runs, resume."""
     how = "--loss cacr --steps 6 --save-every 3 --dropout 0.1"
