@@ -435,7 +435,8 @@ def test_official_weights_of_pictures(toy_tree, tmp_path):
     args = ["--recipe amc-without --init ALBEF.pth --steps 0 --queue 8 --data", toy_tree, *QUICK]
     found = last_line(run(tmp_path, *args, "--batch-size 2 --out o"))
     settings = {"cased": False, "vision": "patches", "resolution": 64, "patch": 16, "regions": ""}
+    settings["model"] = "albef"
     vision = evaluate.vision_of(settings | {"data": toy_tree})
-    one = evaluate.Run(albef, words, settings | {"model": "albef"}, {}, vision)
+    one = evaluate.Run(albef, words, settings, {}, vision)
     ours = evaluate.pointing_games(one, "flickr30k")
     assert ours and {name: round(value, 2) for name, value in ours.items()}.items() <= found.items()
