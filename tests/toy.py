@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import REFER, DataError, WordPiece, normalise_answer, read_json, read_picture
-from data import gqa_records, relative_box, vg_answer, vg_items, vg_phrase, vg_split
-from data import PHENOMENA, SUGARCREPE, vqa_annotations
+from data import PHENOMENA, SUGARCREPE, gqa_records, json_items, relative_box
+from data import vg_descriptions, vg_images, vg_items, vg_phrase
 from evaluate import StoreWriter, crops, need_new
 
 SHAPES = "circle", "square", "triangle", "star", "cross", "diamond"
@@ -820,11 +820,12 @@ def toy_crops(tmp):
     """Visual Genome's regions as pictures of their own, with their descriptions in COCO's format:
     things before scenes. Yields (picture, [(crop, its window)]), for save_crops.
     """
-    windows = {}
+    windows, images = {}, vg_images(tmp)
     for split in ("train", "val"):
-        images, record = vg_split(tmp, split, Counter()), {"images": [], "annotations": []}
+        chosen = {r.image for r in vg_descriptions(tmp, split, Counter())}
+        record = {"images": [], "annotations": []}
         for image, regions in vg_items(tmp, "region_descriptions", "regions"):
-            for k, region in enumerate(regions if image in images else ()):
+            for k, region in enumerate(regions if str(image) in chosen else ()):
                 if not relative_box(region, images[image]):
                     continue
                 name, number = f"{image}_{k:03d}.png", len(record["images"])
@@ -865,10 +866,11 @@ def toy_answers(tmp):
     """
     vqa, vg = Counter(), Counter()
     for split in ("train2014", "val2014"):
-        answers = (a["multiple_choice_answer"] for a in vqa_annotations(tmp, split))
-        vqa.update(map(normalise_answer, answers))
+        path = tmp / f"vqa2/v2_mscoco_{split}_annotations.json"
+        answers = json_items(path, "annotations")
+        vqa.update(normalise_answer(a["multiple_choice_answer"]) for a in answers)
     for _, questions in vg_items(tmp, "question_answers", "qas"):
-        vg.update(map(vg_answer, questions))
+        vg.update(normalise_answer(q["answer"].rstrip(".")) for q in questions)
     vqa, vg = (sorted(a for a, n in count.items() if n >= 9) for count in (vqa, vg))
     splits = (gqa_records(tmp, split) for split in ("train_balanced", "val_balanced"))
     gqa = sorted({q["answer"] for _, q in chain(*splits)})
