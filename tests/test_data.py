@@ -78,7 +78,7 @@ def test_tokenizer_without_third_party_data(toy, words):
 
 def test_vocabulary_without_mask(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n")
-    fails(r"has no \[MASK\]", WordPiece, tmp_path / "vocab.txt", True)
+    fails(r"vocab.txt: no field '\[MASK\]'", WordPiece, tmp_path / "vocab.txt", True)
 
 
 # -------------------------------------------------------------------------------------- toy world
@@ -582,13 +582,14 @@ def test_what_is_made_of_kept_arrays_is_made_again_with_them(tmp_path):
     (tmp_path / "own.txt").write_text("a")
     (tmp_path / "list.txt").write_text("red blue")
 
-    @data.kept
-    def words(tree):
-        return data.read_text(tree / "list.txt").split()
+    def words():
+        texts = data.read_text(tmp_path / "list.txt").split()
+        return {"words": np.array(texts)}, {}
 
     def build():
         first = data.read_text(tmp_path / "own.txt")
-        return {"x": np.array([first, *words(tmp_path)])}, {}
+        kept = data.cached(tmp_path / "index/words", [1], words)[0]["words"]
+        return {"x": np.array([first, *kept])}, {}
 
     made = lambda: data.cached(tmp_path / "index/outer", [1], build)[0]["x"].tolist()
     for _ in range(2):
@@ -660,7 +661,7 @@ def test_broken_json_says_what_is_wrong(tmp_path, text, key, match):
 
 
 def test_a_readers_slip_is_one_error_that_names_its_line(tmp_path):
-    """Also of a student's own reader, of what it yields, and of a list that is kept."""
+    """Also of a student's own reader, and of what it yields."""
     (tmp_path / "a.json").write_text('[{"image": 1, "text": "red"}]')
     items = lambda: data.json_items(tmp_path / "a.json")
 
@@ -670,9 +671,6 @@ def test_a_readers_slip_is_one_error_that_names_its_line(tmp_path):
 
     lines = fails("a.json, item 0: no field 'caption'", read, reader, tmp_path, "").split("\n")
     assert re.match(r"  reader\(\), test_data.py line \d+: {'image': 1", lines[-1])
-    kept = data.kept(lambda tree: [item["word"] for item in items()])
-    kept.__wrapped__.__name__ = "words"
-    fails("no field 'word'", kept, tmp_path)
     good = data.Record("x", "red", "1")
     for odd, match in (
         ({"text": 3}, "a text was wanted.*\n.*\n.*text=3"),
