@@ -693,7 +693,7 @@ def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
         def fake(run, pairs, captions):
             for c in captions:
                 one = np.array([c])
-                batch = data.as_tensors(pairs.batch(one, pairs.image[one]))
+                batch = data.to_device(pairs.batch(one, pairs.image[one]))
                 place, _, box, _ = pairs.pointers(one)
                 P = torch.zeros(1, batch["text"].shape[1], batch["boxes"].shape[1])
                 for p, b in zip(place, box):

@@ -188,7 +188,7 @@ def test_congruence_of_matched_and_mismatched_pairs(toy_tree, pretrained):
     for c in range(len(index)):
         own, other = index.image[[c]], index.image[[c + 1 if c % 2 == 0 else c - 1]]
         for image in (own, other):
-            batch = data.as_tensors(index.batch(np.array([c]), image))
+            batch = data.to_device(index.batch(np.array([c]), image))
             with torch.no_grad():
                 maps = run.model.eval()(**batch, maps=(-1,)).maps[0]
             words = batch["text_mask"].clone()

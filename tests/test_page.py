@@ -36,7 +36,7 @@ def weights_of(toy_tree, pretrained, example, layer):
     """(H, words, regions) and (H, regions, words) of a caption of Winoground, by the model"""
     run = evaluate.load_run(str(pretrained[0]), toy_tree)
     index, _ = evaluate.choice_index(run, "winoground")
-    batch = evaluate.as_tensors(index.batch(np.array([example]), index.image[[example]]))
+    batch = evaluate.to_device(index.batch(np.array([example]), index.image[[example]]))
     with evaluate.evaluating(run.model):
         maps = run.model(**batch, maps=(layer,)).maps[0]
     return maps.S_LV.softmax(dim=-1)[0], maps.S_VL.softmax(dim=-1)[0], batch

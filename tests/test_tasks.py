@@ -346,7 +346,7 @@ def test_ablated_is_ablated(toy_tree, name):
     images, model = index.image[rows], model.eval()
 
     def scores(rows, images):
-        x = evaluate.to_device(data.as_tensors(index.batch(rows, images)), runtime.device)
+        x = evaluate.to_device(data.to_device(index.batch(rows, images)), runtime.device)
         with torch.no_grad():
             return model(**x, heads=("task",)).scores
 
