@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import re
+import shutil
 import weakref
 from collections import Counter
 
@@ -233,6 +234,58 @@ def test_head_figures(toy_tree, pretrained, tmp_path):
     cell = 96 // tokens + 1
     size = heads * (tokens * cell + 6), layers * (tokens * cell + evaluate.TITLE + 24)
     assert Image.open(path).size == size
+
+
+def test_what_a_store_may_not_hold(tmp_path):
+    """Two images of one name, none of a region, nan, boxes outside or the wrong way round"""
+    good, x = [[0.0, 0, 40, 30], [10, 5, 20, 9]], np.zeros((2, 8))
+
+    def store(name, wh=(40, 30), boxes=good, features=x, before=()):
+        shutil.rmtree(tmp_path / "s", ignore_errors=True)
+        writer = evaluate.StoreWriter(tmp_path / "s")
+        for other in before:
+            writer.add(other, (40, 30), boxes=good, features=x)
+        writer.add(name, wh, boxes=np.reshape(boxes, (-1, 4)), features=features)
+        writer.commit()
+        return data.RegionStore(tmp_path / "s")
+
+    assert len(store("a", before=["b"])) == 2
+    # a hair outside is float arithmetic
+    assert len(store("a", boxes=[[0, 0, 40.01, 30], [-0.01, 0, 1, 1]])) == 1
+    for told, bad in (
+        ("image a comes twice", dict(before=["a"])),
+        ("or has no box", dict(boxes=[], features=x[:0])),
+        ("nan or inf", dict(features=x + [np.nan, *range(7)])),
+        ("nan or inf", dict(features=x + 1e6)),
+        ("inside the image", dict(boxes=[[0, 0, 41, 30], [0, 0, 1, 1]])),
+        ("inside the image", dict(boxes=[[0, -1, 40, 30], [0, 0, 1, 1]])),
+        ("inside the image", dict(boxes=[[0, 0, 40, 30], [9, 0, 8, 1]])),
+        ("inside the image", dict(boxes=[[0, 0, 40, 30], [0, 0, np.nan, 1]])),
+        ("40 x 20 pixels", dict(wh=(40, 20))),
+        ("as the images before", dict(before=["b"], features=np.zeros((2, 9)))),
+        ("as the images before", dict(features=x[:1])),
+    ):
+        with pytest.raises(data.DataError, match=told), np.errstate(over="ignore"):
+            store("a", **bad)
+    with pytest.raises(data.DataError, match="no image to write"):
+        evaluate.StoreWriter(tmp_path / "none").commit()
+    with pytest.raises(data.DataError, match="exists already"):
+        evaluate.StoreWriter(tmp_path)
+
+
+def test_pack_cuts_boxes_to_their_image_unless_they_are_far_outside(tmp_path, monkeypatch):
+    def rows(path):
+        boxes = np.array([[-2.0, 3, 20, 31], [0, 0, far, 30]], np.float32)
+        yield "a", (40, 30), {"boxes": boxes, "features": np.zeros((2, 8))}
+
+    monkeypatch.setattr(evaluate, "tsv_rows", rows)
+    far = 80
+    evaluate.pack(["f.tsv"], tmp_path / "s")
+    boxes = data.RegionStore(tmp_path / "s").read(np.zeros(1, int), "boxes")[0]
+    assert boxes.tolist() == [[0, 3, 20, 30], [0, 0, 40, 30]]
+    far = 81
+    with pytest.raises(data.DataError, match="inside the image"):
+        evaluate.pack(["f.tsv"], tmp_path / "t")
 
 
 @pytest.mark.parametrize(
