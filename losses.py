@@ -1,5 +1,5 @@
 """Losses for word-region alignment: pure functions, tensors in, tensor out. Copy any one of them
-with the helpers it names.
+with wide() and the helpers it names.
 
 Letters: B pairs, N_L words, N_V regions, N and M either of them, H heads, D width, C classes, K
 masked words or regions.
@@ -54,7 +54,6 @@ def product(a, b):
 
     a (..., N, D), b (..., D, M)
     returns  (..., N, M), float32; float64 stays
-    Helpers: wide.
     """
     with torch.autocast(a.device.type, enabled=False):
         return wide(a) @ wide(b)
@@ -70,7 +69,6 @@ def masked_softmax(S, column_mask):
 
     S (B, ..., N, M) logits; column_mask (B, M), at least one True in each row
     returns  (B, ..., N, M), float32
-    Helpers: wide.
     """
     pad = ~column_mask.view(len(column_mask), *[1] * (S.dim() - 2), -1)
     return wide(S).masked_fill(pad, float("-inf")).softmax(dim=-1)
@@ -84,7 +82,7 @@ def block_softmax(S, column_mask):
     returns  P (B, N, M): rows sum to 1 inside the block
     Source: IAIS code. It is no slice of the layer's own attention, whose rows sum to 1 over both
     modalities.
-    Helpers: wide, masked_softmax.
+    Helpers: masked_softmax.
     """
     return masked_softmax(S, column_mask).mean(dim=1)
 
@@ -95,7 +93,7 @@ def joint_softmax(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
 
     S_LL (B, H, N_L, N_L) ... S_VV (B, H, N_V, N_V) logits
     returns  P_LL, P_LV, P_VL, P_VV; rows of [P_LL P_LV] sum to 1
-    Helpers: wide, masked_softmax.
+    Helpers: masked_softmax.
     """
     N_L, column = len(text_mask[0]), torch.cat([text_mask, region_mask], dim=1)
     P_L = masked_softmax(torch.cat([S_LL, S_LV], dim=-1), column)
@@ -116,7 +114,7 @@ def mlm(logits, target):
     returns  scalar >= 0, nats per masked word
     Source: UNITER eq. (1). Here: the mean over words, as the authors' code; the equation sums
         over the words of a pair.
-    Helpers: wide, mean_over.
+    Helpers: mean_over.
     """
     return mean_over(F.cross_entropy(wide(logits), target, reduction="none"), len(target))
 
@@ -131,7 +129,7 @@ def mrfr(prediction, features):
     returns  scalar >= 0, squared feature units per masked region
     Source: UNITER sec. 3.2, MRM 1). The authors' code also averages over dimensions: divide the
         result by D_V.
-    Helpers: wide, mean_over.
+    Helpers: mean_over.
     """
     return mean_over((wide(prediction) - wide(features)).square(), len(features))
 
@@ -145,10 +143,9 @@ def mrc(logits, region_probs):
     returns  scalar >= 0, nats per masked region
     Source: UNITER sec. 3.2, MRM 2); leaving out the background is the authors' code, the paper is
         silent.
-    Helpers: wide, mean_over.
+    Helpers: mean_over, mlm.
     """
-    target = region_probs[:, 1:].argmax(dim=-1) + 1
-    return mean_over(F.cross_entropy(wide(logits), target, reduction="none"), len(target))
+    return mlm(logits, region_probs[:, 1:].argmax(dim=-1) + 1)
 
 
 def mrc_kl(logits, region_probs):
@@ -160,7 +157,7 @@ def mrc_kl(logits, region_probs):
     returns  scalar >= 0, nats per masked region
     Source: UNITER sec. 3.2, MRM 3). The authors' code averages over the classes too: divide the
         result by C.
-    Helpers: wide, mean_over.
+    Helpers: mean_over.
     """
     log_q = wide(logits).log_softmax(dim=-1)
     return mean_over(F.kl_div(log_q, wide(region_probs), reduction="none"), len(logits))
@@ -177,7 +174,6 @@ def itm(logits, match):
     logits (B, 2): column 1 = "they match"; match (B,) bool or int
     returns  scalar >= 0, nats per pair
     Source: UNITER eq. (2), whose score s is sigmoid(logits[:, 1] - logits[:, 0]): the same number.
-    Helpers: wide.
     """
     return F.cross_entropy(wide(logits), match.long())
 
@@ -191,7 +187,6 @@ def ranking(scores, margin=0.2):
     returns  scalar in [0, 1 + margin]
     Source: UNITER sec. 4.1 ("maximise the margin ... through triplet loss"); sigmoid and margin
         are the authors' code.
-    Helpers: wide.
     """
     s = wide(scores).sigmoid()
     return (margin + s[:, 1:] - s[:, :1]).clamp(min=0).mean()
@@ -210,7 +205,6 @@ def soft_answers(scores, target):
     returns  scalar >= 0, nats per question
     Source: authors' code; it trains visual entailment so too, on one-hot targets, where the paper
         has the cross-entropy (classify).
-    Helpers: wide.
     """
     each = F.binary_cross_entropy_with_logits(wide(scores), wide(target), reduction="none")
     return each.sum(dim=-1).mean()
@@ -225,7 +219,6 @@ def classify(logits, target):
     NLVR2: false, true. VCR: wrong, right, for each choice by itself. Visual entailment: its three.
     returns  scalar >= 0, nats per row
     Source: UNITER sec. A.2.
-    Helpers: wide.
     """
     return F.cross_entropy(wide(logits), target)
 
@@ -239,7 +232,6 @@ def pick_region(scores, region_mask, target):
     returns  scalar >= 0, nats per expression; the authors' code sums over the batch: multiply the
              result by B
     Source: UNITER sec. A.2.
-    Helpers: wide.
     """
     return F.cross_entropy(wide(scores).masked_fill(~region_mask, float("-inf")), target)
 
@@ -274,7 +266,7 @@ def soft_alignment_target(pointer, boxes, class_similarity, attribute_similarity
              touches no region and no name is like it
     Source: Kervadec sec. 5. Here: negative cosines count as 0, else a row could not be normalised;
     of a criterion that is 0 everywhere, the other one stands alone.
-    Helpers: wide, box_iou.
+    Helpers: box_iou.
     """
     PA = box_iou(wide(pointer)[:, None], wide(boxes))
     SA = (0.75 * wide(class_similarity) + 0.25 * wide(attribute_similarity)).clamp(min=0)
@@ -289,7 +281,6 @@ def topk_softmax(A, column_mask, k=3):
     """softmax over the k highest real columns of each row, 0 elsewhere.         Kervadec eq. (13)
 
     A (K, M), column_mask (K, M); returns (K, M), rows sum to 1
-    Helpers: wide.
     """
     A = wide(A).masked_fill(~column_mask, float("-inf"))
     lowest = A.topk(min(k, A.shape[-1]), dim=-1).values[..., -1:]
@@ -310,7 +301,6 @@ def word_object_alignment(A, target, region_mask, k=3):
     where eq. (14) is infinite. Here: both distributions live on the k highest of A and the k
     highest of the target, the target normalised again over these, so that a region that the model
     overlooks gets a gradient too.
-    Helpers: wide.
     """
     # a padded region is never among the k highest of more than k
     A = wide(A).masked_fill(~region_mask, float("-inf"))
@@ -340,7 +330,7 @@ def detected(logits, label, confidence=None):
     Source: Kervadec sec. 4, masked regions, all alike. LXMERT's code: all regions of all pairs,
     masked or not, with the detector's confidence, and the mean is divided by 0.15, the share of
     masked ones.
-    Helpers: wide, mean_over.
+    Helpers: mean_over.
     """
     # -1 counts 0 in the sum and still in the mean
     each = F.cross_entropy(wide(logits), label, ignore_index=-1, reduction="none")
@@ -361,7 +351,7 @@ def word_weights(h, v, word_mask, region_mask):
     returns  beta (B, Q, W): sums to 1 over a phrase's words, 0 in a phrase that is all padding
     Source: MAF sec. 3.1. The authors' code lets padded regions and padded words take part in both
     softmaxes: pass masks that are all True.
-    Helpers: wide, product, masked_softmax.
+    Helpers: product, masked_softmax.
     """
     # (B, Q, W, K)
     S = product(h.flatten(1, 2), v.mT).unflatten(1, h.shape[1:3]) / h.shape[-1] ** 0.5
@@ -376,7 +366,7 @@ def phrase_embedding(h, v, word_mask, region_mask):
 
     Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's.
     "average" of Table 3 has beta = 1 / words.
-    Helpers: wide, product, masked_softmax, word_weights.
+    Helpers: product, masked_softmax, word_weights.
     """
     return (word_weights(h, v, word_mask, region_mask)[..., None] * wide(h)).sum(dim=-2)
 
@@ -388,7 +378,7 @@ def phrase_scores(e, v, region_mask):
 
     e (T, Q, d) phrases of T captions, v (I, K, d) regions of I images, region_mask (I, K)
     returns  (T, I, Q, K), -inf at padded regions
-    Helpers: wide, product.
+    Helpers: product.
     """
     A = product(e.flatten(0, 1), v.flatten(0, 1).mT)  # (T Q, I K): one product for all pairs
     A = A.view(*e.shape[:2], *v.shape[:2])  # (T, Q, I, K)
@@ -403,7 +393,7 @@ def maf_similarity(e, v, phrase_mask, region_mask):
     Arguments as phrase_scores, phrase_mask (T, Q); returns (T, I)
     Source: MAF sec. 3.2. The authors' code sums over padded phrases too, lets padded regions win,
     and divides by the real phrases.
-    Helpers: wide, product, phrase_scores.
+    Helpers: product, phrase_scores.
     """
     best = phrase_scores(e, v, region_mask).amax(dim=-1)  # (T, I, Q)
     total = best.masked_fill(~phrase_mask[:, None], 0).sum(dim=-1)  # (T, I)
@@ -418,7 +408,6 @@ def maf(similarity, own=None):
     similarity (T, I); own (T,) int64: the image of each caption, its own number unless given
     returns  scalar >= 0, nats per caption
     Source: MAF sec. 3.2; one way only and without temperature, as in the authors' code.
-    Helpers: wide.
     """
     if own is None:
         own = torch.arange(len(similarity), device=similarity.device)
@@ -434,11 +423,10 @@ def cosine_cost(words, regions, text_mask, region_mask):
     words (B, N_L, D), regions (B, N_V, D); returns (B, N_L, N_V) in [0, 2]
     Source: UNITER sec. 3.2. Norms count as at least 1e-5 (authors' code), so a zero vector has
         cost 1 to everything.
-    Helpers: wide.
+    Helpers: product.
     """
-    with torch.autocast(words.device.type, enabled=False):
-        w, v = (F.normalize(wide(x), dim=-1, eps=1e-5) for x in (words, regions))
-        cost = 1 - w @ v.mT  # (B, N_L, N_V)
+    w, v = (F.normalize(wide(x), dim=-1, eps=1e-5) for x in (words, regions))
+    cost = 1 - product(w, v.mT)  # (B, N_L, N_V)
     return cost.masked_fill(~(text_mask[:, :, None] & region_mask[:, None, :]), 0)
 
 
@@ -457,7 +445,6 @@ def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
              padding
     Source: UNITER Algorithm 1, with its defaults. The authors' code stops with an error for
     inner > 1.
-    Helpers: wide.
     """
     with torch.autocast(cost.device.type, enabled=False):
         real = text_mask[:, :, None] & region_mask[:, None, :]
@@ -487,7 +474,7 @@ def ot_distance(words, regions, text_mask, region_mask, beta=0.5, iterations=50)
 
     words (B, N_L, D), regions (B, N_V, D): last hidden states
     returns  (B,) in [0, 2], cosine distance; gradient through the cost, none through the plan
-    Helpers: wide, cosine_cost, ipot.
+    Helpers: product, cosine_cost, ipot.
     """
     cost = cosine_cost(words, regions, text_mask, region_mask)
     return (ipot(cost, text_mask, region_mask, beta, iterations) * cost).sum(dim=(1, 2))
@@ -503,7 +490,7 @@ def wra(words, regions, text_mask, region_mask, match=None, beta=0.5, iterations
     returns  scalar in [0, 2], with match in [-2, 2]; cosine distance per pair
     Source: UNITER eq. (3). The paper does not say that the released code pushes mismatched pairs
     apart; it weighs this loss by 0.1.
-    Helpers: wide, cosine_cost, ipot, ot_distance.
+    Helpers: product, cosine_cost, ipot, ot_distance.
     """
     distance = ot_distance(words, regions, text_mask, region_mask, beta, iterations)
     return (distance if match is None else torch.where(match.bool(), distance, -distance)).mean()
@@ -521,7 +508,6 @@ def matrix_kl(p, q, row_mask, eps=1e-6):
     returns  scalar >= 0 in nats: sum over the real rows of a pair, mean over pairs
     Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes the mean over rows:
     row_mean_kl.
-    Helpers: wide.
     """
     p, q = wide(p), wide(q)
     # (B, N), both KLs in one product
@@ -543,7 +529,7 @@ def cacr_side(S_own, S_cross, S_other, own_mask, other_mask):
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all three blocks
     Source: CACR sec. 3.2. Here: the equations' index order; the last line of sec. 3.4 prints the
     transpose.
-    Helpers: wide, masked_softmax, matrix_kl.
+    Helpers: masked_softmax, matrix_kl.
     """
     with torch.autocast(S_own.device.type, enabled=False):
         # padding stands for nothing; a softmax comes only after the product, so 0 and not -inf
@@ -565,7 +551,7 @@ def cacr(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
     text_mask (B, N_L), region_mask (B, N_V): the words and regions that take part
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all four blocks
     Source: CACR sec. 3.2. No code was released.
-    Helpers: wide, masked_softmax, matrix_kl, cacr_side.
+    Helpers: masked_softmax, matrix_kl, cacr_side.
     """
     language = cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask)
     return language + cacr_side(S_VV, S_VL, S_LL, region_mask, text_mask)
@@ -581,7 +567,7 @@ def soft_relation_alignment(S_own, S_cross, S_other, own_mask, other_mask):
     time: hundreds of times slower.
     Source: CACR sec. 3.3. Here: a weighted sum, as sec. 3.4 proves; Algorithm 1 writes "mean",
     which the softmax would see.
-    Helpers: wide, matrix_kl.
+    Helpers: matrix_kl.
     """
     losses = []
     for b in range(len(S_own)):
@@ -624,7 +610,6 @@ def row_mean_kl(p, q, row_mask, eps=0.0):
     p, q (B, N, M), rows are distributions; row_mask (B, N); returns a scalar in nats per row.
     Here: the authors' code gives inf or nan where a probability is exactly 0; log never sees less
     than 1e-30, so value and gradient stay finite.
-    Helpers: wide.
     """
     p, q = wide(p), wide(q)
     # 0 log 0 is 0: the clamp keeps it from being 0 times -inf
@@ -643,7 +628,7 @@ def iais_singular_side(S_own, S_cross, S_other, own_mask, other_mask):
     returns  scalar >= 0 in nats per row; gradient to S_own and S_other, none to S_cross
     Source: Ren et al. 2021, sec. 3.1: both sides normalised alike, from logits. The authors' code:
     iais_singular_released.
-    Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
+    Helpers: masked_softmax, strongest_partner, row_mean_kl.
     """
     seen = masked_softmax(strongest_partner(S_cross, S_other, other_mask), own_mask)
     return row_mean_kl(seen, masked_softmax(S_own, own_mask), own_mask)
@@ -655,7 +640,7 @@ def iais_singular(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
 
     Arguments as cacr, logits; the authors leave [CLS] and [SEP] out of text_mask.
     returns  scalar >= 0, nats per row
-    Helpers: wide, masked_softmax, strongest_partner, row_mean_kl, iais_singular_side.
+    Helpers: masked_softmax, strongest_partner, row_mean_kl, iais_singular_side.
     """
     language = iais_singular_side(S_LL, S_LV, S_VV, text_mask, region_mask)
     return language + iais_singular_side(S_VV, S_VL, S_LL, region_mask, text_mask)
@@ -670,7 +655,7 @@ def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
     P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side
     returns  scalar >= 0 in nats per row
     Source: IAIS code. Here: finite where a probability is 0 (row_mean_kl).
-    Helpers: wide, masked_softmax, strongest_partner, row_mean_kl.
+    Helpers: masked_softmax, strongest_partner, row_mean_kl.
     """
     seen = masked_softmax(strongest_partner(P_cross, P_other, other_mask), own_mask)
     return row_mean_kl(seen, wide(P_own).masked_fill(~own_mask[:, None, :], 0), own_mask)
@@ -689,12 +674,10 @@ def iais_distributed_side(P_own, P_cross, P_back, own_mask, other_mask, eps=1e-6
              (authors' code)
     Source: Ren et al. 2021, sec. 3.2, and the IAIS code. Here: finite where a probability is 0
     (row_mean_kl).
-    Helpers: wide, row_mean_kl.
+    Helpers: product, row_mean_kl.
     """
     own, other = own_mask[:, None, :], other_mask[:, None, :]
-    with torch.autocast(P_own.device.type, enabled=False):
-        # (B, N, N)
-        seen = wide(P_cross).masked_fill(~other, 0) @ wide(P_back).masked_fill(~own, 0)
+    seen = product(P_cross.masked_fill(~other, 0), P_back.masked_fill(~own, 0))  # (B, N, N)
     return row_mean_kl(seen, wide(P_own).masked_fill(~own, 0), own_mask, eps)
 
 
@@ -704,7 +687,7 @@ def iais_distributed(P_LL, P_LV, P_VL, P_VV, text_mask, region_mask):
 
     P_LL ... P_VV: block_softmax of each block; masks without [CLS] and [SEP]
     returns  scalar in nats per row
-    Helpers: wide, row_mean_kl, iais_distributed_side.
+    Helpers: product, row_mean_kl, iais_distributed_side.
     """
     language = iais_distributed_side(P_LL, P_LV, P_VL, text_mask, region_mask)
     return language + iais_distributed_side(P_VV, P_VL, P_LV, region_mask, text_mask)
@@ -722,7 +705,6 @@ def itc_targets(similarity_m, own, alpha):
     own (b,): the column of each row's partner
     returns  (b, M), rows sum to 1
     Source: ALBEF's code, AMC sec. 2.1.
-    Helpers: wide.
     """
     s = wide(similarity_m)
     one_hot = torch.zeros_like(s).scatter(1, own[:, None], 1)
@@ -739,7 +721,6 @@ def itc(similarity, target):
     returns  scalar >= 0, nats per pair; ALBEF takes the mean of both directions
     Source: ALBEF's code. Here: the cross-entropy; ALBEF's paper writes a KL divergence, which has
     the same gradient.
-    Helpers: wide.
     """
     return -(wide(similarity).log_softmax(dim=-1) * target).sum(dim=-1).mean()
 
@@ -750,7 +731,6 @@ def negative_weights(similarity, own):
 
     similarity (b, B): with the B partners of the batch; own (b,): the column of each row's true one
     returns  (b, B), 0 in that column; rows sum to less than 1
-    Helpers: wide.
     """
     return wide(similarity).softmax(dim=-1).scatter(1, own[:, None], 0.0)
 
@@ -764,7 +744,7 @@ def mlm_distilled(logits, target, teacher_logits, alpha):
     returns  scalar >= 0, nats per masked word
     Source: ALBEF's code, AMC eq. (1). AMC's code takes the teacher's softmax over token positions
     instead of words, a slip.
-    Helpers: wide, mean_over, mlm.
+    Helpers: mean_over, mlm.
     """
     # the cross-entropy against what the teacher believes
     soft = -(wide(logits).log_softmax(dim=-1) * wide(teacher_logits).softmax(dim=-1)).sum(dim=-1)
@@ -815,7 +795,6 @@ def amc_mean(A, M, margin=0.1):
     returns  scalar in [0, 1 + margin]
     Source: AMC's code. Eq. (7) has one hinge a pair, then the mean: the mean of
     amc_mean(A[i:i+1], M[i:i+1]).
-    Helpers: wide.
     """
     A, M = wide(A), wide(M)
     inside = (A * M).sum() / M.sum().clamp(min=1e-9)
@@ -830,7 +809,6 @@ def amc_max(A, M, margin=0.5):
 
     A, M (b, h, w) as amc_mean; returns a scalar in [0, 1 + margin]
     Source: AMC sec. 2.2; the code agrees.
-    Helpers: wide.
     """
     A, M = wide(A).flatten(1), wide(M).flatten(1)
     inside, outside = (x.max(dim=1).values for x in (A * M, A * (1 - M)))  # (b,)
@@ -842,7 +820,7 @@ def amc(A, M):
 
         loss = 0.2 amc_mean + 0.8 amc_max    A, M (b, h, w); returns a scalar          AMC eq. (9)
 
-    Helpers: wide, amc_mean, amc_max.
+    Helpers: amc_mean, amc_max.
     """
     return 0.2 * amc_mean(A, M) + 0.8 * amc_max(A, M)
 
@@ -853,7 +831,6 @@ def amc_cosine(A, M):
         mean_i 1 - cos(A_i, M_i);   A, M (b, h, w); returns a scalar in [0, 1]
 
     Source: AMC sec. 4.5, Table 3b, "cosine distance between M and A"; not in the code.
-    Helpers: wide.
     """
     return (1 - F.cosine_similarity(wide(A).flatten(1), wide(M).flatten(1), dim=1)).mean()
 
@@ -873,7 +850,6 @@ def eqsim(scores, margin=0.0, weights=(1.0, 1.0)):
              dimensions are taken together. 0 for B = 1
     returns  scalar >= 0, squared scores
     Source: Wang et al., ICCV 2023, and EqBen's code, whose runs have weights of 0.2 or 0.5.
-    Helpers: wide.
     """
     s = wide(scores)
     i, j = torch.triu_indices(*s.shape[-2:], offset=1, device=s.device)
@@ -898,7 +874,7 @@ def sparc(words, regions, text_mask, region_mask, temperature=0.07):
     returns  scalar >= 0, nats per word: a mean over pairs of means over their words
     Source: Bica et al., ICML 2024 (no code). Here the temperature is fixed, theirs is learned; a
     word that likes all regions the same takes all.
-    Helpers: wide, product.
+    Helpers: product.
     """
     t, v, region = wide(words), wide(regions), region_mask[:, None]
     sim = product(t, v.mT)  # (B, N_L, N_V)
@@ -928,7 +904,6 @@ def mdetr_align(A, positive, text_mask, region_mask):
     returns  scalar >= 0, nats; 0 where nothing is positive
     Source: Kamath et al., ICCV 2021, loss_contrastive_align, where A are cosines of projected
     states over 0.07 and both sums are divided by the number of boxes. Here: AlignmentDecoder's A.
-    Helpers: wide.
     """
     A, total = wide(A), 0
     positive = positive & text_mask[:, :, None] & region_mask[:, None]
@@ -950,7 +925,6 @@ def hard_rank(matched, edited, kind, margins):
     returns  scalar >= 0, in scores
     Source: CE-CLIP, Zhang et al., CVPR 2024. Its other loss is not taken: in the code every target
     is column 0.
-    Helpers: wide.
     """
     real = kind >= 0
     hinge = (wide(edited) - wide(matched) + wide(margins)[kind.clamp(min=0)]).clamp(min=0)
@@ -963,7 +937,6 @@ def edit_gaps(matched, edited, kind, margins, most=10.0):
 
     matched, edited, kind (G,), margins (K,) as hard_rank; returns (K,), without gradient
     Source: CE-CLIP's code.
-    Helpers: wide.
     """
     of_kind = kind[:, None] == torch.arange(len(margins), device=kind.device)
     gap, n = (wide(matched) - wide(edited)).detach()[:, None] * of_kind, of_kind.sum(dim=0)
@@ -981,7 +954,6 @@ def selfeq(A, A_paraphrase, k=0.8):
              goes to both
     returns  scalar >= 0; where no place passes k, smooth_l1 + k / 2 (the authors' code: nan)
     Source: He et al., CVPR 2024 (AMC's successor), and its code.
-    Helpers: wide.
     """
     A, B = wide(A), wide(A_paraphrase)
     R = (A + B >= k).to(A.dtype)

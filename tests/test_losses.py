@@ -586,12 +586,12 @@ def some_arguments():
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_each_function_runs_when_copied_with_the_helpers_its_docstring_names(name):
+def test_each_function_runs_when_copied_with_wide_and_the_helpers_it_names(name):
     source, function = inspect.getsource(losses), getattr(losses, name)
     nodes = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
     helpers = function.__doc__.partition("Helpers:")[2].split(",")
     space = {"torch": torch, "F": F}
-    for part in [*(h.strip(" .\n") for h in helpers if h.strip()), name]:
+    for part in ["wide", *(h.strip(" .\n") for h in helpers if h.strip()), name]:
         assert part in nodes, f"{name} names a helper {part} that is not there"
         lines = ["@" + ast.get_source_segment(source, d) for d in nodes[part].decorator_list]
         exec("\n".join([*lines, ast.get_source_segment(source, nodes[part])]), space)
