@@ -75,8 +75,7 @@ def masked_softmax(S, column_mask):
 
 
 def block_softmax(S, column_mask):
-    """The probabilities that IAIS aligns: each head's softmax over the columns of this block
-    alone, then the head mean.
+    """What IAIS aligns: each head's softmax over the columns of this block alone, the head mean.
 
     S (B, H, N, M) logits of one block; column_mask (B, M)
     returns  P (B, N, M): rows sum to 1 inside the block
@@ -88,8 +87,7 @@ def block_softmax(S, column_mask):
 
 
 def joint_softmax(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
-    """The layer's own attention probabilities, cut into blocks: each row's softmax runs over words
-    and regions together.
+    """The layer's own attention, in blocks: a row's softmax is over words and regions together.
 
     S_LL (B, H, N_L, N_L) ... S_VV (B, H, N_V, N_V) logits
     returns  P_LL, P_LV, P_VL, P_VV; rows of [P_LL P_LV] sum to 1
@@ -185,8 +183,7 @@ def ranking(scores, margin=0.2):
 
     scores (G, 1 + K): a group is one matched pair, first, and its K mismatched ones
     returns  scalar in [0, 1 + margin]
-    Source: UNITER sec. 4.1 ("maximise the margin ... through triplet loss"); sigmoid and margin
-        are the authors' code.
+    Source: UNITER sec. 4.1 ("triplet loss"); sigmoid and margin are the authors' code.
     """
     s = wide(scores).sigmoid()
     return (margin + s[:, 1:] - s[:, :1]).clamp(min=0).mean()
@@ -240,12 +237,9 @@ def pick_region(scores, region_mask, target):
 
 
 def box_iou(a, b):
-    """Overlap over union of boxes x1 y1 x2 y2, (..., 4) each, any unit; 0 where neither has an
-    area.
-    """
+    """Overlap over union of boxes x1 y1 x2 y2, (..., 4) each, any unit; 0 where none has an area"""
     area = lambda box: (box[..., 2:] - box[..., :2]).clamp(min=0).prod(dim=-1)
-    near = torch.maximum(a[..., :2], b[..., :2])
-    far = torch.minimum(a[..., 2:], b[..., 2:])
+    near, far = a[..., :2].maximum(b[..., :2]), a[..., 2:].minimum(b[..., 2:])
     # boxes apart have far < near, an area of 0
     inter = area(torch.cat([near, far], dim=-1))
     return inter / (area(a) + area(b) - inter).clamp(min=1e-12)
@@ -380,8 +374,8 @@ def phrase_scores(e, v, region_mask):
     returns  (T, I, Q, K), -inf at padded regions
     Helpers: product.
     """
-    A = product(e.flatten(0, 1), v.flatten(0, 1).mT)  # (T Q, I K): one product for all pairs
-    A = A.view(*e.shape[:2], *v.shape[:2])  # (T, Q, I, K)
+    # (T Q, I K), one product for all pairs, then (T, Q, I, K)
+    A = product(e.flatten(0, 1), v.flatten(0, 1).mT).view(*e.shape[:2], *v.shape[:2])
     return A.masked_fill(~region_mask, float("-inf")).transpose(1, 2)
 
 
@@ -432,8 +426,7 @@ def cosine_cost(words, regions, text_mask, region_mask):
 
 @torch.no_grad()
 def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
-    """Inexact proximal point method for optimal transport: the plan T that carries words to
-    regions cheaply.
+    """Inexact proximal point method: the plan T that carries words to regions cheaply.
 
         Q = exp(-cost / beta) * T
         delta = 1 / (m Q^T sigma),   sigma = 1 / (n Q delta)          `inner` times
@@ -443,8 +436,7 @@ def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
     returns  T (B, N_L, N_V) >= 0 without gradient: sums to 1, rows to 1/n exactly, columns to 1/m
              in the limit; n and m count the real words and regions, [CLS] and [SEP] included; 0 in
              padding
-    Source: UNITER Algorithm 1, with its defaults. The authors' code stops with an error for
-    inner > 1.
+    Source: UNITER Algorithm 1, with its defaults. The authors' code fails for inner > 1.
     """
     with torch.autocast(cost.device.type, enabled=False):
         real = text_mask[:, :, None] & region_mask[:, None, :]
@@ -506,8 +498,7 @@ def matrix_kl(p, q, row_mask, eps=1e-6):
 
     p, q (B, N, M): rows are distributions, 0 in padded columns; row_mask (B, N)
     returns  scalar >= 0 in nats: sum over the real rows of a pair, mean over pairs
-    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes the mean over rows:
-    row_mean_kl.
+    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes row means: row_mean_kl.
     """
     p, q = wide(p), wide(q)
     # (B, N), both KLs in one product
@@ -516,8 +507,7 @@ def matrix_kl(p, q, row_mask, eps=1e-6):
 
 
 def cacr_side(S_own, S_cross, S_other, own_mask, other_mask):
-    """One side of CACR: the own modality should attend as the other does, seen through the
-    cross-modal attention.
+    """One side of CACR: one modality should attend as the other does, seen through cross-attention.
 
         language:  m-KL( softmax(S_LV S_VV S_LV^T), softmax(S_LL) )                   CACR eq. (3)
                    = cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask)
@@ -626,8 +616,7 @@ def iais_singular_side(S_own, S_cross, S_other, own_mask, other_mask):
 
     Arguments and the roles of language and vision as cacr_side
     returns  scalar >= 0 in nats per row; gradient to S_own and S_other, none to S_cross
-    Source: Ren et al. 2021, sec. 3.1: both sides normalised alike, from logits. The authors' code:
-    iais_singular_released.
+    Source: Ren et al. 2021, sec. 3.1, from logits. The authors' code: iais_singular_released.
     Helpers: masked_softmax, strongest_partner, row_mean_kl.
     """
     seen = masked_softmax(strongest_partner(S_cross, S_other, other_mask), own_mask)
@@ -647,8 +636,7 @@ def iais_singular(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
 
 
 def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
-    """iais_singular_side as the authors' code computes it: from probabilities, with a second
-    softmax on one side only.
+    """iais_singular_side as the authors' code: from probabilities, one side with a second softmax.
 
         m-KL( softmax(P_other[c, c]), P_own ),   so that the left side is close to uniform
 
@@ -662,8 +650,7 @@ def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
 
 
 def iais_distributed_side(P_own, P_cross, P_back, own_mask, other_mask, eps=1e-6):
-    """One side of distributed IAIS: attention to the other modality and back again should be the
-    own attention.
+    """One side of distributed IAIS: attention to the other modality and back is the own attention.
 
         m-KL( P_cross P_back, P_own )    language: (P_LL, P_LV, P_VL), vision: (P_VV, P_VL, P_LV)
                                                                                      IAIS sec. 3.2
@@ -726,8 +713,7 @@ def itc(similarity, target):
 
 
 def negative_weights(similarity, own):
-    """How likely each other partner of the batch is drawn as the mismatched one: the more similar,
-    the more likely.                                                                  ALBEF's code
+    """How likely each other partner is drawn as mismatched: the more similar, the more     ALBEF's
 
     similarity (b, B): with the B partners of the batch; own (b,): the column of each row's true one
     returns  (b, B), 0 in that column; rows sum to less than 1
@@ -839,8 +825,7 @@ def amc_cosine(A, M):
 
 
 def eqsim(scores, margin=0.0, weights=(1.0, 1.0)):
-    """Equivariant similarity: a score changes as much whichever matched pair the change begins
-    from.
+    """Equivariant similarity: a score changes as much from whichever matched pair.
 
         text side  = max(0, mean_{i<j} ((s_ii - s_ij) - (s_jj - s_ji))^2 - margin)
         image side = max(0, mean_{i<j} ((s_ii - s_ji) - (s_jj - s_ij))^2 - margin)
@@ -855,10 +840,9 @@ def eqsim(scores, margin=0.0, weights=(1.0, 1.0)):
     i, j = torch.triu_indices(*s.shape[-2:], offset=1, device=s.device)
     if not len(i):
         return s.sum() * 0
-    own = s.diagonal(dim1=-2, dim2=-1)
-    of_i, of_j, ij, ji = own[..., i], own[..., j], s[..., i, j], s[..., j, i]
-    text = ((of_i - ij) - (of_j - ji)).square().mean()
-    image = ((of_i - ji) - (of_j - ij)).square().mean()
+    ii, jj, ij, ji = s[..., i, i], s[..., j, j], s[..., i, j], s[..., j, i]
+    text = ((ii - ij) - (jj - ji)).square().mean()
+    image = ((ii - ji) - (jj - ij)).square().mean()
     sides = [(side - margin).clamp(min=0) for side in (text, image)]
     return weights[0] * sides[0] + weights[1] * sides[1]
 
