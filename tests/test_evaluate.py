@@ -8,6 +8,7 @@ import re
 import shutil
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -403,3 +404,21 @@ def test_an_error_of_one_process_is_said(monkeypatch):
         with pytest.raises(SystemExit, match="train.py: error: a broken file"):
             evaluate.fail("train.py", "a broken file")
     assert waited == [10]
+
+
+def test_gqas_distribution_by_hand():
+    """Chi-square of a group: sum over its true answers of (predicted - true)^2 / true."""
+    groups = {"colour": ["red", "red", "red", "blue"], "animal": ["cat"], "": ["yes"]}
+    asked = [{"answer": a, "groups": {"global": g}} for g, true in groups.items() for a in true]
+    predicted = ["red", "red", "red", "red", "dog", "no"]
+    # of four (4 - 3)^2 / 3 + (0 - 1)^2 / 1, of one 1; no group, no chi-square
+    wanted = (4 * (1 / 3 + 1) + 1 * 1) / 5 / 100
+    found = evaluate.gqa_distribution(dict(enumerate(asked)), predicted)
+    assert found == pytest.approx(wanted)
+
+
+def test_which_layers_words_are_looked_at():
+    """The fourth of five cross layers, as Kervadec et al.; else the last."""
+    layers = {"five": {"cross_layers": range(5)}, "one": {"cross_layers": [0]}, "uniter": {}}
+    found = {n: evaluate.word_layer(SimpleNamespace(**kind)) for n, kind in layers.items()}
+    assert found == {"five": -2, "one": -1, "uniter": -1}

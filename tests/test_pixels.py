@@ -320,7 +320,7 @@ def test_stem_sees_what_a_patch_shows():
 # ---------------------------------------------------------------------------------------- readers
 
 
-def small_vg(tmp_path, objects, coco_id=None):
+def small_vg(tmp_path, objects, coco_id=None, flickr_id=None):
     (tmp_path / "vg").mkdir(), (tmp_path / "coco").mkdir()
     held = {"images": [{"cocoid": 77, "split": "test"}]}
     (tmp_path / "coco/dataset_coco.json").write_text(json.dumps(held))
@@ -330,7 +330,7 @@ def small_vg(tmp_path, objects, coco_id=None):
     )
     regions = [region(5, " a dog\n runs", 0, 0, 90, 45), region(6, "far away", 200, 0, 9, 9)]
     for name, record in {
-        "image_data": [image | {"coco_id": coco_id, "flickr_id": None}],
+        "image_data": [image | {"coco_id": coco_id, "flickr_id": flickr_id}],
         "attributes": [{"image_id": 1, "attributes": objects}],
         "region_descriptions": [{"id": 1, "regions": [*regions, region(7, "tiny", 0, 0, 9, 9)]}],
     }.items():
@@ -391,6 +391,18 @@ def test_captions_are_cleaned_as_albef_does():
 def test_images_of_a_test_set_teach_no_box(tmp_path):
     small_vg(tmp_path, [], coco_id=77)
     assert read(data.vg_triplets, tmp_path, "train")[0] == []
+
+
+def test_flickr30ks_photos_describe_nothing(tmp_path):
+    """Visual Genome's descriptions leave them out, AMC's triplets do not [AMC's code]."""
+    small_vg(tmp_path, [], flickr_id=99)
+    (tmp_path / "flickr30k").mkdir()
+    for photo, held in (("99", True), ("98", False)):
+        path = tmp_path / "flickr30k/dataset_flickr30k.json"
+        path.write_text(json.dumps({"images": [{"filename": f"{photo}.jpg"}]}))
+        texts, counts = read(data.vg_descriptions, tmp_path, "train")
+        assert (texts == []) == held == counts["images held out"]
+        assert [t.text for t in read(data.vg_triplets, tmp_path, "train")[0]] == ["a dog runs"]
 
 
 def test_web_captions(tmp_path):
