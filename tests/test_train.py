@@ -291,6 +291,22 @@ def follow(w, steps, update):
     return np.array(path).reshape(steps, -1)
 
 
+def test_matrices_decay_biases_and_norms_do_not():
+    """And a task's fresh head learns at its own rate."""
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(3, 2), "norm": torch.nn.LayerNorm(2)})
+    model["task_head"] = torch.nn.Linear(2, 1)
+    names = {p: name for name, p in model.named_parameters()}
+    optimizer = train.build_optimizer(train.Config(weight_decay=0.03, head_lr=10.0), model)
+    found = {
+        names[p]: (group["scale"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    plain = dict.fromkeys(("body.bias", "norm.weight", "norm.bias"), (1, 0))
+    heads = {"task_head.weight": (10, 0.03), "task_head.bias": (10, 0)}
+    assert found == plain | heads | {"body.weight": (1, 0.03)}
+
+
 def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
     """UNITER's AdamW adds eps before the bias correction and decays after the update; without
     both they agree.
