@@ -49,9 +49,9 @@ import evaluate
 import losses
 import model as model_parts
 import train
-from conftest import prepared_run
-from data import Batches, PatchStore, Record, RegionStore, WordPiece, make_index
-from data import normalize_pixels, token_batches
+from conftest import batches_of, prepare
+from data import PatchStore, Record, RegionStore, WordPiece, make_index
+from data import as_tensors, normalize_pixels, token_batches
 from evaluate import StoreWriter
 from model import SIZES, Uniter, build
 from seeds import RESULTS, commit, fill, with_commits
@@ -123,11 +123,10 @@ class Step:
             "input": batch,
             "match": torch.ones(self.pairs, dtype=torch.bool),
             "matched": torch.arange(self.pairs),
-            "counts": {"": self.pairs},
         }
 
     def __call__(self):
-        train.train_step(self.cfg, self.runtime, self.model, self.optimizer, [], 1000, [self.batch])
+        train.train_step(self.cfg, self.runtime, self.model, self.optimizer, 1000, [self.batch])
 
     def flops(self):
         """Multiply-adds count two; backward costs twice the forward. Matrix products only."""
@@ -227,9 +226,7 @@ def plain_ipot(cost, beta=0.5, iterations=50):
 def bench_loader(found, folder):
     """The store against the same regions as one npz an image, both as batches for the model."""
     rng, images = np.random.default_rng(0), 512
-    writer = StoreWriter(
-        folder / "store", ["features", "boxes"], {"source": "bench", "features": D_V}, every=10**9
-    )
+    writer = StoreWriter(folder / "store", source="bench")
     for i in range(images):
         features, corner = (
             rng.random((REGIONS, D_V), dtype=np.float32).astype(np.float16),
@@ -246,7 +243,7 @@ def bench_loader(found, folder):
         store,
         WordPiece(folder / "vocab.txt", True),
     )
-    stream = Batches("mlm", pairs, PAIRS * (WORDS + REGIONS), 0)
+    stream = batches_of("mlm", pairs, PAIRS * (WORDS + REGIONS))
 
     def from_npz(ids):
         out = np.zeros((len(ids), REGIONS, D_V), np.float16)
@@ -282,9 +279,7 @@ def bench_loader(found, folder):
 def ragged_store(folder, images=400):
     """Captions of 9 to 24 words and images of 10 to 100 regions, as COCO's are."""
     rng = np.random.default_rng(0)
-    writer = StoreWriter(
-        folder / "ragged", ["features", "boxes"], {"source": "bench", "features": D_V}, every=10**9
-    )
+    writer = StoreWriter(folder / "ragged", source="bench")
     for i in range(images):
         n = int(min(100, max(10, rng.gamma(4, 9))))
         corner = rng.random((n, 2)) * 200
@@ -364,7 +359,7 @@ def visual_bert():
 def bench_pretraining(found, folder):
     pairs = ragged_store(folder)
     faster = evaluate.bf16_is_faster() or DEVICE.type == "cuda"
-    stream = Batches("mlm", pairs, 10_240, 0)
+    stream = batches_of("mlm", pairs, 10_240)
     stream.whole(0)
     step = Step()
     sizes = sorted(range(len(stream.batches)), key=lambda k: len(stream.batches[k]))
@@ -380,7 +375,7 @@ def bench_pretraining(found, folder):
     product, flops = matmul_rate()
     many = lambda: [product() for _ in range(12)]
     update = lambda one, batch: train.train_step(
-        one.cfg, one.runtime, one.model, one.optimizer, [], 1000, [batch]
+        one.cfg, one.runtime, one.model, one.optimizer, 1000, [batch]
     )
     found["pretrain_matmul_share"] = (work / (12 * flops)) * ratio(
         many, lambda: update(step, middle), rounds=2
@@ -399,7 +394,7 @@ def bench_pretraining(found, folder):
     batches = []
     for start in range(0, 2 * n, n):
         rows = np.random.default_rng(start).integers(len(pairs), size=n)
-        batch = pairs.batch(rows, pairs.image[rows])
+        batch = as_tensors(pairs.batch(rows, pairs.image[rows]))
         batch.pop("length")
         batches.append(
             (
@@ -430,16 +425,16 @@ def bench_retrieval(found, folder):
     pairs = ragged_store(folder)
     runtime = train.Runtime(DEVICE, 0, 1, evaluate.autocast_for(DEVICE))
     model = Uniter(28996, D_V, 1601, **SIZES[SIZE]).to(DEVICE).eval()
+    run = evaluate.Run(model, pairs.tokenizer, {}, {}, None, runtime.autocast)
     captions = make_index(
         [Record("0", pairs.decode(i), str(i)) for i in range(600)], pairs.store, pairs.tokenizer
     )
     ready = []
-    n_words = captions.n_words(np.arange(len(captions)))
+    n_words = captions.arrays["n_words"]
     order = np.argsort(n_words, kind="stable")
-    for rows in token_batches(n_words[order] + pairs.store.n_regions([0]), 8192):
-        ready.append(
-            train.to_device(captions.batch(order[rows], captions.image[order[rows]]), DEVICE)
-        )
+    for rows in token_batches(n_words[order] + pairs.store.n_regions(np.array([0])), 8192):
+        batch = as_tensors(captions.batch(order[rows], captions.image[order[rows]]))
+        ready.append(train.to_device(batch, DEVICE))
 
     @torch.inference_mode()
     def forward():
@@ -449,7 +444,7 @@ def bench_retrieval(found, folder):
 
     found["retrieval_vs_forward"] = ratio(
         forward,
-        lambda: evaluate.score_all(model, captions, batch_tokens=8192, autocast=runtime.autocast),
+        lambda: evaluate.score_all(run, captions, "rank"),
         rounds=3,
     )
 
@@ -497,53 +492,34 @@ def bench_align(found, folder):
         "answered": torch.arange(0, PAIRS, 2),
         "answer": torch.randint(9500, (PAIRS // 2,), generator=g),
     }
-    counts = {
-        "": PAIRS,
-        "mlm": len(words),
-        "class": K,
-        "attribute": K,
-        "feature": K,
-        "answers": PAIRS // 2,
-        "align": len(pointed),
-    }
     aligned = {
         "aligned": pointed,
         "aligned_row": pointed // W,
-        "alignment": torch.rand(len(pointed), REGIONS, generator=g).softmax(-1),
+        "pointer": torch.cat([corner, corner + 0.4], -1)[pointed // W, 0],
+        "similarity_cls_id": torch.rand(len(pointed), REGIONS, generator=g),
+        "similarity_attr_id": torch.rand(len(pointed), REGIONS, generator=g),
     }
-    step = lambda settings, more: (
-        lambda: train.train_step(
-            settings,
-            runtime,
-            model,
-            optimizer,
-            [],
-            settings.steps,
-            [batch | more | {"counts": counts}],
-        )
-    )
+
+    def step(cfg, more):
+        how = cfg, runtime, model, optimizer, cfg.steps
+        return lambda: train.train_step(*how, [batch | more])
+
     found["align"] = ratio(step(other, aligned), step(cfg, {}), rounds=9)
 
 
 def bench_maf(found, folder):
     tree = folder / "toy"
     make_toy(tree, scenes=2000)
-    cfg = train.make_config("toy-grounding", data=str(tree))
-    runtime = train.setup_runtime(cfg)
-    runtime.print_rank0 = lambda *words: None
-    words = train.load_tokenizer(cfg)
-    streams = train.load_streams(cfg, runtime, prepared_run(cfg, words))
-    model, count = train.build_model(cfg, runtime, words, streams), [0]
-    optimizer = train.build_optimizer(cfg, model)
+    made, count = prepare("--recipe toy-grounding --data", tree), [0]
 
     def train_maf():
         for _ in range(50):
-            train.train_step(
-                cfg, runtime, model, optimizer, streams.train, 1, [streams.train[0][count[0]]]
-            )
+            batch = made.streams.train[0][count[0]]
+            train.train_step(made.cfg, made.runtime, made.model, made.optimizer, 1, [batch])
             count[0] += 1
 
-    found["maf_captions_per_s"] = 50 * cfg.batch_size / seconds(train_maf, rounds=7)[0]
+    captions = 50 * made.cfg.batch_size
+    found["maf_captions_per_s"] = captions / seconds(train_maf, rounds=7)[0]
 
 
 def albef_step(loss, n=8):
@@ -570,7 +546,6 @@ def albef_step(loss, n=8):
         "task": "albef",
         "names": ["x"] * n,
         "number": 10**6,
-        "own": torch.arange(n),
         "u": torch.rand(2, n),
         "text": text,
         "masked_text": text,
@@ -580,10 +555,9 @@ def albef_step(loss, n=8):
         "word_targets": text.flatten()[words],
         "boxed": torch.arange(n),
         "region_target": region,
-        "counts": {"": n, "mlm": len(words), "heat": n},
     }
     return (
-        lambda: train.train_step(cfg, runtime, model, optimizer, [], cfg.steps, [batch]),
+        lambda: train.train_step(cfg, runtime, model, optimizer, cfg.steps, [batch]),
         batch,
         model,
         runtime,
@@ -630,12 +604,12 @@ def peak(loss):
 def bench_pixels(found, folder):
     with_amc, batch, model, runtime, cfg, optimizer = albef_step("amc")
     without = train.make_config("amc", loss="none", init="none")
-    none = lambda: train.train_step(without, runtime, model, optimizer, [], cfg.steps, [batch])
+    none = lambda: train.train_step(without, runtime, model, optimizer, cfg.steps, [batch])
     found["amc_step"] = ratio(with_amc, none, rounds=5)
 
     def plain():
         """Matching and masked words alone, no momentum model, no queue."""
-        student, mask, n = model.student, batch["text_mask"], len(batch["own"])
+        student, mask, n = model.student, batch["text_mask"], len(batch["text"])
         with runtime.autocast():
             image, words = (
                 student.vision(normalize_pixels(batch["pixels"].to(DEVICE))),
@@ -678,9 +652,9 @@ def bench_pixels(found, folder):
             .astype(np.uint8)
         ).save(folder / f"winoground/images/{i}.jpg", quality=90)
     (folder / "vocab.txt").write_text("\n".join([*WordPiece.SPECIAL, "word", "left", "right"]))
-    PatchStore.KEPT, kept = 0, PatchStore.KEPT
     store = PatchStore(folder, "winoground", 256, 16)
-    PatchStore.KEPT = kept
+    # as of a data set that is larger than what is kept decoded
+    store.load = getattr(store.load, "__wrapped__", store.load)
     pairs = make_index(
         [Record(str(i), "word " * 10, str(i), boxes=((0.1, 0.1, 0.5, 0.5),)) for i in range(48)],
         store,
@@ -688,38 +662,25 @@ def bench_pixels(found, folder):
         24,
         layout="albef",
     )
-    stream, threads = (
-        Batches("albef", pairs, 16, 0, augment=("flip", "jitter", "grey")),
-        torch.get_num_threads(),
-    )
+    how = {"augment": "flip+jitter+grey", "batch_size": 16, "max_words": 24}
+    stream, threads = batches_of("albef", pairs, **how), torch.get_num_threads()
     torch.set_num_threads(1)
     found["pictures_per_s"] = 48 / seconds(lambda: [stream[k] for k in range(3)], rounds=7)[0]
     torch.set_num_threads(threads)
 
     tree = folder / "toy"
     make_toy(tree, scenes=600)
-    cfg = train.make_config("toy-albef", data=str(tree), init="none")
-    runtime = train.setup_runtime(cfg)
-    runtime.print_rank0 = lambda *words: None
-    tokenizer = train.load_tokenizer(cfg)
-    streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
-    model = train.build_model(cfg, runtime, tokenizer, streams)
-    optimizer, one, count = train.build_optimizer(cfg, model), streams.train[0][0], [0]
+    made, count = prepare("--recipe toy-albef --init none --data", tree), [0]
+    how = made.cfg, made.runtime, made.model, made.optimizer, 1, [made.batch]
 
     def load():
         for _ in range(4):
-            streams.train[0][count[0]]
+            made.streams.train[0][count[0]]
             count[0] += 1
 
     load()
-    found["toy_pictures_vs_model"] = ratio(
-        lambda: [
-            train.train_step(cfg, runtime, model, optimizer, streams.train, 1, [one])
-            for _ in range(4)
-        ],
-        load,
-        rounds=5,
-    )
+    four = lambda: [train.train_step(*how) for _ in range(4)]
+    found["toy_pictures_vs_model"] = ratio(four, load, rounds=5)
 
 
 def detector_sizes():
@@ -951,7 +912,6 @@ def main():
     unknown = set(args.parts) - set(PARTS)
     if unknown or args.small and args.keep:
         parser.error(f"parts are {', '.join(PARTS)}; --small measures nothing to keep")
-    train.keep_memory()  # as train.py does on a CPU
     results, found = json.loads(RESULTS.read_text()), {}
     for part in args.parts or PARTS:
         with tempfile.TemporaryDirectory() as folder:
