@@ -720,7 +720,7 @@ def test_referit(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     "typed, told",
     [
-        ("--loss amc --recipe toy", "needs texts with boxes\n  Wanted: --recipe toy-amc"),
+        ("--loss amc --recipe toy", "heat maps need texts with boxes\n  Wanted: --recipe toy-amc"),
         ("--recipe toy-albef --loss cacr", "--model albef"),
         ("--recipe toy-albef --batch-size 1", "no negative"),
         ("--recipe toy-albef --augment flop", "did you mean flip"),
@@ -729,7 +729,7 @@ def test_referit(tmp_path, tokenizer, monkeypatch):
         ("--loss amc --model uniter --vision regions", "--vision patches"),
         ("--recipe toy-patches --loss amc", "--triplets"),
         ("--recipe toy-patches --corpora crops:-1+coco", "crops:-1"),
-        ("--loss amc --model uniter --pretrain mlm", "itm in --pretrain"),
+        ("--loss amc --model uniter --pretrain mlm", "--triplets with --pretrain itm"),
         ("--recipe toy --vision patches --loss cacr+amc", "--triplets"),
         ("--recipe toy-patches --pretrain mlm+mrc", "patches have no classes"),
         ("--recipe toy-align --vision patches", "patches have no classes"),

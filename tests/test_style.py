@@ -48,10 +48,25 @@ def test_pages_are_100_columns_wide():
         assert not wide, f"{name}.md: {wide}"
 
 
+def docstring_lines(module):
+    """The lines that docstrings of a module, its classes and its functions take"""
+    owners = (n for n in ast.walk(module) if hasattr(n, "body") and isinstance(n.body, list))
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    said = (n.body[0] for n in owners if isinstance(n, kinds) and ast.get_docstring(n, clean=False))
+    return {line for node in said for line in range(node.lineno, node.end_lineno + 1)}
+
+
+def code_lines(path):
+    """A file's lines without comments, docstrings and blank lines"""
+    docstrings = docstring_lines(tree(path))
+    lines = (l for n, l in enumerate(path.read_text().splitlines(), 1) if n not in docstrings)
+    return [line for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
 def test_widths():
-    lines = [line for path in FILES.values() for line in path.read_text().splitlines()]
-    widths = sorted(len(line) for line in lines if line.strip())
-    assert widths[len(widths) // 2] <= 55 and widths[len(widths) * 95 // 100] <= 98
+    """Of code: prose fills its lines, and there is more of it for each line of code than there was."""
+    widths = sorted(len(line) for path in FILES.values() for line in code_lines(path))
+    assert widths[len(widths) // 2] <= 56 and widths[len(widths) * 95 // 100] <= 95
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -95,22 +110,10 @@ def test_functions_are_short():
 LIMITS = {"losses": 270, "model": 930, "data": 1500, "evaluate": 1550, "train": 1300}
 
 
-def docstring_lines(module):
-    """The lines that docstrings of a module, its classes and its functions take"""
-    owners = (n for n in ast.walk(module) if hasattr(n, "body") and isinstance(n.body, list))
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    said = (n.body[0] for n in owners if isinstance(n, kinds) and ast.get_docstring(n, clean=False))
-    return {line for node in said for line in range(node.lineno, node.end_lineno + 1)}
-
-
 def test_size():
     """Code lines of each file, 5,250 together; 8,500 lines with everything."""
-    code, whole = {}, 0
-    for name, path in FILES.items():
-        lines, docstrings = path.read_text().splitlines(), docstring_lines(tree(path))
-        plain = (line.strip() for n, line in enumerate(lines, 1) if n not in docstrings)
-        code[name] = sum(bool(line) and not line.startswith("#") for line in plain)
-        whole += len(lines)
+    code = {name: len(code_lines(path)) for name, path in FILES.items()}
+    whole = sum(len(path.read_text().splitlines()) for path in FILES.values())
     assert all(0 < code[name] <= LIMITS[name] for name in FILES), code
     assert sum(code.values()) <= 5250 and whole <= 8500, (code, whole)
 
@@ -124,12 +127,11 @@ def test_formatted():
 
 def test_comments_of_their_own():
     """8 to 15 lines of comment in 100 of code; blank lines and docstrings are neither."""
-    comments = code = 0
+    comments, code = 0, sum(len(code_lines(path)) for path in FILES.values())
     for path in FILES.values():
         docstrings = docstring_lines(tree(path))
-        lines = [l for n, l in enumerate(path.read_text().splitlines(), 1) if n not in docstrings]
+        lines = (l for n, l in enumerate(path.read_text().splitlines(), 1) if n not in docstrings)
         comments += sum(line.strip().startswith("#") for line in lines)
-        code += sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
     assert 8 <= 100 * comments / code <= 15, f"{100 * comments / code:.1f}"
 
 
