@@ -326,9 +326,9 @@ def test_bad_pictures_are_left_out_and_listed(toy_tree, weights_file, tmp_path):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("no folder", "no pictures are there"),
-        ("no pictures", "no pictures are there"),
-        ("twice", "2 pictures are called a"),
+        ("no folder", "no pictures, or several of one name"),
+        ("no pictures", "no pictures, or several of one name"),
+        ("twice", "no pictures, or several of one name"),
         ("weights", "does not fit"),
         ("no weights", "No such file"),
         ("regions", "invalid int value: 'many'"),

@@ -103,7 +103,6 @@ def test_command_line(toy_tree, pretrained, tmp_path):
         assert recalls <= set(json.loads(done.stdout)), done.stderr
     done, figures = ask("--task figures --out figures"), tmp_path / "figures"
     assert len(list(figures.glob("winoground_*.png"))) == 8, done.stderr
-    assert (figures / "curve_run.png").exists()
     picture = Image.open(figures / "winoground_0_0.png")
     assert picture.width > 400 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
     bad = inside(tmp_path, ["--task winoground --ckpt no.pt --data", toy_tree], evaluate.main)
