@@ -64,7 +64,7 @@ def code_lines(path):
 
 
 def test_widths():
-    """Of code: prose fills its lines, and there is more of it for each line of code than there was."""
+    """Of code: prose fills its lines, and there is more of it to each line of code than before."""
     widths = sorted(len(line) for path in FILES.values() for line in code_lines(path))
     assert widths[len(widths) // 2] <= 56 and widths[len(widths) * 95 // 100] <= 95
 
