@@ -51,7 +51,7 @@ import model as model_parts
 import train
 from conftest import batches_of, prepare
 from data import PatchStore, Record, RegionStore, WordPiece, make_index
-from data import as_tensors, normalize_pixels, token_batches
+from data import normalize_pixels, token_batches
 from evaluate import StoreWriter
 from model import SIZES, Uniter, build
 from seeds import RESULTS, commit, fill, with_commits
@@ -394,7 +394,7 @@ def bench_pretraining(found, folder):
     batches = []
     for start in range(0, 2 * n, n):
         rows = np.random.default_rng(start).integers(len(pairs), size=n)
-        batch = as_tensors(pairs.batch(rows, pairs.image[rows]))
+        batch = train.to_device(pairs.batch(rows, pairs.image[rows]))
         batch.pop("length")
         batches.append(
             (
@@ -433,7 +433,7 @@ def bench_retrieval(found, folder):
     n_words = captions.arrays["n_words"]
     order = np.argsort(n_words, kind="stable")
     for rows in token_batches(n_words[order] + pairs.store.n_regions(np.array([0])), 8192):
-        batch = as_tensors(captions.batch(order[rows], captions.image[order[rows]]))
+        batch = captions.batch(order[rows], captions.image[order[rows]])
         ready.append(train.to_device(batch, DEVICE))
 
     @torch.inference_mode()
