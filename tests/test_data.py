@@ -361,6 +361,17 @@ def test_an_epoch_holds_every_caption_once(pairs, settings):
     assert not settings or len(odd) <= 1
 
 
+def test_an_epochs_batches_come_in_random_order(pairs):
+    """Not by the length that they were sorted by; in another order in the next epoch."""
+    stream, orders = batches_of("mlm", pairs, 512), []
+    for epoch in (0, 1):
+        stream.plan(epoch)
+        longest = [pairs.arrays["n_words"][stream.columns[0][b]].max() for b in stream.batches]
+        orders.append(longest)
+        assert len(longest) > 10 and longest != sorted(longest)
+    assert orders[0] != orders[1]
+
+
 def test_contrast_shares_out_whole_updates(pairs):
     """Any number of processes has the same pairs in an update; what is too few for one waits."""
     one, two = (batches_of("maf", pairs, batch_size=24 // n, helpers={"pieces": n}) for n in (1, 2))

@@ -441,6 +441,8 @@ def test_flip_mirrors_the_box_and_the_words(toy_tree, tokenizer):
     batch = batches("albef", pairs, batch_size=40, augment="flip")[0]
     plain = batches("albef", pairs, batch_size=40)[0]
     left, right = tokenizer("left")[0], tokenizer("right")[0]
+    both = np.array([tokenizer("left of the right")])
+    assert data.mirrored(tokenizer, both)[0].tolist() == tokenizer("right of the left")
     flipped = (batch["text"] == right).any(1)
     assert 8 < flipped.sum() < 32 and torch.equal(flipped, batch["flip"])
     assert not (batch["text"][flipped] == left).any() and (plain["text"] == left).any(1).all()
