@@ -17,7 +17,7 @@ one, and the losses after the five papers come last.
                            ranking                                              UNITER sec. 4.1
     downstream tasks       soft_answers  classify  pick_region                  UNITER sec. A.2
     word-object alignment  box_iou  soft_alignment_target                       Kervadec eq. 15-18
-                           topk_softmax  word_object_alignment                  Kervadec eq. 11-14
+                           word_object_alignment                                Kervadec eq. 11-14
                            detected                      Kervadec sec. 4 (LXMERT's masked objects)
     phrase grounding       word_weights  phrase_embedding                       MAF eq. 2, 3
                            phrase_scores  maf_similarity  maf                   MAF eq. 4, 5, 6
@@ -269,16 +269,6 @@ def soft_alignment_target(pointer, boxes, class_similarity, attribute_similarity
     total = both.sum(dim=-1, keepdim=True)  # (2, K, 1)
     some = (total > 1e-6).to(both.dtype)
     return (some * both / total.clamp(min=1e-6)).sum(dim=0) / some.sum(dim=0).clamp(min=1)
-
-
-def topk_softmax(A, column_mask, k=3):
-    """softmax over the k highest real columns of each row, 0 elsewhere.         Kervadec eq. (13)
-
-    A (K, M), column_mask (K, M); returns (K, M), rows sum to 1
-    """
-    A = wide(A).masked_fill(~column_mask, float("-inf"))
-    lowest = A.topk(min(k, A.shape[-1]), dim=-1).values[..., -1:]
-    return A.masked_fill(A < lowest, float("-inf")).softmax(dim=-1)
 
 
 def word_object_alignment(A, target, region_mask, k=3):

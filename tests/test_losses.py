@@ -376,13 +376,6 @@ def test_word_object_alignment_teaches_what_the_model_overlooks_and_skips_what_m
     assert losses.word_object_alignment(A[:0], target[:0], mask[:0]) == 0
 
 
-def test_topk_softmax_keeps_k():
-    A, none = torch.tensor([[1.0, 3, 2, 0], [1.0, 3, 2, 0]]), float("-inf")
-    P = losses.topk_softmax(A, torch.tensor([[True] * 4, [True, False, False, True]]), k=3)
-    torch.testing.assert_close(P[0], torch.tensor([1.0, 3, 2, none]).softmax(-1))
-    torch.testing.assert_close(P[1], torch.tensor([1.0, none, none, 0]).softmax(-1))
-
-
 def phrases(seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
@@ -574,7 +567,7 @@ def some_arguments():
     return x, {
         "soft_answers": dict(target=torch.rand(2, 3)),
         "box_iou": dict(a=boxes, b=boxes.flip(1)),
-        "topk_softmax word_object_alignment": dict(A=draw(2, 4), target=torch.rand(2, 4)),
+        "word_object_alignment": dict(A=draw(2, 4), target=torch.rand(2, 4)),
         "pick_region": dict(scores=draw(2, 4), target=torch.tensor([3, 0])),
         "itc": dict(target=torch.rand(3, 3)),
         "mlm_distilled": dict(target=torch.tensor([0, 2, 1]), logits=draw(3, 5)),
