@@ -401,6 +401,16 @@ def vqa_answers(tree, ids):
         )
 
 
+def write_answers(tree):
+    """The official lists of answers, as long as they are"""
+    names = ["yes", "no", *tree.words]
+    for path, n in (("vqa2", 3129), ("gqa", 1842)):
+        with tree.open(f"{path}/trainval_label2ans.json") as file:
+            json.dump(names[:n], file)
+    with tree.open("lxmert/all_ans.json") as file:
+        json.dump([{"ans": name} for name in names[:9500]], file)
+
+
 def write_gqa(tree, vg):
     """GQA's questions and scene graphs; returns testdev's image names"""
     train_n, val_n = map(tree.scaled, NUMBERS["gqa scenes"])
@@ -636,7 +646,7 @@ def write_tree(out, scale=1.0, seed=0, pictures=True):
     write_ve(tree, flickr)
     refer, boxes = write_refer(tree, coco)
     winoground = write_winoground(tree)
-    write_words(tree)
+    write_words(tree), write_answers(tree)
     stems = [coco_stem(split, i) for split, some in coco.items() for i in some]
     web = {name: alive(tree, name) for name in ("cc3m", "sbu", "cc12m")}
     for name, ids in {
@@ -645,13 +655,13 @@ def write_tree(out, scale=1.0, seed=0, pictures=True):
         "vg": vg,
         "gqa": testdev,
         "nlvr2": nlvr2,
-        "vcr_det": vcr,
         "winoground": winoground,
         "refcoco_det": refer,
         "cc3m_val": range(tree.count("cc3m val")),
     }.items():
         write_store(tree, name, ids)
-    write_store(tree, "vcr_gt", vcr, mean=10)
+    both = [*vcr, *(f"det/{image}" for image in vcr)]
+    write_store(tree, "vcr", both, mean=np.repeat([10, REGIONS], len(vcr)))
     write_store(tree, "refcoco_gt", refer, true_boxes=boxes)
     write_store(tree, "cc3m_train", web["cc3m"], boxes=False)
     write_store(tree, "sbu", web["sbu"], boxes=False)
@@ -712,18 +722,18 @@ class Watch:
         self.found["ready_s"] = time.time() - self.began
         return self.streams
 
-    def watch_step(self, cfg, runtime, model, optimizer, streams, step, batches):
+    def watch_step(self, cfg, runtime, model, optimizer, step, batches, margins):
         """Counts a step's words and regions; notes when the first is done"""
         self.found.setdefault("loaded_mib", memory()[0])
         for batch in batches:
-            x = batch.get("input") or batch.get("positive") or {}
+            x = batch.get("input", {})
             if "length" in x:
                 real = x["text_mask"].sum() + x["region_mask"].sum()
                 self.real, self.padded = (
                     self.real + int(real),
                     self.padded + x["length"] * len(x["text_mask"]),
                 )
-        result = self.step(cfg, runtime, model, optimizer, streams, step, batches)
+        result = self.step(cfg, runtime, model, optimizer, step, batches, margins)
         self.found.setdefault("first_s", time.time() - self.began)
         return result
 
@@ -752,18 +762,18 @@ class Watch:
         while spent < seconds:
             stream = self.drawn[k % len(self.drawn)]
             began = time.time()
-            batch = stream.part(k, 0)
+            batch = stream[k]
             spent, k = spent + time.time() - began, k + 1
-            x = batch.get("input") or batch.get("positive") or batch
+            x = batch.get("input", batch)
             rows += len(x["text_mask"]) if "text_mask" in x else len(batch["names"])
         return rows / max(spent, 1e-9)
 
-    def watch_end(self, cfg, runtime, run, log):
+    def watch_end(self, cfg, runtime, run, numbers):
         """The evaluation, timed; none in a second run, or where it is not asked for"""
         if os.environ["REHEARSE_EVALUATE"] == "no":
             return {"val/none": 0.0}
         began = time.time()
-        numbers = self.finalize(cfg, runtime, run, log)
+        numbers = self.finalize(cfg, runtime, run, numbers)
         self.found["evaluation_s"] = time.time() - began
         return numbers
 
@@ -772,7 +782,8 @@ class Watch:
         of_corpus = {id(s.index): np.mean([len(b) for b in s.batches]) for s in self.drawn}
         examples = sum(len(s.index) // s.index.group for s in self.drawn)
         mean = [of_corpus[id(s.index)] for s in self.streams.train]
-        update = float(np.average(mean, weights=self.streams.weights)) * self.cfg.accumulate
+        pieces = self.streams.train[0].helpers["pieces"]
+        update = float(np.average(mean, weights=self.streams.weights)) * pieces
         return {
             "examples": update,
             "updates_an_epoch": examples / update,

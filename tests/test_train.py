@@ -196,7 +196,7 @@ def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
         np.random.default_rng(int(os.environ.get("NANOALIGN_KILL_SEED", 0))),
     )
     code = (
-        f"import train; train.RECIPES['toy-pretrain'].update(steps={30 * kills}, warmup=5, "
+        f"import train; train.RECIPES['toy-short'].update(steps={30 * kills}, warmup=5, "
         "batch_tokens=512, save_every=4, eval_every=30)\n"
         f"train.RECIPES['toy'].update(steps={20 * kills}, warmup=5, batch_tokens=256, "
         "save_every=3, eval_every=20, dropout=0.1)\ntrain.main()"
@@ -217,13 +217,18 @@ def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
     ready = time.time() - began  # imports, data and model
     assert process.wait() == 0
     share = (time.time() - began - ready) / (kills + 1)
+    num_kills = 0
     for kill in range(kills):
         process = start("cut")
-        # it may not finish before the last kill
-        with pytest.raises(subprocess.TimeoutExpired):
+        try:
             process.wait(timeout=max(0.1, ready + share * rng.uniform(-0.5, 1.9)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            num_kills += 1
+    # on a machine that gets faster meanwhile it may finish before the last kill
+    assert num_kills > kills / 2
     assert start("cut").wait() == 0
     runs = [p.parent for p in (tmp_path / "whole/out").glob("*/last.pt")]
     assert len(runs) == 2
