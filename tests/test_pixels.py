@@ -83,7 +83,7 @@ def test_patches_are_the_picture_cut_up(toy_tree, store):
         assert (x2 - x1, y2 - y1) == (16, 16) and (x1, y1) == (16 * (n % 4), 16 * (n // 4))
         # JPEG decode_boxes at a smaller size, half precision
         assert np.abs(pixels[n] - whole[y1:y2, x1:x2]).mean() < 6
-    assert store.size(3) == (240, 180)
+    assert data.read_picture(store.path(3)).size == (240, 180)
 
 
 def test_patches_have_no_detectors_classes(store, tokenizer):
@@ -645,7 +645,8 @@ def pointed(toy_tree, tokenizer, monkeypatch, heat, dataset="", **settings):
     def heat_maps_of(run, texts, store, **how):
         numbers = store.numbers()
         for record in texts:
-            yield record, heat(record, store.size(numbers[record.image]))
+            picture = data.read_picture(store.path(numbers[record.image]))
+            yield record, heat(record, picture.size)
 
     monkeypatch.setattr(evaluate, "heat_maps_of", heat_maps_of)
     settings |= {"data": str(toy_tree), "regions": str(toy_tree / "regions"), "vision": "patches"}
