@@ -704,11 +704,11 @@ def test_pointing_of_a_perfect_and_of_a_blind_attention(toy_tree, monkeypatch):
         return fake
 
     monkeypatch.setattr(evaluate, "word_to_region", attention(True))
-    found = evaluate.pointing_scores(None, pairs)
+    found = evaluate.pointing(None, pairs)
     # two pointers of one word may differ
     assert found["pointing/accuracy"] > 99 and 15 < found["pointing/chance"] < 60
     monkeypatch.setattr(evaluate, "word_to_region", attention(False))
-    assert evaluate.pointing_scores(None, pairs)["pointing/accuracy"] < 12
+    assert evaluate.pointing(None, pairs)["pointing/accuracy"] < 12
 
 
 def test_a_word_points_right_from_half_an_overlap_on(toy_tree, monkeypatch):
@@ -729,7 +729,7 @@ def test_a_word_points_right_from_half_an_overlap_on(toy_tree, monkeypatch):
             yield np.array([0]), {"boxes": boxes, "region_mask": mask}, P
 
         monkeypatch.setattr(evaluate, "word_to_region", fake)
-        return evaluate.pointing_scores(None, index)
+        return evaluate.pointing(None, index)
 
     assert [looks_at(region)["pointing/accuracy"] for region in range(3)] == [100, 0, 0]
     assert looks_at(0)["pointing/chance"] == pytest.approx(100 / 3)

@@ -487,6 +487,17 @@ def test_validation_ends_where_nothing_counts(monkeypatch):
     assert found == {"val/mlm": 50, "val/itm": 0}
 
 
+def test_validation_draws_the_same_however_a_run_trains():
+    """As many masks, negatives at random, whole pictures: numbers of two recipes can be compared."""
+    usual = train.Config()
+    for recipe, size in (("toy-pretrain", 0), ("toy", 0), ("flickr30k", 0), ("toy-albef", 48)):
+        plain = train.for_validation(make_config(recipe, loss="none"))
+        assert (plain.mask_rate, plain.candidates) == (usual.mask_rate, 0) and not plain.alternate
+        assert plain.augment == "none" and plain.batch_size == size
+    assert train.for_validation(make_config("toy", loss="cacr")).loss == "none"
+    assert train.for_validation(make_config("toy-grounding")).loss == "maf"
+
+
 def test_out_of_another_configuration_is_refused_and_kept(toy_tree, pretrained, tmp_path):
     args = toy_run(toy_tree, pretrained, "--steps", 2, "--out", "run")
     run(tmp_path, *args)

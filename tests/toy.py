@@ -1852,9 +1852,7 @@ def ensure_toy(folder, seed=0, scenes=6000):
     mark = Path(folder) / "toy.json"
     if not Path(folder).exists():
         make_toy(folder, seed, scenes)
-    elif (
-        mark.exists() and (made := read_json(mark))["version"] != TOY_VERSION
-    ):
+    elif mark.exists() and (made := read_json(mark))["version"] != TOY_VERSION:
         print(
             f"{folder} was made by version {made['version']} of ShapesWorld, this is version "
             f"{TOY_VERSION}: making it again",
