@@ -488,7 +488,7 @@ def test_validation_ends_where_nothing_counts(monkeypatch):
 
 
 def test_validation_draws_the_same_however_a_run_trains():
-    """As many masks, negatives at random, whole pictures: numbers of two recipes can be compared."""
+    """As many masks, negatives at random, whole pictures: two recipes can be compared."""
     usual = train.Config()
     for recipe, size in (("toy-pretrain", 0), ("toy", 0), ("flickr30k", 0), ("toy-albef", 48)):
         plain = train.for_validation(make_config(recipe, loss="none"))
