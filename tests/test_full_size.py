@@ -163,7 +163,8 @@ def test_several_files_to_begin_from(toy_tree, tmp_path):
 def test_pointing_says_what_was_trained_on(monkeypatch, toy_tree):
     """Of questions that the two-stream recipe was trained on no number stands as if it were not."""
     monkeypatch.setattr(evaluate, "downstream", lambda run: {})
-    monkeypatch.setattr(evaluate, "pointing", lambda run: {"pointing/accuracy": 1.0})
+    monkeypatch.setattr(evaluate, "pointed_questions", lambda run, split: None)
+    monkeypatch.setattr(evaluate, "pointing", lambda run, index: {"pointing/accuracy": 1.0})
     vision = data.Vision(str(toy_tree))
     for split, name in (("train_balanced", ""), ("train_balanced+val_balanced", "_on_questions")):
         one = evaluate.Run(None, None, {"split": split}, {"answer_list": []}, vision)
