@@ -34,8 +34,7 @@ one, and the losses after the five papers come last.
     after the five papers  eqsim  EqBen 2023;  sparc  Bica et al. 2024;  selfeq  He et al. 2024
                            mdetr_align  MDETR 2021;  hard_rank  edit_gaps  CE-CLIP 2024
     helpers                wide  product  mean_over  masked_softmax  block_softmax  joint_softmax
-                           strongest_partner  row_mean_kl
-"""
+                           strongest_partner  row_mean_kl"""
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +52,7 @@ def product(a, b):
     """a @ b in float32: autocast would multiply in bf16 whatever the arguments' type.
 
     a (..., N, D), b (..., D, M)
-    returns  (..., N, M), float32; float64 stays
-    """
+    returns  (..., N, M), float32; float64 stays"""
     with torch.autocast(a.device.type, enabled=False):
         return wide(a) @ wide(b)
 
@@ -68,8 +66,7 @@ def masked_softmax(S, column_mask):
     """softmax over the real columns; padded columns get probability 0.
 
     S (B, ..., N, M) logits; column_mask (B, M), at least one True in each row
-    returns  (B, ..., N, M), float32
-    """
+    returns  (B, ..., N, M), float32"""
     pad = ~column_mask.view(len(column_mask), *[1] * (S.dim() - 2), -1)
     return wide(S).masked_fill(pad, float("-inf")).softmax(dim=-1)
 
@@ -81,8 +78,7 @@ def block_softmax(S, column_mask):
     returns  P (B, N, M): rows sum to 1 inside the block
     Source: IAIS code. It is no slice of the layer's own attention, whose rows sum to 1 over both
     modalities.
-    Helpers: masked_softmax.
-    """
+    Helpers: masked_softmax."""
     return masked_softmax(S, column_mask).mean(dim=1)
 
 
@@ -91,8 +87,7 @@ def joint_softmax(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
 
     S_LL (B, H, N_L, N_L) ... S_VV (B, H, N_V, N_V) logits
     returns  P_LL, P_LV, P_VL, P_VV; rows of [P_LL P_LV] sum to 1
-    Helpers: masked_softmax.
-    """
+    Helpers: masked_softmax."""
     N_L, column = len(text_mask[0]), torch.cat([text_mask, region_mask], dim=1)
     P_L = masked_softmax(torch.cat([S_LL, S_LV], dim=-1), column)
     P_V = masked_softmax(torch.cat([S_VL, S_VV], dim=-1), column)
@@ -112,8 +107,7 @@ def mlm(logits, target):
     returns  scalar >= 0, nats per masked word
     Source: UNITER eq. (1). Here: the mean over words, as the authors' code; the equation sums
         over the words of a pair.
-    Helpers: mean_over.
-    """
+    Helpers: mean_over."""
     return mean_over(F.cross_entropy(wide(logits), target, reduction="none"), len(target))
 
 
@@ -127,8 +121,7 @@ def mrfr(prediction, features):
     returns  scalar >= 0, squared feature units per masked region
     Source: UNITER sec. 3.2, MRM 1). The authors' code also averages over dimensions: divide the
         result by D_V.
-    Helpers: mean_over.
-    """
+    Helpers: mean_over."""
     return mean_over((wide(prediction) - wide(features)).square(), len(features))
 
 
@@ -141,8 +134,7 @@ def mrc(logits, region_probs):
     returns  scalar >= 0, nats per masked region
     Source: UNITER sec. 3.2, MRM 2); leaving out the background is the authors' code, the paper is
         silent.
-    Helpers: mean_over, mlm.
-    """
+    Helpers: mean_over, mlm."""
     return mlm(logits, region_probs[:, 1:].argmax(dim=-1) + 1)
 
 
@@ -155,8 +147,7 @@ def mrc_kl(logits, region_probs):
     returns  scalar >= 0, nats per masked region
     Source: UNITER sec. 3.2, MRM 3). The authors' code averages over the classes too: divide the
         result by C.
-    Helpers: mean_over.
-    """
+    Helpers: mean_over."""
     log_q = wide(logits).log_softmax(dim=-1)
     return mean_over(F.kl_div(log_q, wide(region_probs), reduction="none"), len(logits))
 
@@ -171,8 +162,7 @@ def itm(logits, match):
 
     logits (B, 2): column 1 = "they match"; match (B,) bool or int
     returns  scalar >= 0, nats per pair
-    Source: UNITER eq. (2), whose score s is sigmoid(logits[:, 1] - logits[:, 0]): the same number.
-    """
+    Source: UNITER eq. (2), whose s is sigmoid(logits[:, 1] - logits[:, 0]): the same number."""
     return F.cross_entropy(wide(logits), match.long())
 
 
@@ -183,8 +173,7 @@ def ranking(scores, margin=0.2):
 
     scores (G, 1 + K): a group is one matched pair, first, and its K mismatched ones
     returns  scalar in [0, 1 + margin]
-    Source: UNITER sec. 4.1 ("triplet loss"); sigmoid and margin are the authors' code.
-    """
+    Source: UNITER sec. 4.1 ("triplet loss"); sigmoid and margin are the authors' code."""
     s = wide(scores).sigmoid()
     return (margin + s[:, 1:] - s[:, :1]).clamp(min=0).mean()
 
@@ -201,8 +190,7 @@ def soft_answers(scores, target):
         none
     returns  scalar >= 0, nats per question
     Source: authors' code; it trains visual entailment so too, on one-hot targets, where the paper
-        has the cross-entropy (classify).
-    """
+        has the cross-entropy (classify)."""
     each = F.binary_cross_entropy_with_logits(wide(scores), wide(target), reduction="none")
     return each.sum(dim=-1).mean()
 
@@ -215,8 +203,7 @@ def classify(logits, target):
     logits (B, C), target (B,) int64
     NLVR2: false, true. VCR: wrong, right, for each choice by itself. Visual entailment: its three.
     returns  scalar >= 0, nats per row
-    Source: UNITER sec. A.2.
-    """
+    Source: UNITER sec. A.2."""
     return F.cross_entropy(wide(logits), target)
 
 
@@ -228,8 +215,7 @@ def pick_region(scores, region_mask, target):
     scores, region_mask (B, N_V), target (B,) int64, a real region of each row
     returns  scalar >= 0, nats per expression; the authors' code sums over the batch: multiply the
              result by B
-    Source: UNITER sec. A.2.
-    """
+    Source: UNITER sec. A.2."""
     return F.cross_entropy(wide(scores).masked_fill(~region_mask, float("-inf")), target)
 
 
@@ -260,8 +246,7 @@ def soft_alignment_target(pointer, boxes, class_similarity, attribute_similarity
              touches no region and no name is like it
     Source: Kervadec sec. 5. Here: negative cosines count as 0, else a row could not be normalised;
     of a criterion that is 0 everywhere, the other one stands alone.
-    Helpers: box_iou.
-    """
+    Helpers: box_iou."""
     PA = box_iou(wide(pointer)[:, None], wide(boxes))
     SA = (0.75 * wide(class_similarity) + 0.25 * wide(attribute_similarity)).clamp(min=0)
     # where and what, each normalised by itself, so that neither outweighs the other
@@ -284,8 +269,7 @@ def word_object_alignment(A, target, region_mask, k=3):
     Source: Kervadec sec. 5, no code was released. Eq. (13) gives 0 to all but the k highest A,
     where eq. (14) is infinite. Here: both distributions live on the k highest of A and the k
     highest of the target, the target normalised again over these, so that a region that the model
-    overlooks gets a gradient too.
-    """
+    overlooks gets a gradient too."""
     # a padded region is never among the k highest of more than k
     A = wide(A).masked_fill(~region_mask, float("-inf"))
     target = wide(target).masked_fill(~region_mask, 0)
@@ -314,8 +298,7 @@ def detected(logits, label, confidence=None):
     Source: Kervadec sec. 4, masked regions, all alike. LXMERT's code: all regions of all pairs,
     masked or not, with the detector's confidence, and the mean is divided by 0.15, the share of
     masked ones.
-    Helpers: mean_over.
-    """
+    Helpers: mean_over."""
     # -1 counts 0 in the sum and still in the mean
     each = F.cross_entropy(wide(logits), label, ignore_index=-1, reduction="none")
     return mean_over(each if confidence is None else each * confidence, len(label))
@@ -335,8 +318,7 @@ def word_weights(h, v, word_mask, region_mask):
     returns  beta (B, Q, W): sums to 1 over a phrase's words, 0 in a phrase that is all padding
     Source: MAF sec. 3.1. The authors' code lets padded regions and padded words take part in both
     softmaxes: pass masks that are all True.
-    Helpers: product, masked_softmax.
-    """
+    Helpers: product, masked_softmax."""
     # (B, Q, W, K)
     S = product(h.flatten(1, 2), v.mT).unflatten(1, h.shape[1:3]) / h.shape[-1] ** 0.5
     alpha = masked_softmax(S, region_mask).amax(dim=-1)  # (B, Q, W)
@@ -350,8 +332,7 @@ def phrase_embedding(h, v, word_mask, region_mask):
 
     Arguments as word_weights; returns p (B, Q, d); eq. (3)'s e = W_p p is the model's.
     "average" of Table 3 has beta = 1 / words.
-    Helpers: product, masked_softmax, word_weights.
-    """
+    Helpers: product, masked_softmax, word_weights."""
     return (word_weights(h, v, word_mask, region_mask)[..., None] * wide(h)).sum(dim=-2)
 
 
@@ -362,8 +343,7 @@ def phrase_scores(e, v, region_mask):
 
     e (T, Q, d) phrases of T captions, v (I, K, d) regions of I images, region_mask (I, K)
     returns  (T, I, Q, K), -inf at padded regions
-    Helpers: product.
-    """
+    Helpers: product."""
     # (T Q, I K), one product for all pairs, then (T, Q, I, K)
     A = product(e.flatten(0, 1), v.flatten(0, 1).mT).view(*e.shape[:2], *v.shape[:2])
     return A.masked_fill(~region_mask, float("-inf")).transpose(1, 2)
@@ -377,8 +357,7 @@ def maf_similarity(e, v, phrase_mask, region_mask):
     Arguments as phrase_scores, phrase_mask (T, Q); returns (T, I)
     Source: MAF sec. 3.2. The authors' code sums over padded phrases too, lets padded regions win,
     and divides by the real phrases.
-    Helpers: product, phrase_scores.
-    """
+    Helpers: product, phrase_scores."""
     best = phrase_scores(e, v, region_mask).amax(dim=-1)  # (T, I, Q)
     total = best.masked_fill(~phrase_mask[:, None], 0).sum(dim=-1)  # (T, I)
     return total / phrase_mask.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -391,8 +370,7 @@ def maf(similarity, own=None):
 
     similarity (T, I); own (T,) int64: the image of each caption, its own number unless given
     returns  scalar >= 0, nats per caption
-    Source: MAF sec. 3.2; one way only and without temperature, as in the authors' code.
-    """
+    Source: MAF sec. 3.2; one way only and without temperature, as in the authors' code."""
     if own is None:
         own = torch.arange(len(similarity), device=similarity.device)
     return F.cross_entropy(wide(similarity), own)
@@ -407,8 +385,7 @@ def cosine_cost(words, regions, text_mask, region_mask):
     words (B, N_L, D), regions (B, N_V, D); returns (B, N_L, N_V) in [0, 2]
     Source: UNITER sec. 3.2. Norms count as at least 1e-5 (authors' code), so a zero vector has
         cost 1 to everything.
-    Helpers: product.
-    """
+    Helpers: product."""
     w, v = (F.normalize(wide(x), dim=-1, eps=1e-5) for x in (words, regions))
     cost = 1 - product(w, v.mT)  # (B, N_L, N_V)
     return cost.masked_fill(~(text_mask[:, :, None] & region_mask[:, None, :]), 0)
@@ -426,8 +403,7 @@ def ipot(cost, text_mask, region_mask, beta=0.5, iterations=50, inner=1):
     returns  T (B, N_L, N_V) >= 0 without gradient: sums to 1, rows to 1/n exactly, columns to 1/m
              in the limit; n and m count the real words and regions, [CLS] and [SEP] included; 0 in
              padding
-    Source: UNITER Algorithm 1, with its defaults. The authors' code fails for inner > 1.
-    """
+    Source: UNITER Algorithm 1, with its defaults. The authors' code fails for inner > 1."""
     with torch.autocast(cost.device.type, enabled=False):
         real = text_mask[:, :, None] & region_mask[:, None, :]
         A = (-wide(cost) / beta).exp().masked_fill(~real, 0)
@@ -456,8 +432,7 @@ def ot_distance(words, regions, text_mask, region_mask, beta=0.5, iterations=50)
 
     words (B, N_L, D), regions (B, N_V, D): last hidden states
     returns  (B,) in [0, 2], cosine distance; gradient through the cost, none through the plan
-    Helpers: product, cosine_cost, ipot.
-    """
+    Helpers: product, cosine_cost, ipot."""
     cost = cosine_cost(words, regions, text_mask, region_mask)
     return (ipot(cost, text_mask, region_mask, beta, iterations) * cost).sum(dim=(1, 2))
 
@@ -472,8 +447,7 @@ def wra(words, regions, text_mask, region_mask, match=None, beta=0.5, iterations
     returns  scalar in [0, 2], with match in [-2, 2]; cosine distance per pair
     Source: UNITER eq. (3). The paper does not say that the released code pushes mismatched pairs
     apart; it weighs this loss by 0.1.
-    Helpers: product, cosine_cost, ipot, ot_distance.
-    """
+    Helpers: product, cosine_cost, ipot, ot_distance."""
     distance = ot_distance(words, regions, text_mask, region_mask, beta, iterations)
     return (distance if match is None else torch.where(match.bool(), distance, -distance)).mean()
 
@@ -488,8 +462,7 @@ def matrix_kl(p, q, row_mask, eps=1e-6):
 
     p, q (B, N, M): rows are distributions, 0 in padded columns; row_mask (B, N)
     returns  scalar >= 0 in nats: sum over the real rows of a pair, mean over pairs
-    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes row means: row_mean_kl.
-    """
+    Source: CACR eq. (4). Here: eps keeps log(0) finite. IAIS takes row means: row_mean_kl."""
     p, q = wide(p), wide(q)
     # (B, N), both KLs in one product
     rows = ((p - q) * ((p + eps).log() - (q + eps).log())).sum(dim=-1)
@@ -509,8 +482,7 @@ def cacr_side(S_own, S_cross, S_other, own_mask, other_mask):
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all three blocks
     Source: CACR sec. 3.2. Here: the equations' index order; the last line of sec. 3.4 prints the
     transpose.
-    Helpers: masked_softmax, matrix_kl.
-    """
+    Helpers: masked_softmax, matrix_kl."""
     with torch.autocast(S_own.device.type, enabled=False):
         # padding stands for nothing; a softmax comes only after the product, so 0 and not -inf
         S_cross = wide(S_cross).masked_fill(~other_mask[:, None, :], 0)
@@ -531,8 +503,7 @@ def cacr(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
     text_mask (B, N_L), region_mask (B, N_V): the words and regions that take part
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all four blocks
     Source: CACR sec. 3.2. No code was released.
-    Helpers: masked_softmax, matrix_kl, cacr_side.
-    """
+    Helpers: masked_softmax, matrix_kl, cacr_side."""
     language = cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask)
     return language + cacr_side(S_VV, S_VL, S_LL, region_mask, text_mask)
 
@@ -547,8 +518,7 @@ def soft_relation_alignment(S_own, S_cross, S_other, own_mask, other_mask):
     time: hundreds of times slower.
     Source: CACR sec. 3.3. Here: a weighted sum, as sec. 3.4 proves; Algorithm 1 writes "mean",
     which the softmax would see.
-    Helpers: matrix_kl.
-    """
+    Helpers: matrix_kl."""
     losses = []
     for b in range(len(S_own)):
         own, other = own_mask[b].nonzero()[:, 0].tolist(), other_mask[b].nonzero()[:, 0]
@@ -574,8 +544,7 @@ def strongest_partner(cross, other, other_mask):
     the first of a tie.
 
     cross (B, N, M), other (B, M, M), other_mask (B, M)
-    returns  G (B, N, N); gradient to other, none to cross
-    """
+    returns  G (B, N, N); gradient to other, none to cross"""
     # one token each: a hard choice, which no gradient passes
     partner = cross.masked_fill(~other_mask[:, None, :], float("-inf")).argmax(dim=-1)  # (B, N)
     pair = torch.arange(len(cross), device=cross.device)[:, None, None]
@@ -589,8 +558,7 @@ def row_mean_kl(p, q, row_mask, eps=0.0):
 
     p, q (B, N, M), rows are distributions; row_mask (B, N); returns a scalar in nats per row.
     Here: the authors' code gives inf or nan where a probability is exactly 0; log never sees less
-    than 1e-30, so value and gradient stay finite.
-    """
+    than 1e-30, so value and gradient stay finite."""
     p, q = wide(p), wide(q)
     # 0 log 0 is 0: the clamp keeps it from being 0 times -inf
     log = lambda x: x.clamp(min=1e-30).log()
@@ -607,8 +575,7 @@ def iais_singular_side(S_own, S_cross, S_other, own_mask, other_mask):
     Arguments and the roles of language and vision as cacr_side
     returns  scalar >= 0 in nats per row; gradient to S_own and S_other, none to S_cross
     Source: Ren et al. 2021, sec. 3.1, from logits. The authors' code: iais_singular_released.
-    Helpers: masked_softmax, strongest_partner, row_mean_kl.
-    """
+    Helpers: masked_softmax, strongest_partner, row_mean_kl."""
     seen = masked_softmax(strongest_partner(S_cross, S_other, other_mask), own_mask)
     return row_mean_kl(seen, masked_softmax(S_own, own_mask), own_mask)
 
@@ -619,8 +586,7 @@ def iais_singular(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
 
     Arguments as cacr, logits; the authors leave [CLS] and [SEP] out of text_mask.
     returns  scalar >= 0, nats per row
-    Helpers: masked_softmax, strongest_partner, row_mean_kl, iais_singular_side.
-    """
+    Helpers: masked_softmax, strongest_partner, row_mean_kl, iais_singular_side."""
     language = iais_singular_side(S_LL, S_LV, S_VV, text_mask, region_mask)
     return language + iais_singular_side(S_VV, S_VL, S_LL, region_mask, text_mask)
 
@@ -633,8 +599,7 @@ def iais_singular_released(P_own, P_cross, P_other, own_mask, other_mask):
     P_* (B, N, .): block_softmax of each block; the rest as iais_singular_side
     returns  scalar >= 0 in nats per row
     Source: IAIS code. Here: finite where a probability is 0 (row_mean_kl).
-    Helpers: masked_softmax, strongest_partner, row_mean_kl.
-    """
+    Helpers: masked_softmax, strongest_partner, row_mean_kl."""
     seen = masked_softmax(strongest_partner(P_cross, P_other, other_mask), own_mask)
     return row_mean_kl(seen, wide(P_own).masked_fill(~own_mask[:, None, :], 0), own_mask)
 
@@ -651,8 +616,7 @@ def iais_distributed_side(P_own, P_cross, P_back, own_mask, other_mask, eps=1e-6
              (authors' code)
     Source: Ren et al. 2021, sec. 3.2, and the IAIS code. Here: finite where a probability is 0
     (row_mean_kl).
-    Helpers: product, row_mean_kl.
-    """
+    Helpers: product, row_mean_kl."""
     own, other = own_mask[:, None, :], other_mask[:, None, :]
     seen = product(P_cross.masked_fill(~other, 0), P_back.masked_fill(~own, 0))  # (B, N, N)
     return row_mean_kl(seen, wide(P_own).masked_fill(~own, 0), own_mask, eps)
@@ -664,8 +628,7 @@ def iais_distributed(P_LL, P_LV, P_VL, P_VV, text_mask, region_mask):
 
     P_LL ... P_VV: block_softmax of each block; masks without [CLS] and [SEP]
     returns  scalar in nats per row
-    Helpers: product, row_mean_kl, iais_distributed_side.
-    """
+    Helpers: product, row_mean_kl, iais_distributed_side."""
     language = iais_distributed_side(P_LL, P_LV, P_VL, text_mask, region_mask)
     return language + iais_distributed_side(P_VV, P_VL, P_LV, region_mask, text_mask)
 
@@ -681,8 +644,7 @@ def itc_targets(similarity_m, own, alpha):
     similarity_m (b, M): the momentum model's similarities divided by the temperature, no gradient
     own (b,): the column of each row's partner
     returns  (b, M), rows sum to 1
-    Source: ALBEF's code, AMC sec. 2.1.
-    """
+    Source: ALBEF's code, AMC sec. 2.1."""
     s = wide(similarity_m)
     one_hot = torch.zeros_like(s).scatter(1, own[:, None], 1)
     return alpha * s.softmax(dim=-1) + (1 - alpha) * one_hot
@@ -697,8 +659,7 @@ def itc(similarity, target):
              momentum model's features of the batch, then of the queue; target (b, M) of itc_targets
     returns  scalar >= 0, nats per pair; ALBEF takes the mean of both directions
     Source: ALBEF's code. Here: the cross-entropy; ALBEF's paper writes a KL divergence, which has
-    the same gradient.
-    """
+    the same gradient."""
     return -(wide(similarity).log_softmax(dim=-1) * target).sum(dim=-1).mean()
 
 
@@ -706,8 +667,7 @@ def negative_weights(similarity, own):
     """How likely each other partner is drawn as mismatched: the more similar, the more     ALBEF's
 
     similarity (b, B): with the B partners of the batch; own (b,): the column of each row's true one
-    returns  (b, B), 0 in that column; rows sum to less than 1
-    """
+    returns  (b, B), 0 in that column; rows sum to less than 1"""
     return wide(similarity).softmax(dim=-1).scatter(1, own[:, None], 0.0)
 
 
@@ -720,8 +680,7 @@ def mlm_distilled(logits, target, teacher_logits, alpha):
     returns  scalar >= 0, nats per masked word
     Source: ALBEF's code, AMC eq. (1). AMC's code takes the teacher's softmax over token positions
     instead of words, a slip.
-    Helpers: mean_over, mlm.
-    """
+    Helpers: mean_over, mlm."""
     # the cross-entropy against what the teacher believes
     soft = -(wide(logits).log_softmax(dim=-1) * wide(teacher_logits).softmax(dim=-1)).sum(dim=-1)
     return (1 - alpha) * mlm(logits, target) + alpha * mean_over(soft, len(target))
@@ -741,8 +700,7 @@ def gradcam(P, score, text_mask, create_graph=True, block_of=lambda P: P[..., 1:
     returns  A (B, patches) >= 0; with create_graph a loss on A reaches every weight, through the
              gradient too
     Source: AMC's code. It differentiates the matched logit of matched pairs; eq. (5) writes the
-    cross-entropy, whose sign is opposite (pass it as score to have that).
-    """
+    cross-entropy, whose sign is opposite (pass it as score to have that)."""
     # ReLU before the product equals eq. (6), since P >= 0
     (gradient,) = torch.autograd.grad(score.sum(), P, create_graph=create_graph)
     words = text_mask[:, None, :, None]
@@ -752,8 +710,7 @@ def gradcam(P, score, text_mask, create_graph=True, block_of=lambda P: P[..., 1:
 def unit_range(A, eps=1e-7):
     """Each heat map to [0, 1]:  (A - min) / (max - min + eps)
 
-    A (B, ...); returns the same shape. Source: AMC's code; not in the paper.
-    """
+    A (B, ...); returns the same shape. Source: AMC's code; not in the paper."""
     rest = tuple(range(1, A.dim()))
     low, high = A.amin(rest, keepdim=True), A.amax(rest, keepdim=True)
     return (A - low) / (high - low + eps)
@@ -770,8 +727,7 @@ def amc_mean(A, M, margin=0.1):
     A, M (b, h, w): heat maps in [0, 1] and region masks in [0, 1]
     returns  scalar in [0, 1 + margin]
     Source: AMC's code. Eq. (7) has one hinge a pair, then the mean: the mean of
-    amc_mean(A[i:i+1], M[i:i+1]).
-    """
+    amc_mean(A[i:i+1], M[i:i+1])."""
     A, M = wide(A), wide(M)
     inside = (A * M).sum() / M.sum().clamp(min=1e-9)
     outside = (A * (1 - M)).sum() / (1 - M).sum().clamp(min=1e-9)
@@ -784,8 +740,7 @@ def amc_max(A, M, margin=0.5):
         mean_i max(0, max(A (1 - M)) - max(A M) + margin)                              AMC eq. (8)
 
     A, M (b, h, w) as amc_mean; returns a scalar in [0, 1 + margin]
-    Source: AMC sec. 2.2; the code agrees.
-    """
+    Source: AMC sec. 2.2; the code agrees."""
     A, M = wide(A).flatten(1), wide(M).flatten(1)
     inside, outside = (x.max(dim=1).values for x in (A * M, A * (1 - M)))  # (b,)
     return (outside - inside + margin).clamp(min=0).mean()
@@ -796,8 +751,7 @@ def amc(A, M):
 
         loss = 0.2 amc_mean + 0.8 amc_max    A, M (b, h, w); returns a scalar          AMC eq. (9)
 
-    Helpers: amc_mean, amc_max.
-    """
+    Helpers: amc_mean, amc_max."""
     return 0.2 * amc_mean(A, M) + 0.8 * amc_max(A, M)
 
 
@@ -806,8 +760,7 @@ def amc_cosine(A, M):
 
         mean_i 1 - cos(A_i, M_i);   A, M (b, h, w); returns a scalar in [0, 1]
 
-    Source: AMC sec. 4.5, Table 3b, "cosine distance between M and A"; not in the code.
-    """
+    Source: AMC sec. 4.5, Table 3b, "cosine distance between M and A"; not in the code."""
     return (1 - F.cosine_similarity(wide(A).flatten(1), wide(M).flatten(1), dim=1)).mean()
 
 
@@ -824,8 +777,7 @@ def eqsim(scores, margin=0.0, weights=(1.0, 1.0)):
     scores (..., B, B): s_ij of image i with caption j, the matched ones on the diagonal; leading
              dimensions are taken together. 0 for B = 1
     returns  scalar >= 0, squared scores
-    Source: Wang et al., ICCV 2023, and EqBen's code, whose runs have weights of 0.2 or 0.5.
-    """
+    Source: Wang et al., ICCV 2023, and EqBen's code, whose runs have weights of 0.2 or 0.5."""
     s = wide(scores)
     i, j = torch.triu_indices(*s.shape[-2:], offset=1, device=s.device)
     if not len(i):
@@ -848,8 +800,7 @@ def sparc(words, regions, text_mask, region_mask, temperature=0.07):
     returns  scalar >= 0, nats per word: a mean over pairs of means over their words
     Source: Bica et al., ICML 2024 (no code). Here the temperature is fixed, theirs is learned; a
     word that likes all regions the same takes all.
-    Helpers: product.
-    """
+    Helpers: product."""
     t, v, region = wide(words), wide(regions), region_mask[:, None]
     sim = product(t, v.mT)  # (B, N_L, N_V)
     low = sim.masked_fill(~region, float("inf")).amin(dim=-1, keepdim=True)
@@ -877,8 +828,7 @@ def mdetr_align(A, positive, text_mask, region_mask):
     A (B, N_L, N_V): logits; positive (B, N_L, N_V) bool: word l stands for region j
     returns  scalar >= 0, nats; 0 where nothing is positive
     Source: Kamath et al., ICCV 2021, loss_contrastive_align, where A are cosines of projected
-    states over 0.07 and both sums are divided by the number of boxes. Here: AlignmentDecoder's A.
-    """
+    states over 0.07 both sums are divided by the number of boxes. Here: AlignmentDecoder's A."""
     A, total = wide(A), 0
     positive = positive & text_mask[:, :, None] & region_mask[:, None]
     for S, chosen, mask in ((A, positive, region_mask), (A.mT, positive.mT, text_mask)):
@@ -898,8 +848,7 @@ def hard_rank(matched, edited, kind, margins):
     margins (K,): edit_gaps of the update before
     returns  scalar >= 0, in scores
     Source: CE-CLIP, Zhang et al., CVPR 2024. Its other loss is not taken: in the code every target
-    is column 0.
-    """
+    is column 0."""
     real = kind >= 0
     hinge = (wide(edited) - wide(matched) + wide(margins)[kind.clamp(min=0)]).clamp(min=0)
     return hinge.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
@@ -910,8 +859,7 @@ def edit_gaps(matched, edited, kind, margins, most=10.0):
     kind, between 0 and `most`; where a kind did not occur, as before.
 
     matched, edited, kind (G,), margins (K,) as hard_rank; returns (K,), without gradient
-    Source: CE-CLIP's code.
-    """
+    Source: CE-CLIP's code."""
     of_kind = kind[:, None] == torch.arange(len(margins), device=kind.device)
     gap, n = (wide(matched) - wide(edited)).detach()[:, None] * of_kind, of_kind.sum(dim=0)
     mean = gap.sum(dim=0) / n.clamp(min=1)
@@ -927,8 +875,7 @@ def selfeq(A, A_paraphrase, k=0.8):
     A, A_paraphrase (B, ...): heat maps in [0, 1]; std over all entries of the batch; the gradient
              goes to both
     returns  scalar >= 0; where no place passes k, smooth_l1 + k / 2 (the authors' code: nan)
-    Source: He et al., CVPR 2024 (AMC's successor), and its code.
-    """
+    Source: He et al., CVPR 2024 (AMC's successor), and its code."""
     A, B = wide(A), wide(A_paraphrase)
     R = (A + B >= k).to(A.dtype)
     consistency = 0
