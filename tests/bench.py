@@ -103,7 +103,7 @@ class Step:
         self.model = (
             Uniter(28996, D_V, 1601, dropout=self.cfg.dropout, **SIZES[size]).to(DEVICE).train()
         )
-        self.optimizer = train.build_optimizer(self.cfg, self.model)
+        self.optimizers = train.build_optimizers(self.cfg, self.model)
         g = torch.Generator().manual_seed(0)
         corner = torch.rand(self.pairs, REGIONS, 2, generator=g) / 2
         ones = lambda n: torch.ones(self.pairs, n, dtype=torch.bool)
@@ -126,7 +126,7 @@ class Step:
         }
 
     def __call__(self):
-        train.train_step(self.cfg, self.runtime, self.model, self.optimizer, 1000, [self.batch])
+        train.train_step(self.cfg, self.runtime, self.model, self.optimizers, 1000, [self.batch])
 
     def flops(self):
         """Multiply-adds count two; backward costs twice the forward. Matrix products only."""
@@ -375,7 +375,7 @@ def bench_pretraining(found, folder):
     product, flops = matmul_rate()
     many = lambda: [product() for _ in range(12)]
     update = lambda one, batch: train.train_step(
-        one.cfg, one.runtime, one.model, one.optimizer, 1000, [batch]
+        one.cfg, one.runtime, one.model, one.optimizers, 1000, [batch]
     )
     found["pretrain_matmul_share"] = (work / (12 * flops)) * ratio(
         many, lambda: update(step, middle), rounds=2
@@ -463,7 +463,7 @@ def bench_align(found, folder):
         .to(DEVICE)
         .train()
     )
-    optimizer, g, W = train.build_optimizer(cfg, model), torch.Generator().manual_seed(0), 18
+    optimizers, g, W = train.build_optimizers(cfg, model), torch.Generator().manual_seed(0), 18
     corner, K = torch.rand(PAIRS, REGIONS, 2, generator=g) / 2, int(0.15 * PAIRS * REGIONS)
     mask = lambda n: torch.ones(PAIRS, n, dtype=torch.bool)
     places = lambda n, k: torch.randperm(n, generator=g)[:k]
@@ -501,7 +501,7 @@ def bench_align(found, folder):
     }
 
     def step(cfg, more):
-        how = cfg, runtime, model, optimizer, cfg.steps
+        how = cfg, runtime, model, optimizers, cfg.steps
         return lambda: train.train_step(*how, [batch | more])
 
     found["align"] = ratio(step(other, aligned), step(cfg, {}), rounds=9)
@@ -515,7 +515,7 @@ def bench_maf(found, folder):
     def train_maf():
         for _ in range(50):
             batch = made.streams.train[0][count[0]]
-            train.train_step(made.cfg, made.runtime, made.model, made.optimizer, 1, [batch])
+            train.train_step(made.cfg, made.runtime, made.model, made.optimizers, 1, [batch])
             count[0] += 1
 
     captions = 50 * made.cfg.batch_size
@@ -535,8 +535,8 @@ def albef_step(loss, n=8):
         .train(),
         24,
     )
-    optimizer, words, region = (
-        train.build_optimizer(cfg, model),
+    optimizers, words, region = (
+        train.build_optimizers(cfg, model),
         torch.arange(0, n * W, 7),
         torch.zeros(n, 256, 256, dtype=torch.bool),
     )
@@ -557,12 +557,12 @@ def albef_step(loss, n=8):
         "region_target": region,
     }
     return (
-        lambda: train.train_step(cfg, runtime, model, optimizer, cfg.steps, [batch]),
+        lambda: train.train_step(cfg, runtime, model, optimizers, cfg.steps, [batch]),
         batch,
         model,
         runtime,
         cfg,
-        optimizer,
+        optimizers,
     )
 
 
@@ -602,9 +602,9 @@ def peak(loss):
 
 
 def bench_pixels(found, folder):
-    with_amc, batch, model, runtime, cfg, optimizer = albef_step("amc")
+    with_amc, batch, model, runtime, cfg, optimizers = albef_step("amc")
     without = train.make_config("amc", loss="none", init="none")
-    none = lambda: train.train_step(without, runtime, model, optimizer, cfg.steps, [batch])
+    none = lambda: train.train_step(without, runtime, model, optimizers, cfg.steps, [batch])
     found["amc_step"] = ratio(with_amc, none, rounds=5)
 
     def plain():
@@ -633,11 +633,11 @@ def bench_pixels(found, folder):
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers[0].step()
+        optimizers[0].zero_grad(set_to_none=True)
 
     found["itc_momentum"] = ratio(none, plain, rounds=5)
-    del with_amc, none, plain, model, optimizer
+    del with_amc, none, plain, model, optimizers
     found["amc_memory"] = peak("amc") / peak("none")
 
     (folder / "winoground/images").mkdir(parents=True)
@@ -671,7 +671,7 @@ def bench_pixels(found, folder):
     tree = folder / "toy"
     make_toy(tree, scenes=600)
     made, count = prepare("--recipe toy-albef --init none --data", tree), [0]
-    how = made.cfg, made.runtime, made.model, made.optimizer, 1, [made.batch]
+    how = made.cfg, made.runtime, made.model, made.optimizers, 1, [made.batch]
 
     def load():
         for _ in range(4):

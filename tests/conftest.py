@@ -208,8 +208,8 @@ def prepared_run(cfg, tokenizer):
 
 
 def prepare(*words):
-    """What train.train() has before its first update: cfg, runtime, run, streams, model, optimizer,
-    and the first batch of the first stream.
+    """What train.train() has before its first update: cfg, runtime, run, streams, model,
+    optimizers, and the first batch of the first stream.
     """
     from types import SimpleNamespace
 
@@ -222,7 +222,7 @@ def prepare(*words):
     sizes = train.model_sizes(cfg, tokenizer, streams, run.settings["answer_list"])
     model = train.build_model(cfg, runtime, tokenizer, sizes)
     made = {"cfg": cfg, "runtime": runtime, "run": run, "streams": streams, "model": model}
-    made |= {"optimizer": train.build_optimizer(cfg, model), "batch": streams.train[0][0]}
+    made |= {"optimizers": train.build_optimizers(cfg, model), "batch": streams.train[0][0]}
     return SimpleNamespace(**made)
 
 

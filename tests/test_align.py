@@ -336,10 +336,10 @@ def test_answers_count_from_half_way(toy_tree):
         "--weight-decay 0",
     )
     model = built(cfg, runtime, tokenizer, streams)
-    optimizer, batch = train.build_optimizer(cfg, model), streams.train[1][0]
+    optimizers, batch = train.build_optimizers(cfg, model), streams.train[1][0]
     before = model.task_head[3].weight.clone()
     for step, moves in ((5, False), (6, True)):
-        train.train_step(cfg, runtime, model, optimizer, step, [batch])
+        train.train_step(cfg, runtime, model, optimizers, step, [batch])
         assert torch.equal(before, model.task_head[3].weight) != moves
 
 

@@ -229,7 +229,7 @@ def test_an_update_waits_for_no_gpu(toy_tree, argv):
     more += [] if "--init" in argv else ["--init", "none"]
     made = prepare(*argv, *more, *(["--size", "toy"] if "maf" in argv else []))
     for stream in made.streams.train:
-        how, margins = (made.cfg, made.runtime, made.model, made.optimizer), torch.zeros(3)
+        how, margins = (made.cfg, made.runtime, made.model, made.optimizers), torch.zeros(3)
         # the optimiser's first update sets up its state
         first, second = [stream[0]], [stream[1]]
         train.train_step(*how, 1, first, margins)
@@ -249,11 +249,11 @@ def test_the_best_validation_is_kept(toy_tree, tmp_path, monkeypatch):
     argv += ["--batch-tokens", 256, "--eval-every", 2, "--save-every", 2, "--out", "x", *QUICK]
     save, kept = train.save_checkpoint, []
 
-    def saved(path, cfg, model, optimizer, margins, step, sizes):
+    def saved(path, cfg, model, optimizers, margins, step, sizes):
         kept.append((path.name, step))
         if ("last.pt", 6) in kept[:-1]:
             raise KeyboardInterrupt
-        save(path, cfg, model, optimizer, margins, step, sizes)
+        save(path, cfg, model, optimizers, margins, step, sizes)
 
     monkeypatch.setattr(train, "save_checkpoint", saved)
     run(tmp_path, *argv, "--steps", 10, expect=1)

@@ -288,7 +288,7 @@ def test_bad_checkpoints(tmp_path):
         with pytest.raises(CheckpointError, match=match):
             load_pretrained(model, tmp_path / name)
     assert not os.path.exists("/tmp/nanoalign_bomb_went_off")
-    plain = dict(model={}, optimizer={}, step=3, config={}, sizes={"size": "tiny"})
+    plain = dict(model={}, optimizers=[], step=3, config={}, sizes={"size": "tiny"})
     plain["margins"] = torch.zeros(3)
     torch.save(plain, tmp_path / "own.pt")
     assert read_checkpoint(tmp_path / "own.pt").sizes == {"size": "tiny"}

@@ -540,10 +540,10 @@ def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
     streams = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer))
     sizes = train.model_sizes(cfg, tokenizer, streams, [])
     model, batch = train.build_model(cfg, runtime, tokenizer, sizes), streams.train[0][0]
-    optimizer = train.build_optimizer(cfg, model)
+    (optimizer,) = train.build_optimizers(cfg, model)
     assert all(p.requires_grad for g in optimizer.param_groups for p in g["params"])
     values = [
-        train.train_step(cfg, runtime, model, optimizer, step, [batch])[0]["amc"].item()
+        train.train_step(cfg, runtime, model, [optimizer], step, [batch])[0]["amc"].item()
         for step in range(1, 31)
     ]
     assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3]), values

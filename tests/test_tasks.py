@@ -409,9 +409,9 @@ def test_training_lowers_the_loss_of_each_task(toy_tree, name):
         name,
         "--steps 200 --warmup 1 --lr 0.0003 --batch-tokens 256 --head-lr 1",
     )
-    optimizer, batch = train.build_optimizer(cfg, model), streams.train[0][0]
+    optimizers, batch = train.build_optimizers(cfg, model), streams.train[0][0]
     values = [
-        train.train_step(cfg, runtime, model, optimizer, 1, [batch])[0][name].item()
+        train.train_step(cfg, runtime, model, optimizers, 1, [batch])[0][name].item()
         for _ in range(160)
     ]
     assert values[-1] < 0.7 * values[0], values[::10]
@@ -462,8 +462,8 @@ def test_second_stage_and_all_corpora_then_vcr(toy_tree, pretrained, tmp_path, m
 
 def test_heads_learn_faster_when_asked(toy_tree):
     cfg, runtime, streams, model = built(toy_tree, "--task", "vqa", "--head-lr", 10)
-    optimizer = train.build_optimizer(cfg, model)
-    train.train_step(cfg, runtime, model, optimizer, cfg.warmup, [streams.train[0][0]])
+    (optimizer,) = train.build_optimizers(cfg, model)
+    train.train_step(cfg, runtime, model, [optimizer], cfg.warmup, [streams.train[0][0]])
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert all(
         rates[id(p)] == pytest.approx(cfg.lr * (10 if name.startswith("task_head") else 1))

@@ -60,7 +60,7 @@ def one_step(toy_tree, step, *more):
     """An update of the toy experiment: (losses, norm of the gradient), and what it was made with"""
     how = "--recipe toy --init none --candidates 0 --batch-tokens 256 --steps 100 --precision fp32"
     made = prepare(how, "--data", toy_tree, *more)
-    how = made.cfg, made.runtime, made.model, made.optimizer, step, [made.batch]
+    how = made.cfg, made.runtime, made.model, made.optimizers, step, [made.batch]
     return train.train_step(*how), made
 
 
@@ -149,7 +149,7 @@ def test_training_lowers_the_loss(toy_tree, task):
     how = f"--recipe toy-pretrain --pretrain {task} --steps 20 --warmup 1 --batch-tokens 512"
     rate = "--precision fp32 --lr " + ("1e-4" if task == "itm" else "1e-3")
     made = prepare(how, rate, "--data", toy_tree)
-    how = made.cfg, made.runtime, made.model, made.optimizer, 1, [made.batch]
+    how = made.cfg, made.runtime, made.model, made.optimizers, 1, [made.batch]
     values = [train.train_step(*how)[0][task].item() for _ in range(40)]
     assert values[-1] < 0.9 * values[0], values
 
@@ -167,7 +167,7 @@ def test_dropout_is_of_seed_step_and_process(monkeypatch):
         cfg = train.Config(seed=seed)
         runtime = train.Runtime(torch.device("cpu"), rank, 1, contextlib.nullcontext)
         batch = {"task": "itm", "names": ["a pair"]}
-        train.train_step(cfg, runtime, model, train.build_optimizer(cfg, model), step, [batch])
+        train.train_step(cfg, runtime, model, train.build_optimizers(cfg, model), step, [batch])
     assert len({*drawn}) == 4 and drawn[0] == drawn[4]
 
 
@@ -301,7 +301,7 @@ def test_matrices_decay_biases_and_norms_do_not():
     model = torch.nn.ModuleDict({"body": torch.nn.Linear(3, 2), "norm": torch.nn.LayerNorm(2)})
     model["task_head"] = torch.nn.Linear(2, 1)
     names = {p: name for name, p in model.named_parameters()}
-    optimizer = train.build_optimizer(train.Config(weight_decay=0.03, head_lr=10.0), model)
+    (optimizer,) = train.build_optimizers(train.Config(weight_decay=0.03, head_lr=10.0), model)
     found = {
         names[p]: (group["scale"], group["weight_decay"])
         for group in optimizer.param_groups
@@ -321,7 +321,7 @@ def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
     module.w = torch.nn.Parameter(torch.tensor(z["opt/w0"])[None])
     how = {"lr": p["lr"], "eps": p["eps"], "weight_decay": p["weight_decay"]}
     cfg = make_config("toy", beta2=p["betas"][1], **how)
-    optimizer = train.build_optimizer(cfg, module)
+    (optimizer,) = train.build_optimizers(cfg, module)
     path = follow(module.w, len(wanted), lambda step: optimizer.step())
     np.testing.assert_allclose(path, wanted, rtol=1e-9)
     assert 1e-5 < np.abs(path - z["opt/uniter_adamw"]).max() < 1e-3
@@ -359,7 +359,7 @@ def test_accumulation_is_the_larger_batch_in_pieces(toy_tree):
 
     optimizer = Peek([{"params": list(made.model.parameters()), "scale": 1.0}], lr=0.0)
     for part in (batches, batches[:1], batches[1:]):
-        train.train_step(made.cfg, made.runtime, made.model, optimizer, 1, part)
+        train.train_step(made.cfg, made.runtime, made.model, [optimizer], 1, part)
     n, (both, *each) = [len(b["masked_words"]) for b in batches], grads
     for name in both:
         mean = (n[0] * each[0][name] + n[1] * each[1][name]) / sum(n)
@@ -576,8 +576,8 @@ def test_a_checkpoint_that_lacks_something_is_one_message(toy_tree, pretrained, 
     for changed in (
         {"model": lacking},
         {"model": whole["model"] | {name: torch.zeros(3)}},
-        {"optimizer": {}},
-        {"optimizer": whole["optimizer"] | {"param_groups": []}},
+        {"optimizers": []},
+        {"optimizers": [whole["optimizers"][0] | {"param_groups": []}]},
         {"margins": None},
         {"margins": torch.zeros(7)},
         {"step": "2"},
