@@ -1430,10 +1430,15 @@ def toy_choices(tmp, seed, n):
     for part, records in lists.items():
         dump(tmp / f"aro/visual_genome_{part}.json", records)
     # What'sUp: two things in each of four ways
+    taken = []
     for part, pairs in (("images", OPPOSITES[:4]), ("clevr", (*OPPOSITES[:2], *OPPOSITES[4:]))):
         names, scenes, records = [], [], []
         for k in range(max(2, n // 4)):
             kinds = draw_kinds(rng, 2)
+            # both parts' pictures lie in one store, by name
+            while (k, kinds) in taken:
+                kinds = draw_kinds(rng, 2)
+            taken.append((k, kinds))
             a, b = (f"a {colour} {shape}" for shape, colour in kinds)
             options = [f"{a} {how} {b}" for how in pairs]
             for right, how in zip(options, pairs):
