@@ -502,22 +502,23 @@ def cacr(S_LL, S_LV, S_VL, S_VV, text_mask, region_mask):
              distribution over columns")
     text_mask (B, N_L), region_mask (B, N_V): the words and regions that take part
     returns  scalar >= 0 in nats per pair (rows summed); gradient to all four blocks
-    Source: CACR sec. 3.2. No code was released.
+    Source: CACR sec. 3.2; no code was released. Here: mean over heads; the paper names none.
     Helpers: masked_softmax, matrix_kl, cacr_side."""
     language = cacr_side(S_LL, S_LV, S_VV, text_mask, region_mask)
     return language + cacr_side(S_VV, S_VL, S_LL, region_mask, text_mask)
 
 
 def soft_relation_alignment(S_own, S_cross, S_other, own_mask, other_mask):
-    """Algorithm 1 with its loops, for reading and for the proof: cacr_side gives the same number.
+    """cacr_side with Algorithm 1's loops, for reading and for the proof: the same number.
 
         a*_ij = sum_kp S_cross[i,k] S_cross[j,p] S_other[k,p]                     CACR Algorithm 1
         loss  = m-KL( softmax(a*), softmax(S_own) )
 
     Arguments as cacr_side; returns the same scalar; one pair at a time, one relation i -> j at a
     time: hundreds of times slower.
-    Source: CACR sec. 3.3. Here: a weighted sum, as sec. 3.4 proves; Algorithm 1 writes "mean",
-    which the softmax would see.
+    Source: CACR sec. 3.3, Algorithm 1, which writes a mean for a* and adds the m-KL of two scalars
+    at each i, j, without a softmax. Here: a sum, then softmaxes of rows and one m-KL, as eq. (3),
+    (4) and sec. 3.4 have it.
     Helpers: matrix_kl."""
     losses = []
     for b in range(len(S_own)):
@@ -847,8 +848,7 @@ def hard_rank(matched, edited, kind, margins):
     matched, edited (G,): scores; kind (G,) int64: which kind of edit, -1: none, left out
     margins (K,): edit_gaps of the update before
     returns  scalar >= 0, in scores
-    Source: CE-CLIP, Zhang et al., CVPR 2024. Its other loss is not taken: in the code every target
-    is column 0."""
+    Source: CE-CLIP, Zhang et al., CVPR 2024. Not its other loss, whose targets are all column 0."""
     real = kind >= 0
     hinge = (wide(edited) - wide(matched) + wide(margins)[kind.clamp(min=0)]).clamp(min=0)
     return hinge.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
