@@ -10,7 +10,7 @@ python tests/rehearse.py table                         the table of tests/COST.m
 
 Texts are drawn from a list of words with each data set's mean length. Features are files without
 content (holes take no disk), pictures one JPEG under many names. What a run needs is measured: its
-batches against the paper's, seconds until the first update, memory, the loader's pace.
+batches against the recipe's, seconds until the first update, memory, the loader's pace.
 """
 
 import argparse
@@ -846,9 +846,9 @@ def run_all(data, recipes, evaluated=True):
 
 
 def table(results):
-    """The rehearsal: paper and ours, and what a user has to plan for"""
+    """The rehearsal: recipe, paper and ours, and what a user has to plan for"""
     lines = [
-        "| recipe | batch, paper | ours an update | updates an epoch | epochs, paper | ours "
+        "| recipe | batch, recipe | ours an update | updates an epoch | epochs, paper | ours "
         "| padding | first update s, cold | warm | GiB, all processes | rows a second |",
         "|" + "---|" * 11,
     ]

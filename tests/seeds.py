@@ -305,14 +305,17 @@ def claims_table(results):
     for claim in CLAIMS["claims"]:
         verdict, middle, half = verdict_of(claim, results)
         low, high = middle - half, middle + half
-        ours = f"{middle:+.2f} [{low:+.2f}, {high:+.2f}] {claim['unit']}" if half else ""
+        ours = f"{middle:+.2f} [{low:+.2f}, {high:+.2f}] {claim['unit']}"
+        ours = "" if verdict == "not run yet" else ours
         verdicts[verdict] += 1
         cells = claim["claim"], claim["source"], claim["paper"], ours
         seeds = str(len(differences(claim, results)))
         mark = stale_mark(*claim_runs(claim, results))
         lines.append("| " + " | ".join([*cells, seeds, verdict + mark]) + " |")
     counted = ", ".join(f"{verdict}: {n}" for verdict, n in verdicts.most_common())
-    return with_note([*lines, "", f"*{counted}.*"])
+    n = len(CLAIMS["claims"])
+    chance = f"Nothing is corrected for {n} comparisons: by chance {0.05 * n:.1f} would be decided."
+    return with_note([*lines, "", f"*{counted}. {chance}*"])
 
 
 VERDICTS = {
