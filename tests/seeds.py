@@ -49,7 +49,6 @@ RUNNING = defaultdict(threading.Lock)
 # claims, losses, found, main, tables, maf, compared, tasks, table 2: what the pages tell of them,
 # with the papers' numbers; {claim} in found: its difference and interval
 CLAIMS = json.loads((ROOT / "tests/claims.json").read_text())
-FIRST_ABOVE = "winoground/updates to 50"
 # Student's t: what 97.5 % lie below, for 1 to 19 degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
@@ -233,7 +232,7 @@ def run_benchmarks(arm, seed, threads, results):
 
 def curve_numbers(log):
     """Of what was scored at a run's start and at each validation: {name/area: its mean over the
-    updates, by trapezoids}, and the first update at which Winoground's group score was above 50.
+    updates, by trapezoids}
     """
     scored = {line["step"]: line for line in log if line["step"] == 0}
     if not scored:
@@ -245,8 +244,7 @@ def curve_numbers(log):
         pairs = zip(steps, steps[1:], values, values[1:])
         area = sum((right - left) * (a + b) / 2 for left, right, a, b in pairs)
         numbers[f"{name}/area"] = round(area / (steps[-1] - steps[0]), 3)
-    above = [s for s in steps if scored[s].get("winoground/group", 0) > 50]
-    return numbers | ({FIRST_ABOVE: above[0]} if above else {})
+    return numbers
 
 
 # 3. Claims ---------------------------------------------------------------------------------------
@@ -381,7 +379,8 @@ def sizes_table(results):
 
 def label_of(arm):
     """What tells an arm from the others of its table"""
-    usual = r" --track| --steps \d+| --init {(plain|albef|patches|toy-pretrain).*?}"
+    usual = r" --track| --(steps|lr|candidates|eval-every) [\de.-]+"
+    usual += r"| --init {(plain|first plain|albef|patches|toy-pretrain).*?}"
     command = re.sub(usual, "", CLAIMS["arms"][arm])
     return re.sub(r" --init {(.*?)}", lambda m: f" after {CLAIMS['arms'][m[1]]}", command)
 
@@ -413,23 +412,20 @@ def losses_table(results):
 
 
 def arms_table(results):
-    """The runs on Winoground: start, mean over the updates, end, the first update above 50"""
-    lines = ["| `train.py` | group at the start | mean over the updates | end | held out | seen "]
-    lines[0] += "| updates to 50, runs that came there |"
-    lines.append("|" + "---|" * 7)
-    keys = ("/area", "", "/held out", "/seen")
-    for name in ("none", "cacr", "cacr layer 3", "cacr-probs", "iais-released", "iais", "wra"):
-        rows = results.get("runs", {}).get(name, {})
-        starts = [results["runs"]["plain"][s]["winoground/group"] for s in rows]
+    """The runs on Winoground: start, mean over the updates, end"""
+    lines = ["| `train.py` | group at the start | mean over the updates | end | held out | seen |"]
+    lines.append("|" + "---|" * 6)
+    keys, runs = ("/area", "", "/held out", "/seen"), results.get("runs", {})
+    for name in [
+        arm for arm in CLAIMS["arms"] if arm.startswith("first ") and arm != "first plain"
+    ]:
+        rows = {s: r for s, r in runs.get(name, {}).items() if "winoground/group/area" in r}
+        starts = [runs["first plain"][s]["winoground/group"] for s in rows]
         if len(rows) < 2:
             continue
         cells = [mean([r[f"winoground/group{k}"] for r in rows.values()]) for k in keys]
-        above = [r[FIRST_ABOVE] for r in rows.values() if FIRST_ABOVE in r]
-        reached = f"{len(above)} of {len(rows)}"
-        if above:
-            reached = f"{statistics.mean(above):.0f}, {reached}"
         mark = stale_mark(*((name, r) for r in rows.values()))
-        cells = f"`{label_of(name)}`{mark}", mean(starts), *cells, reached
+        cells = f"`{label_of(name)}`{mark}", mean(starts), *cells
         lines.append("| " + " | ".join(cells) + " |")
     return with_note(lines)
 

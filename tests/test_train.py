@@ -172,8 +172,8 @@ def test_dropout_is_of_seed_step_and_process(monkeypatch):
 
 
 def test_resume_is_bit_for_bit(toy_tree, pretrained, tmp_path):
-    """6 steps = 3, kill -9 while the fourth or a later one runs, resume."""
-    how = "--loss cacr --steps 6 --save-every 3 --dropout 0.1"
+    """6 steps = 3, kill -9 while the fourth or a later one runs, resume; of both optimisers."""
+    how = "--loss cacr --optimizer muon --steps 6 --save-every 3 --dropout 0.1"
     args = toy_run(toy_tree, pretrained, how)
     run(tmp_path, *args, "--out whole")
     run_and_kill(tmp_path, args, "cut")
@@ -310,6 +310,26 @@ def test_matrices_decay_biases_and_norms_do_not():
     plain = dict.fromkeys(("body.bias", "norm.weight", "norm.bias"), (1, 0))
     heads = {"task_head.weight": (10, 0.03), "task_head.bias": (10, 0)}
     assert found == plain | heads | {"body.weight": (1, 0.03)}
+
+
+@pytest.mark.parametrize("recipe", ["toy-pretrain", "toy-align", "toy-albef"])
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(recipe, toy_tree):
+    """Each parameter once; Muon's step is near an orthogonal matrix, however small the gradient."""
+    how = "--optimizer muon --steps 2 --warmup 1 --lr 1e-3 --weight-decay 0 --batch-tokens 256"
+    made = prepare("--recipe", recipe, how, "--precision fp32 --data", toy_tree)
+    adamw, muon = made.optimizers
+    of = [{p for group in o.param_groups for p in group["params"]} for o in (adamw, muon)]
+    names = {p: name for name, p in made.model.named_parameters() if p.requires_grad}
+    assert of[0] | of[1] == {*names} and not of[0] & of[1]
+    wanted = {p for p, name in names.items() if "layers." in name and p.dim() == 2}
+    assert of[1] == wanted and len(wanted) > 10
+    before = {p: p.detach().clone() for p in of[1]}
+    how = made.cfg, made.runtime, made.model, made.optimizers
+    train.train_step(*how, 1, [made.batch], torch.zeros(3))
+    for p in (p for p in wanted if not torch.equal(p, before[p])):
+        size = torch.linalg.matrix_norm((p - before[p]).detach(), 2) / (1e-3 * train.MUON_RATE)
+        # of AdamW's size; torch's five Newton-Schulz steps leave singular values of 0.7 to 1.2
+        assert 0.65 < size / (0.2 * max(p.shape) ** 0.5) < 1.25, (names[p], size)
 
 
 def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
