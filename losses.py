@@ -25,6 +25,7 @@ one, and the losses after the five papers come last.
     relation alignment     matrix_kl                                            CACR eq. 4
                            cacr  cacr_side                                      CACR eq. 3, 5, 6
                            soft_relation_alignment                    CACR Algorithm 1, with loops
+                           cacr_standard_side                 CACR of maps of one scale (ours)
                            iais_singular  iais_singular_side       IAIS sec. 3.1 (Ren et al. 2021)
                            iais_singular_released          the same, as in the authors' code
                            iais_distributed  iais_distributed_side              IAIS sec. 3.2
@@ -34,7 +35,7 @@ one, and the losses after the five papers come last.
     after the five papers  eqsim  EqBen 2023;  sparc  Bica et al. 2024;  selfeq  He et al. 2024
                            mdetr_align  MDETR 2021;  hard_rank  edit_gaps  CE-CLIP 2024
     helpers                wide  product  mean_over  masked_softmax  block_softmax  joint_softmax
-                           strongest_partner  row_mean_kl"""
+                           strongest_partner  row_mean_kl  standardise"""
 
 import torch
 import torch.nn.functional as F

@@ -3,8 +3,10 @@ and life outside this repository.
 """
 
 import ast
+import functools
 import inspect
 import math
+import statistics
 
 import pytest
 import torch
@@ -39,6 +41,9 @@ def spoil(x, row_mask, column_mask, rubbish):
 
 RELATION = {
     "cacr": losses.cacr,
+    "cacr_standard": lambda LL, LV, VL, VV, t, r: (
+        losses.cacr_standard_side(LL, LV, VV, t, r) + losses.cacr_standard_side(VV, VL, LL, r, t)
+    ),
     "iais_singular": losses.iais_singular,
     "iais_distributed": losses.iais_distributed,
     "iais_singular_released": lambda LL, LV, VL, VV, t, r: (
@@ -51,7 +56,7 @@ RELATION = {
 def as_inputs(name, blocks):
     """Logits, or what the loss wants instead: probabilities within each block."""
     *S, text, region = blocks
-    if name not in ("cacr", "iais_singular"):
+    if name not in ("cacr", "cacr_standard", "iais_singular"):
         columns = text, region, text, region
         S = [losses.masked_softmax(s.detach(), m).to(s.dtype) for s, m in zip(S, columns)]
     return [s.requires_grad_() for s in S], text, region
@@ -74,14 +79,22 @@ def slow_side(own, cross, other, own_mask, other_mask, rule, eps=1e-6):
     return total / len(own)
 
 
-def cacr_rule(own, cross, other, rows, others, eps):
-    loss = 0.0
-    for i in rows:
-        pairs = [(r, s) for r in others for s in others]
-        seen = [sum(cross[i][r] * other[r][s] * cross[j][s] for r, s in pairs) for j in rows]
-        seen = softmax(seen)
-        said = softmax([own[i][j] for j in rows])
-        loss += sum((p - q) * (math.log(p + eps) - math.log(q + eps)) for p, q in zip(seen, said))
+def standardised(rows):
+    """Each number less the mean of all, by their deviation"""
+    all_of_them = [x for row in rows for x in row]
+    middle, wide = statistics.mean(all_of_them), statistics.pstdev(all_of_them) or 1
+    return [[(x - middle) / wide for x in row] for row in rows]
+
+
+def cacr_rule(own, cross, other, rows, others, eps, scale=lambda rows: rows):
+    pairs = [(r, s) for r in others for s in others]
+    seen = [
+        [sum(cross[i][r] * other[r][s] * cross[j][s] for r, s in pairs) for j in rows] for i in rows
+    ]
+    said, loss = [[own[i][j] for j in rows] for i in rows], 0.0
+    for p_row, q_row in zip(map(softmax, scale(seen)), map(softmax, scale(said))):
+        each = zip(p_row, q_row)
+        loss += sum((p - q) * (math.log(p + eps) - math.log(q + eps)) for p, q in each)
     return loss
 
 
@@ -95,7 +108,14 @@ def iais_rule(own, cross, other, rows, others, eps):
     return loss / len(rows)
 
 
-@pytest.mark.parametrize("name, rule", [("cacr", cacr_rule), ("iais_singular", iais_rule)])
+RULES = {
+    "cacr": cacr_rule,
+    "cacr_standard": functools.partial(cacr_rule, scale=standardised),
+    "iais_singular": iais_rule,
+}
+
+
+@pytest.mark.parametrize("name, rule", RULES.items())
 def test_relation_losses_are_their_definitions(name, rule):
     LL, LV, VL, VV, text, region = random_blocks()
     slow = slow_side(LL, LV, VV, text, region, rule) + slow_side(VV, VL, LL, region, text, rule)
@@ -114,6 +134,19 @@ def test_cacr_is_soft_relation_alignment():
     assert closed.item() == pytest.approx(loops.item(), rel=1e-9)
     for a, b in zip(*(torch.autograd.grad(loss, blocks[:4]) for loss in (closed, loops))):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_flat_maps_are_no_way_out_of_standard_cacr():
+    """CACR falls as all maps are made flatter; of maps of one scale it stays as it was."""
+    LL, LV, _, VV, text, region = random_blocks(words=(6, 4), regions=(5, 4))
+    of = lambda side, c: side(c * LL, LV, c * VV, text, region).item()
+    assert of(losses.cacr_side, 0.01) < 0.05 * of(losses.cacr_side, 1)
+    standard = of(losses.cacr_standard_side, 1)
+    assert standard > 0.1 and of(losses.cacr_standard_side, 0.01) == pytest.approx(standard)
+    # one flat map has nothing to say: finite, and so is its gradient
+    flat = torch.zeros_like(LL).requires_grad_()
+    losses.cacr_standard_side(flat, LV, VV, text, region).backward()
+    assert flat.grad.isfinite().all()
 
 
 def test_cacr_follows_the_equations_index_order():
@@ -574,6 +607,7 @@ def some_arguments():
         "gradcam": dict(P=P, score=(P * draw(P.shape)).sum((1, 2, 3))),
         "eqsim": dict(scores=draw(2, 5, 5)),
         "mdetr_align": dict(A=map_of_pairs, positive=map_of_pairs > 0.5),
+        "standardise": dict(S=x["S_LL"], mask=text),
         "joint_softmax": {k: v[:, None] for k, v in x.items() if k.startswith("S_")},
     }
 
@@ -608,6 +642,7 @@ def test_docstrings_tell_what_a_reader_needs(name):
         "joint_softmax",
         "strongest_partner",
         "row_mean_kl",
+        "standardise",
         "box_iou",
     ):
         assert "return" in doc.lower() and any(
