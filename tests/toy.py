@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import REFER, DataError, WordPiece, normalise_answer, read_json, read_picture
+from data import REFER, DataError, WordPiece, alone, normalise_answer, read_json, read_picture
 from data import PHENOMENA, SUGARCREPE, gqa_records, json_items, relative_box
 from data import vg_descriptions, vg_images, vg_items, vg_phrase
 from evaluate import StoreWriter, crops, need_new
@@ -1900,7 +1900,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.if_needed:
-            ensure_toy(args.out, args.seed, args.scenes)
+            with alone(args.out):
+                ensure_toy(args.out, args.seed, args.scenes)
         else:
             make_toy(args.out, args.seed, args.scenes)
             print(f"{args.out}: ShapesWorld, seed {args.seed}, {args.scenes} scenes")
