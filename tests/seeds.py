@@ -313,7 +313,7 @@ def claims_table(results):
     counted = ", ".join(f"{verdict}: {n}" for verdict, n in verdicts.most_common())
     n = len(CLAIMS["claims"])
     chance = f"Nothing is corrected for {n} comparisons: by chance {0.05 * n:.1f} would be decided."
-    return with_note([*lines, "", f"*{counted}. {chance}*"])
+    return with_note([*lines, "", textwrap.fill(f"*{counted}. {chance}*", 100)])
 
 
 VERDICTS = {
@@ -379,7 +379,8 @@ def sizes_table(results):
 
 def label_of(arm):
     """What tells an arm from the others of its table"""
-    usual = r" --track| --(steps|lr|candidates|eval-every) [\de.-]+"
+    weak = " --lr 3e-4 --candidates 8 --eval-every 50"  # what the older start's runs had
+    usual = rf"{weak}| --track| --steps \d+"
     usual += r"| --init {(plain|first plain|albef|patches|toy-pretrain).*?}"
     command = re.sub(usual, "", CLAIMS["arms"][arm])
     return re.sub(r" --init {(.*?)}", lambda m: f" after {CLAIMS['arms'][m[1]]}", command)

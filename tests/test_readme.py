@@ -140,7 +140,7 @@ def test_a_digest_tells_what_numbers_follow_from(monkeypatch):
     digest = seeds.settings_digest.__wrapped__
     before = digest("--loss cacr"), digest("--loss none --init {plain}"), digest("--task vqa")
     assert digest("--loss cacr --save-every 7 --seed 5 --out x") == before[0]
-    assert digest("--loss cacr --mask-rate 0.15") == before[0] != digest("--loss cacr --lr 1e-3")
+    assert digest("--loss cacr --mask-rate 0.15") == before[0] != digest("--loss cacr --lr 2e-3")
     assert digest("--loss cacr-probs") != before[0] and digest("--loss nothing") == "refused"
     seeds.settings_digest.cache_clear()
     with monkeypatch.context() as m:
