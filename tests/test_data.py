@@ -869,3 +869,11 @@ def test_many_captions_cost_no_memory(toy, tmp_path):
         results.append(json.loads(done.stdout.splitlines()[-1]))
     (n, made, _), (_, opened, memory) = results
     assert n == 300_000 and made < 60 and opened < 2 and memory < 120, results
+
+
+def test_the_last_word_that_fits_may_point():
+    """Of a text of just so many pieces the last one points too; what is cut away does not."""
+    tokenizer = lambda word: [0] * len(word)  # a piece a letter
+    record = data.Record("1", "a bb cc", "0", pointers=((1, 3, (0, 0, 1, 1)),))
+    places = lambda most: [p for p, *_ in data.pointed_pieces(record, tokenizer, {}, most)]
+    assert places(5) == [2, 3, 4, 5] and places(4) == [2, 3, 4] and places(1) == []

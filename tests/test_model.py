@@ -352,3 +352,14 @@ def test_scores_are_float32_under_autocast(kind):
         assert score.dtype == torch.float32
         # more than bf16 can say
         assert (score != score.bfloat16().float()).any()
+
+
+def test_embeddings_drop_out_after_their_norm():
+    """What is dropped is exactly 0 in the next layer's input, and what stays is scaled [BERT]."""
+    torch.manual_seed(0)
+    words = parts.TextEmbedding(9, 64, dropout=0.5)
+    text = torch.arange(9)[None]
+    whole, x = words.eval()(text), words.train()(text)
+    dropped = x == 0
+    assert 0.3 < dropped.float().mean() < 0.7
+    torch.testing.assert_close(x[~dropped], 2 * whole[~dropped])

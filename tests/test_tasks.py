@@ -535,6 +535,23 @@ def test_mining_keeps_the_hardest(toy_tree):
     assert (index.image[hard.captions[known]] != image_of_row).all()
 
 
+def test_each_mining_scores_other_images(toy_tree, tmp_path, monkeypatch):
+    """Else a caption would meet the same few images all through the run."""
+    how = "--task retrieval --candidates 0 --mine-every 2 --mine-pool 4 --batch-tokens 256"
+    cfg, runtime, tokenizer = configured(toy_tree, how)
+    index = train.load_streams(cfg, runtime, prepared_run(cfg, tokenizer)).train[0].index
+    cfg.out, seen = str(tmp_path), []
+
+    def score(model, index, rows, images, **_):
+        seen.append(images.copy())
+        return np.zeros(len(rows), np.float32)
+
+    monkeypatch.setattr(train.evaluate, "score_pairs", score)
+    for step in (0, 2):
+        train.mine_negatives(cfg, runtime, None, index, step)
+    assert seen[0].shape == seen[1].shape and (seen[0] != seen[1]).mean() > 0.5
+
+
 def test_mining_resumes_to_the_same_bits(toy_tree, pretrained, tmp_path):
     args = [
         "--task retrieval",
