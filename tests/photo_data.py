@@ -15,6 +15,7 @@ import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -250,14 +251,27 @@ def yolox(session, picture, side=416, least=0.005, most=36):
 
 # 3. Region stores ---------------------------------------------------------------------------------
 
-# a store's features, of those in DATA/npz (n, 1280) and their mean over training photographs. The
-# first is the usual one: the mean of a map over a large box averages its peaks away, so that a
-# small box has the longer feature, and whatever compares products chooses small boxes
-SCALES = {
-    "same length": lambda f, mean: F.normalize(f, dim=-1) * f.shape[-1] ** 0.5,
-    "raw": lambda f, mean: f,
-    "mean removed": lambda f, mean: f - mean,
-    "both": lambda f, mean: F.layer_norm(f - mean, f.shape[-1:]),
+
+class Store(NamedTuple):
+    """How a region store is made of DATA/npz."""
+
+    scale: Callable  # features (n, 1280), their mean over training photographs -> features
+    least: float  # confidence of a box that is kept; the whole picture always is
+
+
+def same_length(f, mean):
+    """The mean of a map over a large box averages its peaks away: a small box has the longer
+    feature, and whatever compares products then chooses small boxes"""
+    return F.normalize(f, dim=-1) * f.shape[-1] ** 0.5
+
+
+# the first is the usual one; the others differ from it in one thing, the last in two
+STORES = {
+    "usual": Store(same_length, 0.1),
+    "own lengths": Store(lambda f, mean: f, 0.1),
+    "own lengths, mean removed": Store(lambda f, mean: f - mean, 0.1),
+    "all boxes": Store(same_length, 0.0),
+    "all boxes, own lengths": Store(lambda f, mean: f, 0.0),
 }
 
 
@@ -291,9 +305,8 @@ def regions_of(picture, found, weights):
     return arrays | {"features": see(weights, picture, norm_bb).astype("<f2")}
 
 
-def make_features(folder, data, scales):
-    """DATA/npz of all photographs; then a region store of each scale, DATA/regions or, but for the
-    first, DATA/regions-SCALE"""
+def make_features(folder, data, stores):
+    """DATA/npz of all photographs, then region stores of them: rows of STORES"""
     find, weights, data = detector(folder), network(), Path(data)
     paths = evaluate.named_pictures(data / PHOTOS)
     for path in tqdm(paths, "features", unit=" photos", disable=None):
@@ -302,31 +315,35 @@ def make_features(folder, data, scales):
             picture = read_picture(path)
             arrays = regions_of(picture, find(picture, path.stem), weights)
             write_atomic(place, lambda file: np.savez(file, **arrays))
-    for scale in scales:
-        pack_scaled(data, scale)
+    for name in stores:
+        pack_store(data, name)
 
 
-def regions_folder(data, scale):
-    """Where the region stores of a scale are; of the first where every reader looks by itself"""
-    is_first = scale == next(iter(SCALES))
-    return Path(data) / ("regions" if is_first else f"regions-{scale.replace(' ', '-')}")
+def regions_folder(data, name):
+    """Where a store's folder is; of the usual one where every reader looks by itself"""
+    is_usual = name == next(iter(STORES))
+    return Path(data) / ("regions" if is_usual else f"regions-{re.sub('[^a-z]+', '-', name)}")
 
 
-def pack_scaled(data, scale):
-    """A region store of DATA/npz with features of another scale"""
-    out, folder = regions_folder(data, scale) / "flickr30k", data / "npz.tmp"
+def pack_store(data, name):
+    """A region store of DATA/npz, as its row of STORES says"""
+    out, folder = regions_folder(data, name) / "flickr30k", data / "npz.tmp"
     if out.exists():
         return
     train, total, n = (data / ENTITIES / "train.txt").read_text().split()[:500], 0, 0
     for stem in train:
         features = np.load(data / "npz" / f"{stem}.npz")["features"].astype(np.float64)
         total, n = total + features.sum(axis=0), n + len(features)
-    mean = torch.from_numpy(total / n).float()
+    mean, (scale, least) = torch.from_numpy(total / n).float(), STORES[name]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for path in tqdm(sorted((data / "npz").glob("*.npz")), f"scale: {scale}", disable=None):
+    for path in tqdm(sorted((data / "npz").glob("*.npz")), f"store: {name}", disable=None):
         arrays = dict(np.load(path))
-        features = SCALES[scale](torch.from_numpy(arrays["features"]).float(), mean)
-        np.savez(folder / path.name, **arrays | {"features": features.numpy().astype("<f2")})
+        features = scale(torch.from_numpy(arrays["features"]).float(), mean)
+        kept = arrays["conf"] >= least
+        kept[-1] = True
+        columns = {k: v[kept] for k, v in arrays.items() if k != "wh"}
+        columns |= {"wh": arrays["wh"], "features": features.numpy().astype("<f2")[kept]}
+        np.savez(folder / path.name, **columns)
     evaluate.pack([folder], out)
     shutil.rmtree(folder)

@@ -35,7 +35,7 @@ import seeds
 import evaluate
 import train
 from data import DataError, Record, read_text
-from photo_data import ENTITIES, SCALES, make_features, make_tree, regions_folder
+from photo_data import ENTITIES, STORES, make_features, make_tree, regions_folder
 
 # 1. Arms ------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ class Arm(NamedTuple):
     table: str  # its table in tests/RESULTS.md
     command: str  # of train.py; DATA: the data tree, {name}: the checkpoint of another arm
     measure: Callable = None  # (Run, split) -> {name: number}
-    scale: str = "same length"  # of its features
+    store: str = "usual"  # of photo_data.STORES
     seeds: int = 3
 
 
@@ -79,6 +79,10 @@ def recall_and_pointing(run, split, size=100, n=5):
     reader = functools.partial(evaluate.karpathy_captions, dataset="flickr30k")
     index, folds = run.index(reader, split, "flickr30k"), []
     size = min(size, len(index.images) // n)
+    if not size:
+        raise DataError(
+            f"{split} has {len(index.images)} photographs", f"{n}, one a fold, at least"
+        )
     for part in np.split(index.images[: n * size], n):
         rows = np.flatnonzero(np.isin(index.image, part))
         pairs = (pairs.ravel() for pairs in np.broadcast_arrays(rows[:, None], part))
@@ -118,7 +122,7 @@ def photo_rows():
         yield
 
 
-MAF = "--recipe maf --steps 600 --lr 1e-3"
+MAF = "--recipe maf --steps 300 --lr 1e-3"
 SMALL = "--size small --no-cased --gpus 1 --accumulate 1 --eval-every 1000"
 RANK = f"--recipe flickr30k {SMALL} --steps 1200 --warmup 120 --batch-size 0 --batch-tokens 2560"
 RANK += " --negatives 3 --candidates 0 --lr 5e-5 --init {uniter}"
@@ -132,8 +136,8 @@ ARMS = {
     "maf": Arm("maf", MAF, evaluate.grounding, seeds=10),
     # each differs from the first in its features alone, or in one setting
     **{
-        f"maf, {scale}": Arm("maf", MAF, evaluate.grounding, scale, seeds=10)
-        for scale in list(SCALES)[1:]
+        f"maf, {name}": Arm("maf", MAF, evaluate.grounding, name, seeds=10)
+        for name in list(STORES)[1:]
     },
     **{
         f"maf {option}": Arm("maf", f"{MAF} {option}", evaluate.grounding, seeds=10)
@@ -165,7 +169,7 @@ def digest(name):
     command, start = ARMS[name].command, re.search(r"{(.*?)}", ARMS[name].command)
     with photo_rows():
         own = seeds.settings_digest(re.sub(r"{.*?}", "none", command))
-    content = own, ARMS[name].scale, REVISION, start and digest(start[1])
+    content = own, ARMS[name].store, REVISION, start and digest(start[1])
     return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
@@ -179,7 +183,7 @@ def run_arm(name, seed, data, results, split="test", is_start=False):
     known = results.get("photos", {}).get(name, {}).get(str(seed), {})
     if not is_start and split == "test" and known.get("settings") == digest(name):
         return out / "last.pt"
-    command, regions = arm.command.replace("DATA", str(data)), regions_folder(data, arm.scale)
+    command, regions = arm.command.replace("DATA", str(data)), regions_folder(data, arm.store)
     for other in re.findall(r"{(.*?)}", command):
         start = run_arm(other, seed, data, results, split, is_start=True)
         command = command.replace(f"{{{other}}}", str(start))
@@ -270,9 +274,9 @@ def make_parser():
     add["tree"].add_argument("--no-words", action="store_true", help=no_words)
     for name in ("features", "run"):
         add[name].add_argument("--data", default="data/photos", help="default: data/photos")
-    scales = f"region stores to make, of {', '.join(SCALES)}; what they are: SCALES in this file"
+    stores = "region stores to make, rows of STORES in photo_data.py; default: usual"
     add["features"].add_argument(
-        "--scales", nargs="+", default=["same length"], choices=SCALES, help=scales
+        "--stores", nargs="+", default=["usual"], choices=STORES, help=stores
     )
     add["run"].add_argument("arms", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}")
     add["run"].add_argument("--seeds", nargs="+", type=int, help="default: as many as its row says")
@@ -289,7 +293,7 @@ def main(argv=None):
         if args.do == "tree":
             make_tree(args.folder, args.out, not args.no_words)
         elif args.do == "features":
-            make_features(args.folder, args.data, args.scales)
+            make_features(args.folder, args.data, args.stores)
         elif args.do == "run":
             for name in args.arms:
                 train.known(name, ARMS, "arm")

@@ -88,7 +88,7 @@ def take_photographs(folder):
     path = folder / "all/flickr30k/dataset_flickr30k.json"
     images = [i for i in json.loads(path.read_text())["images"] if i["filename"][:-4] in stems]
     for i, image in enumerate(images):
-        image["split"] = ("train", "val", "test")[max(0, i - 38) // 10 if i < 58 else 2]
+        image["split"] = "train" if i < 40 else "val" if i < 50 else "test"
     path.write_text(json.dumps({"images": images}))
     with tarfile.open(folder / "texts.tar.gz", "w:gz") as texts:
         texts.add(folder / "all", ".")
@@ -105,6 +105,7 @@ def take_photographs(folder):
 
 
 MAKERS = {"drawn": draw_flickr8k, "photographs": take_photographs}
+KINDS = ["drawn", pytest.param("photographs", marks=pytest.mark.slow)]
 
 
 def few_numbers(weights, picture, boxes):
@@ -115,7 +116,7 @@ def few_numbers(weights, picture, boxes):
     return np.array(means, np.float32) / 255 + 0.1
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=KINDS)
 def tree(request, tmp_path_factory, toy_tree):
     """A data tree of 60 photographs, with regions; words are the toy tree's"""
     folder = tmp_path_factory.mktemp(request.param)
@@ -128,7 +129,7 @@ def tree(request, tmp_path_factory, toy_tree):
         if not HAS_WEIGHTS:
             m.setattr(photo_data, "network", lambda: None)
             m.setattr(photo_data, "see", few_numbers)
-        photo_data.make_features(folder, out, ["same length", "raw"])
+        photo_data.make_features(folder, out, ["usual", "own lengths", "all boxes"])
     return out
 
 
@@ -136,7 +137,9 @@ def test_tree_and_regions(tree):
     """Official layouts, shapes that Entities' boxes are told in, and what a region is called"""
     captions = json.loads((tree / "flickr30k/dataset_flickr30k.json").read_text())["images"]
     assert {i["split"] for i in captions} == {"train", "val", "test"}
-    store, raw = (RegionStore(tree / name / "flickr30k") for name in ("regions", "regions-raw"))
+    store, raw = (
+        RegionStore(tree / name / "flickr30k") for name in ("regions", "regions-own-lengths")
+    )
     assert len(store) == 60
     names = (tree / "vg/objects_vocab.txt").read_text().split("\n")[:-1]
     for i in range(0, 60, 7):
@@ -171,7 +174,11 @@ def test_each_arm_runs(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(seeds, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(seeds, "PAGES", ())
     photos.digest.cache_clear()
-    chosen = [name for name in photos.ARMS if name not in ("maf, mean removed", "maf, both")]
+    chosen = [
+        name
+        for name in photos.ARMS
+        if name not in ("maf, all boxes, own lengths", "maf, own lengths, mean removed")
+    ]
     done = inside(tmp_path, ["run", *chosen, "--seeds", "0", "--data", str(tree)], photos.main)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
