@@ -231,27 +231,44 @@ def maf_table(results):
     return seeds.with_note(lines)
 
 
+def cell(runs, key):
+    """Mean and deviation of a number over runs; of two their difference with its 95 % interval"""
+    if isinstance(key, str) or len(runs) < 2:
+        return seeds.mean([run[key] for run in runs]) if isinstance(key, str) else ""
+    middle, half = seeds.interval([run[key[0]] - run[key[1]] for run in runs])
+    return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
+
+
 def arms_table(results, table):
-    """A row an arm: mean and deviation over seeds of what the arms of this table are measured on"""
-    arms = {name: runs_of(results, name) for name, arm in ARMS.items() if arm.table == table}
-    arms = {name: found for name, found in arms.items() if found[0]}
-    columns = [key for key in COLUMNS[table] if any(key in runs[0] for runs, _ in arms.values())]
-    lines = ["| " + " | ".join(["arm", *map(COLUMNS[table].get, columns), "seeds"]) + " |"]
+    """A row an arm: what the arms of this table are measured on, over seeds"""
+    columns = COLUMNS[table]
+    lines = ["| " + " | ".join(["arm", *columns.values(), "seeds"]) + " |"]
     lines.append("|" + "---|" * (len(columns) + 2))
-    for name, (runs, mark) in arms.items():
-        cells = [seeds.mean([run[key] for run in runs]) for key in columns]
-        lines.append("| " + " | ".join([f"{name}{mark}", *cells, str(len(runs))]) + " |")
+    for name, arm in ARMS.items():
+        runs, mark = runs_of(results, name)
+        if arm.table == table and runs:
+            cells = [cell(runs, key) for key in columns]
+            lines.append("| " + " | ".join([f"{name}{mark}", *cells, str(len(runs))]) + " |")
     return seeds.with_note(lines)
 
 
 COLUMNS = {
-    "maf": {"grounding/accuracy": "trained", "grounding/glove-att": "the rule"},
+    "maf": {
+        "grounding/accuracy": "trained",
+        "grounding/glove-att": "the rule",
+        ("grounding/accuracy", "grounding/glove-att"): "trained less the rule, 95 % interval",
+        "grounding/upper bound": "upper bound",
+    },
     "uniter": {
         **{f"{way}/r{k}": f"{way} R@{k}" for way in ("image", "text") for k in (1, 5, 10)},
         "pointing/accuracy": "words point",
         "pointing/chance": "chance",
     },
-    "ve": {"ve/accuracy": "accuracy", "ve/majority": "majority"},
+    "ve": {
+        "ve/accuracy": "accuracy",
+        "ve/majority": "majority",
+        ("ve/accuracy", "ve/majority"): "accuracy less majority, 95 % interval",
+    },
     "amc": {"pointing/flickr30k": "pointing game", "pointing/flickr30k/chance": "chance"},
 }
 
