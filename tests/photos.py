@@ -133,10 +133,11 @@ MAF = "--recipe maf --steps 300 --lr 1e-3"
 SMALL = "--size small --no-cased --gpus 1 --accumulate 1 --eval-every 1000"
 RANK = f"--recipe flickr30k {SMALL} --steps 1200 --warmup 120 --batch-size 0 --batch-tokens 2560"
 RANK += " --negatives 3 --candidates 0 --lr 5e-5 --init {uniter}"
-VE = f"--recipe ve {SMALL} --steps 600 --warmup 60 --batch-tokens 2560 --init {{uniter}}"
+VE = f"--recipe ve {SMALL} --steps 150 --warmup 15 --batch-tokens 2560 --lr 1e-4"
+MINILM = "--init DATA/checkpoints/minilm.safetensors"
 PATCHES = f"--recipe uniter-pretrain {SMALL} --vision patches --resolution 224 --patch 32"
 PATCHES += " --batch-tokens 2560 --lr 1e-4"
-FROM_WORDS = "--steps 4000 --warmup 400 --init DATA/checkpoints/minilm.safetensors"
+FROM_WORDS = f"--steps 4000 --warmup 400 {MINILM}"
 BOXED = "--triplets box+region --pretrain mlm:1+itm:2 --align-schedule constant --steps 900"
 BOXED += " --warmup 60 --init {patches}"
 ARMS = {
@@ -157,8 +158,9 @@ ARMS = {
         f"uniter {loss}": Arm("uniter", f"{RANK} --loss {loss}", recall_and_pointing)
         for loss in ("none", "cacr", "iais", "wra", "hard-rank")
     },
-    "ve": Arm("ve", VE, entailment),
-    "ve, no regions": Arm("ve", f"{VE} --ablate regions", entailment),
+    "ve": Arm("ve", f"{VE} {MINILM}", entailment),
+    "ve --ablate regions": Arm("ve", f"{VE} --ablate regions {MINILM}", entailment),
+    "ve after uniter": Arm("ve", f"{VE} --init {{uniter}}", entailment),
     "patches": Arm("amc", f"{PATCHES} --corpora flickr30k --pretrain mlm:2+itm:2 {FROM_WORDS}"),
     "amc none": Arm("amc", f"{PATCHES} {BOXED} --loss none", pointing_games),
     "amc": Arm("amc", f"{PATCHES} {BOXED} --loss amc", pointing_games),
