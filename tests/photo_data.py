@@ -260,16 +260,23 @@ class Store(NamedTuple):
 
 
 def same_length(f, mean):
-    """The mean of a map over a large box averages its peaks away: a small box has the longer
-    feature, and whatever compares products then chooses small boxes"""
+    """Whatever compares products chooses the longest feature; a network's are longer the smaller
+    the box, since the mean over a large one averages its peaks away"""
     return F.normalize(f, dim=-1) * f.shape[-1] ** 0.5
 
 
-# the first is the usual one; the others differ from it in one thing, the last in two
+def shuffled_lengths(f, mean):
+    """A control: lengths are as they were, but those of other boxes of the photograph"""
+    order = torch.randperm(len(f), generator=torch.Generator().manual_seed(0))
+    return F.normalize(f, dim=-1) * f.norm(dim=-1, keepdim=True)[order]
+
+
+# the first is the usual one; the others differ from it in one thing, two of them in two
 STORES = {
     "usual": Store(same_length, 0.1),
     "own lengths": Store(lambda f, mean: f, 0.1),
     "own lengths, mean removed": Store(lambda f, mean: f - mean, 0.1),
+    "shuffled lengths": Store(shuffled_lengths, 0.1),
     "all boxes": Store(same_length, 0.0),
     "all boxes, own lengths": Store(lambda f, mean: f, 0.0),
 }
@@ -339,11 +346,10 @@ def pack_store(data, name):
     folder.mkdir()
     for path in tqdm(sorted((data / "npz").glob("*.npz")), f"store: {name}", disable=None):
         arrays = dict(np.load(path))
-        features = scale(torch.from_numpy(arrays["features"]).float(), mean)
         kept = arrays["conf"] >= least
         kept[-1] = True
-        columns = {k: v[kept] for k, v in arrays.items() if k != "wh"}
-        columns |= {"wh": arrays["wh"], "features": features.numpy().astype("<f2")[kept]}
-        np.savez(folder / path.name, **columns)
+        columns = {k: v if k == "wh" else v[kept] for k, v in arrays.items()}
+        features = scale(torch.from_numpy(columns["features"]).float(), mean)
+        np.savez(folder / path.name, **columns | {"features": features.numpy().astype("<f2")})
     evaluate.pack([folder], out)
     shutil.rmtree(folder)

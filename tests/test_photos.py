@@ -129,7 +129,9 @@ def tree(request, tmp_path_factory, toy_tree):
         if not HAS_WEIGHTS:
             m.setattr(photo_data, "network", lambda: None)
             m.setattr(photo_data, "see", few_numbers)
-        photo_data.make_features(folder, out, ["usual", "own lengths", "all boxes"])
+        photo_data.make_features(
+            folder, out, ["usual", "own lengths", "shuffled lengths", "all boxes"]
+        )
     return out
 
 
