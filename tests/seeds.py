@@ -657,6 +657,7 @@ def write_pages(results):
     """All tables of all pages"""
     # they use this file
     import bench
+    import photos
     import rehearse
     import tasks
 
@@ -672,6 +673,7 @@ def write_pages(results):
         losses=losses_table(results),
         maf=maf_table(results),
         main=main_table(results),
+        **photos.tables(results),
         **{name: table(name, results) for name in CLAIMS["tables"]},
     )
 
