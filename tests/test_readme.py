@@ -305,7 +305,7 @@ def small_world(folder="data/toy", scenes=600):
 
 
 # they take hours
-SCRIPTS = "tests/seeds.py", "tests/tasks.py", "tests/bench.py", "tests/rehearse.py"
+SCRIPTS = tuple(f"tests/{name}.py" for name in ("seeds", "tasks", "bench", "rehearse", "photos"))
 
 
 def run_commands(folder, blocks):
