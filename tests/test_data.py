@@ -767,7 +767,7 @@ def test_bad_captions(toy, tmp_path, pairs):
     [
         (
             "evaluate.py",
-            ["pack", "--sources", "nothing.tsv", "--out", "x"],
+            ["pack", "nothing.tsv", "--out", "x"],
             "is missing|No such file",
         ),
         ("tests/toy.py", ["--out", "README.md"], "exists already"),

@@ -241,7 +241,7 @@ def files(folder):
 
 
 def test_extraction_makes_a_store(extracted, photos, weights_file, tmp_path, capsys):
-    evaluate.main(["pack", "--sources", str(extracted), "--out", str(tmp_path / "coco")])
+    evaluate.main(["pack", str(extracted), "--out", str(tmp_path / "coco")])
     assert f"{PHOTOS} images" in capsys.readouterr().out
     store = RegionStore(tmp_path / "coco")
     regions = np.diff(store.offsets)
@@ -261,7 +261,7 @@ def test_extraction_makes_a_store(extracted, photos, weights_file, tmp_path, cap
         assert (read(name) == seen[name].numpy()).all()
     assert store.wh[i[0]].tolist() == [240, 180]
     with pytest.raises(SystemExit, match="exists already"):
-        evaluate.main(["pack", "--sources", str(extracted), "--out", str(tmp_path / "coco")])
+        evaluate.main(["pack", str(extracted), "--out", str(tmp_path / "coco")])
 
 
 @pytest.mark.slow

@@ -250,11 +250,13 @@ def test_what_a_store_may_not_hold(tmp_path):
         return data.RegionStore(tmp_path / "s")
 
     assert len(store("a", before=["b"])) == 2
+    assert len(store("a", before=["b", "a"])) == 2  # the same once more
     # a hair outside is float arithmetic
     assert len(store("a", boxes=[[0, 0, 40.01, 30], [-0.01, 0, 1, 1]])) == 1
     for told, bad in (
-        ("image a comes twice", dict(before=["a"])),
-        ("or has no box", dict(boxes=[], features=x[:0])),
+        ("image a: comes twice and differs", dict(before=["a"], features=x + 1)),
+        ("image a: comes twice and differs", dict(before=["a"], wh=(41, 30))),
+        ("a box x1 y1 x2 y2 = none", dict(boxes=[], features=x[:0])),
         ("nan or inf", dict(features=x + [np.nan, *range(7)])),
         ("nan or inf", dict(features=x + 1e6)),
         ("inside the image", dict(boxes=[[0, 0, 41, 30], [0, 0, 1, 1]])),
@@ -263,7 +265,7 @@ def test_what_a_store_may_not_hold(tmp_path):
         ("inside the image", dict(boxes=[[0, 0, 40, 30], [0, 0, np.nan, 1]])),
         ("40 x 20 pixels", dict(wh=(40, 20))),
         ("as the images before", dict(before=["b"], features=np.zeros((2, 9)))),
-        ("as the images before", dict(features=x[:1])),
+        ("not one row a box", dict(features=x[:1])),
     ):
         with pytest.raises(data.DataError, match=told), np.errstate(over="ignore"):
             store("a", **bad)
@@ -274,11 +276,13 @@ def test_what_a_store_may_not_hold(tmp_path):
 
 
 def test_pack_cuts_boxes_to_their_image_unless_they_are_far_outside(tmp_path, monkeypatch):
-    def rows(path):
+    def row(line):
         boxes = np.array([[-2.0, 3, 20, 31], [0, 0, far, 30]], np.float32)
-        yield "a", (40, 30), {"boxes": boxes, "features": np.zeros((2, 8))}
+        return "a", (40, 30), {"boxes": boxes, "features": np.zeros((2, 8))}
 
-    monkeypatch.setattr(evaluate, "tsv_rows", rows)
+    monkeypatch.setattr(evaluate, "tsv_row", row)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f.tsv").write_text("a line\n")
     far = 80
     evaluate.pack(["f.tsv"], tmp_path / "s")
     boxes = data.RegionStore(tmp_path / "s").read(np.zeros(1, int), "boxes")[0]

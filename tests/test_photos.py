@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import evaluate
 import photo_data
 import photos
 import seeds

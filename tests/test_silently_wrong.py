@@ -226,3 +226,100 @@ def test_both_first_commands_at_once_share_one_pre_training(toy_tree, tmp_path):
     assert [run.returncode for run in runs] == [0, 0], ends
     (log,) = Path(tmp_path, "out").glob("toy-short*/log.jsonl")
     assert log.read_text().count('"step": 3,') == 2  # the losses, and the validation
+
+
+# what a record says of its picture, 100 x 80 in the store; None: it fits
+FRAMES = {
+    "same": (dict(size=(100, 80), boxes=((0, 0, 9, 9),)), None),
+    "rounded": (dict(size=(101, 79)), None),
+    "twice as large": (dict(size=(200, 160)), "a picture 200 x 160"),
+    "turned": (dict(size=(80, 100)), "a picture 80 x 100"),
+    "inside": (dict(boxes=((0, 0, 100, 80.4),)), None),
+    "outside": (dict(boxes=((0, 0, 9, 9), (60, 20, 60, 9))), "at least 120 x 29"),
+    "shares of it": (dict(boxes=((0.1, 0.2, 1.0, 1.0),)), None),
+}
+
+
+@pytest.mark.parametrize("kind", ["regions", "pictures"])
+@pytest.mark.parametrize("name", FRAMES)
+def test_boxes_are_in_the_frame_of_their_picture(toy_tree, tmp_path, name, kind):
+    """Pictures kept at half their size would leave every box elsewhere, without a word."""
+    fields, told = FRAMES[name]
+    if kind == "regions":
+        writer = evaluate.StoreWriter(tmp_path / "s")
+        writer.add("a", (100, 80), boxes=[[0, 0, 9, 9]], features=np.ones((1, 4)))
+        writer.commit()
+        store = data.RegionStore(tmp_path / "s")
+    else:
+        write_pictures(tmp_path / "own/images", "a.png")
+        Image.new("RGB", (100, 80)).save(tmp_path / "own/images/a.png")
+        store = data.PatchStore(tmp_path, "own", 8, 8)
+    words = data.WordPiece(toy_tree / "bert-base-cased/vocab.txt", False)
+    make = lambda: data.make_index([Record("a", "a circle", "text 7", **fields)], store, words)
+    if told:
+        with pytest.raises(DataError, match=f"text 7: boxes of {told} pixels, .* 100 x 80"):
+            make()
+    else:
+        assert len(make()) == 1
+
+
+@pytest.mark.parametrize(
+    "reader, split, store",
+    [
+        (data.entity_captions, "test", "flickr30k"),
+        (evaluate.boxed_phrases, "test", "flickr30k"),
+        (data.referring_expressions, "val", "refcoco_gt"),
+    ],
+)
+def test_readers_of_boxes_in_pixels_say_of_which_picture(toy_tree, reader, split, store):
+    found = data.RegionStore(toy_tree / "regions" / store)
+    numbers = found.numbers()
+    for record in data.records(reader, toy_tree, split, Counter()):
+        assert record.size == found.size(numbers[record.image])
+
+
+def test_choices_of_other_questions_make_no_number(toy_tree, monkeypatch, capsys):
+    published = dict(data.gqa_records(toy_tree, "testdev_all"))
+    answers = {name: q["answer"] for name, q in published.items()}
+    index = types.SimpleNamespace(arrays={"answered": np.ones(len(answers))})
+    said = types.SimpleNamespace(answers=lambda run: answers, index=index)
+    run = types.SimpleNamespace(data=toy_tree)
+    numbers = evaluate.gqa_numbers(run, "testdev_all", said)
+    assert numbers["accuracy"] == 100 and "validity" in numbers and not capsys.readouterr().err
+    read_json = evaluate.read_json
+    first = next(name for name, q in published.items() if q["isBalanced"])
+
+    def without_one(path):
+        return {k: v for k, v in read_json(path).items() if k != first}
+
+    monkeypatch.setattr(evaluate, "read_json", without_one)
+    fewer = evaluate.gqa_numbers(run, "testdev_all", said)
+    assert fewer == {k: v for k, v in numbers.items() if k not in ("validity", "plausibility")}
+    assert f"lacks 1 questions, {first}" in capsys.readouterr().err
+
+
+def test_damaged_and_repeated_rows_of_a_feature_file(tmp_path, monkeypatch, capsys):
+    """One error that names file, line and image; the damaged are left out on request, equal rows
+    are kept once, both counted."""
+    from test_data import row
+
+    monkeypatch.chdir(tmp_path)
+    lines = [row(f"img{i}", n=10, seed=i)[0] for i in range(4)]
+    stray = "\t".join(lines[2].split("\t")[:-1] + [lines[2].split("\t")[-1][:20] + "*AAA"])
+    other = row("img1", n=10, seed=9)[0]
+    for name, rows, told in (
+        ("stray", [*lines[:2], stray, lines[3]], "stray.tsv, line 3: .*\n.*\n.*img2"),
+        ("twice", [*lines, other], "twice.tsv, line 5: image img1: comes twice and differs, first "),
+        ("again", [*lines, lines[1]], None),
+    ):
+        Path(f"{name}.tsv").write_text("\n".join(rows) + "\n")
+        if told:
+            with pytest.raises(DataError, match=told):
+                evaluate.pack([f"{name}.tsv"], f"{name} all")
+        evaluate.main(["pack", f"{name}.tsv", "--out", name, *["--skip-damaged"] * bool(told)])
+        ids = data.RegionStore(name).numbers()
+        assert list(ids) == [f"img{i}" for i in range(4) if name != "stray" or i != 2]
+        said = capsys.readouterr()
+        assert ("left out: " in said.err) == bool(told)
+        kind = "rows left out: 1" if told else "rows that came twice: 1"
+        assert said.out.strip().endswith(kind)

@@ -332,6 +332,29 @@ def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(recipe, toy_tree):
         assert 0.65 < size / (0.2 * max(p.shape) ** 0.5) < 1.25, (names[p], size)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_muon_is_torchs_within_its_rounding(bf16, monkeypatch):
+    """Matrices of one shape or of several, one without a gradient, momentum, decay; torch's is bf16"""
+    monkeypatch.setattr(evaluate, "bf16_is_faster", lambda: bf16)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (6, 4), (4, 6), (6, 4), (5, 5), (6, 4)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)]
+    moved = []
+    for kind in (torch.optim.Muon, train.Muon):
+        matrices = [torch.nn.Parameter(x.clone()) for x in start]
+        how = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+        optimizer = kind(matrices, **how)
+        for step in grads:
+            for number, (p, grad) in enumerate(zip(matrices, step)):
+                p.grad = None if number == 4 else grad
+            optimizer.step()
+        moved.append([(p - x).detach() for p, x in zip(matrices, start)])
+    for theirs, ours in zip(*moved):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+    assert not moved[1][4].any() and moved[1][0].norm() > 0.01
+
+
 def test_adamw_is_torchs_and_differs_from_the_authors_only_as_told():
     """UNITER's AdamW adds eps before the bias correction and decays after the update; without
     both they agree.
