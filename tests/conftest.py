@@ -57,6 +57,26 @@ def few_validation_samples():
     train.validate = whole
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_figures():
+    """A run draws one of each kind and data set; evaluate.py --task figures draws all."""
+    import functools
+
+    import evaluate
+    import train
+
+    whole = train.benchmarks_of
+
+    def benchmarks_of(cfg, run):
+        benchmarks, draw = whole(cfg, run)
+        several = [f for f in draw if f is not evaluate.head_figures]
+        return benchmarks, [functools.partial(f, n=1) if f in several else f for f in draw]
+
+    train.benchmarks_of = benchmarks_of
+    yield
+    train.benchmarks_of = whole
+
+
 @pytest.fixture(scope="session", autouse=True)
 def digests_at_work(request, tmp_path_factory):
     """Where test_digests.train_all() is at work on the second core from the session's start on,

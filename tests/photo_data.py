@@ -102,7 +102,7 @@ def flickr8k_tree(folder, tmp):
     for theirs, ours in {"train": "train", "dev": "val", "test": "test"}.items():
         names = read_lines(folder / f"Flickr_8k.{theirs}Images.txt")
         split_of |= {name.strip(): ours for name in names if name.strip()}
-    paths, images, sentid = {p.name: p for p in evaluate.named_pictures(folder)}, [], 0
+    paths, images, sentid = {p.name: p for p in evaluate.named_pictures([folder]).values()}, [], 0
     for name, split in split_of.items():
         if name not in paths or name not in captions:
             missing = "picture" if name not in paths else "caption"
@@ -315,7 +315,7 @@ def regions_of(picture, found, weights):
 def make_features(folder, data, stores):
     """DATA/npz of all photographs, then region stores of them: rows of STORES"""
     find, weights, data = detector(folder), network(), Path(data)
-    paths = evaluate.named_pictures(data / PHOTOS)
+    paths = [*evaluate.named_pictures([data / PHOTOS]).values()]
     for path in tqdm(paths, "features", unit=" photos", disable=None):
         place = data / "npz" / f"{path.stem}.npz"
         if not place.exists():

@@ -94,13 +94,6 @@ def recall_and_pointing(run, split, size=100, n=5):
     return numbers | evaluate.pointing(run, run.index(pointed_phrases, split, "flickr30k"))
 
 
-def grounding(run, split):
-    """MAF's tables 2 and 5; its baselines see GloVe's vectors as they came, which a checkpoint has
-    no more"""
-    tokenizer = evaluate.WordVectors(run.sizes["words"], run.data)
-    return evaluate.grounding(run._replace(tokenizer=tokenizer), split)
-
-
 def entailment(run, split):
     """Accuracy on SNLI-VE's rows; its validation split is called dev"""
     return evaluate.downstream(run, {"val": "dev"}.get(split, split))
@@ -141,11 +134,14 @@ FROM_WORDS = f"--steps 4000 --warmup 400 {MINILM}"
 BOXED = "--triplets box+region --pretrain mlm:1+itm:2 --align-schedule constant --steps 900"
 BOXED += " --warmup 60 --init {patches}"
 ARMS = {
-    "maf": Arm("maf", MAF, grounding, seeds=10),
+    "maf": Arm("maf", MAF, evaluate.grounding, seeds=10),
     # each differs from the first in its features alone, or in one setting
-    **{f"maf, {name}": Arm("maf", MAF, grounding, name, seeds=10) for name in list(STORES)[1:]},
     **{
-        f"maf {option}": Arm("maf", f"{MAF} {option}", grounding, seeds=10)
+        f"maf, {name}": Arm("maf", MAF, evaluate.grounding, name, seeds=10)
+        for name in list(STORES)[1:]
+    },
+    **{
+        f"maf {option}": Arm("maf", f"{MAF} {option}", evaluate.grounding, seeds=10)
         for option in ("--region-inputs label", "--init-w-f xavier")
     },
     "uniter": Arm(

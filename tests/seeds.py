@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -521,10 +521,6 @@ def object_weights(run, index, most=5000):
     return np.array(by_layer), float(alike)
 
 
-def font(size):
-    return ImageFont.load_default(size)
-
-
 def objects_figure(runs, path):
     """object_weights of GQA's validation questions by layer: a line for each of {name: Run}"""
     scale, (width, height) = 2, (960, 460)  # drawn at twice its size
@@ -541,7 +537,7 @@ def objects_figure(runs, path):
         scale * (height - 70 - (height - 140) * y / top),
     )
     text = lambda place, words, colour=INK, size=24: pen.text(
-        tuple(place), words, colour, font(size * scale)
+        tuple(place), words, colour, evaluate.font(size * scale)
     )
     pen.line([at(0, top), at(0, 0), at(len(weights) - 1, 0)], fill=INK, width=2 * scale)
     for value in (0, round(top)):
@@ -599,8 +595,8 @@ def winoground_figure(runs, path, example=1, word=1, width=340):
         x = margin
         for i, piece in enumerate(words[1:-1], 1):
             colour = "#c25000" if i == place else INK
-            pen.text((x, y + 4), piece, colour, font(36))
-            x += pen.textlength(piece + " ", font(36))
+            pen.text((x, y + 4), piece, colour, evaluate.font(36))
+            x += pen.textlength(piece + " ", evaluate.font(36))
         big = enlarged(picture, width)
         panels = {"regions": attention_picture(big, boxes, None)}
         for name, run in runs.items():
@@ -608,7 +604,7 @@ def winoground_figure(runs, path, example=1, word=1, width=340):
             panels[f'"{words[place]}" {name}'] = attention_picture(big, boxes, P)
         for column, (title, panel) in enumerate(panels.items()):
             x = margin + column * (width + margin)
-            pen.text((x, y + line), title, "#5a5a5a", font(29))
+            pen.text((x, y + line), title, "#5a5a5a", evaluate.font(29))
             out.paste(panel, (x, y + 2 * line))
         y += height + 2 * line + margin
     out.save(path)
@@ -638,7 +634,7 @@ def attention_picture(picture, boxes, weights):
         is_low = below + 36 * scale > size[1]
         y, anchor = (above - 4, "mb") if is_low else (below + 4, "mt")
         style = {"anchor": anchor, "stroke_width": 2 * scale, "stroke_fill": "white"}
-        pen.text((x, y), f"{100 * weights[i]:.0f}", INK, font(30 * scale), **style)
+        pen.text((x, y), f"{100 * weights[i]:.0f}", INK, evaluate.font(30 * scale), **style)
     return out.convert("RGB").resize(picture.size, Image.LANCZOS)
 
 

@@ -568,8 +568,11 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
     "argv",
     [
         ["--loss", "align"],
-        ["--loss", "maf"],
-        ["--recipe", "toy", "--init", "none", "--loss", "eqsim+hard-rank", "--candidates", 0],
+        pytest.param(["--loss", "maf"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--recipe", "toy", "--init", "none", "--loss", "eqsim+hard-rank", "--candidates", 0],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):

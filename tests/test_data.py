@@ -20,7 +20,7 @@ import data
 import evaluate
 import toy as world
 import train
-from conftest import ROOT, batches_of, ids_of, read, shared
+from conftest import ROOT, batches_of, ids_of, inside, read, shared
 from data import DataError, RegionStore, WordPiece, make_index
 
 
@@ -766,19 +766,19 @@ def test_bad_captions(toy, tmp_path, pairs):
     "script, argv, match",
     [
         (
-            "evaluate.py",
+            evaluate,
             ["pack", "nothing.tsv", "--out", "x"],
             "is missing|No such file",
         ),
-        ("tests/toy.py", ["--out", "README.md"], "exists already"),
-        ("tests/toy.py", ["--out", "x", "--scenes", "3"], "at least 60"),
-        ("tests/toy.py", ["--out", "x", "--seed", "-2"], "--seed -2"),
+        (world, ["--out", "README.md"], "exists already"),
+        (world, ["--out", "x", "--scenes", "3"], "at least 60"),
+        (world, ["--out", "x", "--seed", "-2"], "--seed -2"),
     ],
 )
 def test_command_line_errors_are_one_message(script, argv, match):
-    argv = [sys.executable, script, *argv]
-    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and re.search(match, run.stderr) and "Traceback" not in run.stderr
+    done = inside(ROOT, argv, script.main)
+    assert done.returncode == 1 and re.search(match, done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -326,9 +326,9 @@ def test_bad_pictures_are_left_out_and_listed(toy_tree, weights_file, tmp_path):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("no folder", "no pictures, or several of one name"),
-        ("no pictures", "no pictures, or several of one name"),
-        ("twice", "no pictures, or several of one name"),
+        ("no folder", "no pictures in"),
+        ("no pictures", "no pictures in"),
+        ("twice", "have one name"),
         ("weights", "does not fit"),
         ("no weights", "No such file"),
         ("regions", "invalid int value: 'many'"),
@@ -395,6 +395,7 @@ def test_memory_does_not_grow(toy_tree, weights_file, tmp_path):
 # ------------------------------------------------------------- from photos to training, one photo
 
 
+@pytest.mark.slow
 def test_photos_to_training_to_evaluation(weights_file, tmp_path):
     """Nothing but pictures, captions and a detector."""
     tree, pictures = tmp_path / "tree", {"coco": "coco", "winoground": "winoground/images"}

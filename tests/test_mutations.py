@@ -14,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import evaluate
 import toy
 from conftest import QUICK, inside, read
-from model import CheckpointError
+from model import CheckpointError, Detector
 from test_data import row as feature_row
+from test_detector import SMALL
 
 ANSWERS = ("yes", "no", "red")
 
@@ -86,6 +88,15 @@ def packed(tree):
     store_of("../packed")(tree)
 
 
+def extracted(tree):
+    """Features of the pictures in tree/photos, by a small detector, and packed"""
+    folder = tree / "photos"
+    sizes = {"shorter": 64, "longer": 96}
+    evaluate.extract(folder, folder / "detector.bin", tree / "npz", (2, 6), **sizes)
+    evaluate.pack([tree / "npz"], tree / "packed")
+    store_of("../packed")(tree)
+
+
 def trained(*args):
     """The end of a run of no updates, which evaluates, or a run that goes on"""
     options = "--recipe toy-pretrain --init none --warmup 1 --batch-tokens 256 --save-every 1"
@@ -146,6 +157,8 @@ READS = {
     "lxmert/all_ans.json": evaluate.all_answers,
     "features/a.tsv": packed,
     "features/npz/b.npz": packed,
+    "photos/a.jpg": extracted,
+    "photos/detector.bin": extracted,
     "winoground/new_tag_assignments.json": trained("--steps 0"),
     "run/last.pt": trained("--steps 2 --resume"),
     "run/log.jsonl": trained("--steps 2 --resume"),
@@ -153,10 +166,19 @@ READS = {
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
+def small_detector():
+    """evaluate.py's detector is small, as the weights are."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Detector, "SIZES", Detector.SIZES | SMALL)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory, small_detector):
     folder = tmp_path_factory.mktemp("mutations") / "toy"
     toy.make_toy(folder, scenes=100)
-    for name in ("features/npz", "index"):
+    for name in ("features/npz", "index", "photos"):
         (folder / name).mkdir(parents=True)
     lines, boxes = (
         [feature_row(f"img{i}", n=10)[0] for i in range(3)],
@@ -167,7 +189,14 @@ def tree(tmp_path_factory):
     np.savez(folder / "features/npz/b.npz", **arrays, conf=np.ones(10), wh=(8, 8))
     tags = {str(e): ["NonMinimal"] for e in range(6)}
     (folder / "winoground/new_tag_assignments.json").write_text(json.dumps(tags))
-    trained("--steps 1")(folder)
+    for name, path in zip("ab", sorted((folder / "vg/VG_100K").iterdir())):
+        shutil.copy(path, folder / f"photos/{name}{path.suffix}")
+    torch.save(Detector().state_dict(), folder / "photos/detector.bin")
+    trained("--steps 2")(folder)
+    # as if it had been killed half way
+    saved = torch.load(folder / "run/last.pt", weights_only=True)
+    torch.save(saved | {"step": 1}, folder / "run/last.pt")
+    (folder / "run/done.json").unlink()
     return folder
 
 

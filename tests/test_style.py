@@ -117,7 +117,7 @@ def test_size():
     code = {name: len(code_lines(path)) for name, path in FILES.items()}
     whole = sum(len(path.read_text().splitlines()) for path in FILES.values())
     assert all(0 < code[name] <= LIMITS[name] for name in FILES), code
-    assert sum(code.values()) <= 5460 and whole <= 8750, (code, whole)
+    assert sum(code.values()) <= 5460 and whole <= 8800, (code, whole)
 
 
 @pytest.mark.skipif(not shutil.which("ruff"), reason="needs ruff")

@@ -53,7 +53,7 @@ def test_twenty_steps_of_every_loss(toy_tree, pretrained, tmp_path, loss, monkey
         values = [line[name] for line in log_of(tmp_path / cfg.out) if name in line]
         assert len(values) == 20 and all(np.isfinite(values)) and any(v != 0 for v in values)
     assert 0 <= numbers["winoground/group"] <= 100
-    assert len(list((tmp_path / cfg.out / "figures").glob("winoground_*.png"))) == 8
+    assert (tmp_path / cfg.out / "figures/winoground_0_0.png").exists()
 
 
 def one_step(toy_tree, step, *more):
@@ -236,14 +236,15 @@ def test_killed_at_random_moments_and_resumed(toy_tree, tmp_path):
         same(weights(whole), weights(tmp_path / "cut/out" / whole.name))
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("rank", "few", "vcr", "nlvr2")]
+SLOW = ("pretrain, four", "rank", "few", "vcr", "nlvr2")
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW]
 
 
 @pytest.mark.parametrize("kind", ["pretrain", *SLOW])
 def test_any_number_of_processes_has_the_same_batches(toy_tree, pretrained, tmp_path, kind):
     """Four batches an update: one process that takes them in turn, two, and four."""
     args = toy_run(toy_tree, pretrained, "--loss cacr+wra --steps 6 --dropout 0")
-    if kind == "pretrain":
+    if kind.startswith("pretrain"):
         how = "--pretrain mlm+itm+mrfr+mrckl+wra --loss cacr --steps 12 --warmup 2"
         args = ["--recipe toy-pretrain --data", toy_tree, how, *QUICK]
     if kind in ("vcr", "nlvr2"):  # several rows an example
@@ -252,7 +253,7 @@ def test_any_number_of_processes_has_the_same_batches(toy_tree, pretrained, tmp_
     # few: one group at a time
     tokens = 30 if kind == "few" else 256
     args += [f"--batch-tokens {tokens} --gpus 2 --accumulate 2"]
-    for n in (1, 2, 4) if kind == "pretrain" else (1, 2):
+    for n in (1, 4 if "four" in kind else 2):
         run(tmp_path, *args, "--out", n, processes=n)
         same(weights(tmp_path / "1"), weights(tmp_path / str(n)), rtol=0, atol=1e-5)
 
@@ -334,7 +335,9 @@ def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(recipe, toy_tree):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_muon_is_torchs_within_its_rounding(bf16, monkeypatch):
-    """Matrices of one shape or of several, one without a gradient, momentum, decay; torch's is bf16"""
+    """Matrices of one shape or of several, one without a gradient, momentum, decay; torch's is
+    bf16.
+    """
     monkeypatch.setattr(evaluate, "bf16_is_faster", lambda: bf16)
     generator = torch.Generator().manual_seed(0)
     shapes = (6, 4), (4, 6), (6, 4), (5, 5), (6, 4)
