@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_what_it_began_with(name):
     train.check_same(SIZES, dict(SIZES), "out/run")
     with pytest.raises(train.UserError, match=f"out/run/last.pt .*{name}"):
         train.check_same(SIZES, SIZES | {name: CHANGED[name]}, "out/run")
-    with pytest.raises(train.UserError, match="answer_list, .'no', 'yes'. there, .'no', 'maybe'"):
+    with pytest.raises(train.UserError, match="answer_list, .'no', 'maybe'. there"):
         train.check_same(SIZES, SIZES | {"answer_list": ["no", "maybe"]}, "out/run")
 
 
