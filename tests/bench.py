@@ -894,7 +894,7 @@ def table(results):
     return "\n".join([*head, *lines, "", with_commits(commits)])
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -905,7 +905,7 @@ def main():
         action="store_true",
         help="keep the figures in tests/results.json and put the table into tests/COST.md",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     global SIZE, MOST_ROUNDS, GLOVE_LINES, BACKEND
     if args.small:
         SIZE, MOST_ROUNDS, GLOVE_LINES, BACKEND = "toy", 1, 2000, "eager"

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,19 @@ def same(a, b, **tolerance):
         torch.testing.assert_close(
             a[name], b[name], **(tolerance or dict(rtol=0, atol=0)), msg=lambda m: f"{name}: {m}"
         )
+
+
+def copied(toy_tree, tree, *folders):
+    """The tree as links but for these folders, which a test may write into"""
+    tree.mkdir(exist_ok=True)
+    for path in (path for path in toy_tree.iterdir() if path.name != "index"):
+        place = tree / path.name
+        if path.name not in folders and not place.exists():
+            place.symlink_to(path)
+        elif path.name in folders and (place.is_symlink() or not place.exists()):
+            place.unlink(missing_ok=True)
+            shutil.copytree(path, place)
+    return tree
 
 
 def ids_of(store):

@@ -3,7 +3,6 @@ steps of everything, and bad input.
 """
 
 import json
-import shutil
 from collections import Counter
 
 import numpy as np
@@ -17,6 +16,7 @@ import train
 from conftest import (
     QUICK,
     argv,
+    copied,
     ROOT,
     inside,
     last_line,
@@ -30,17 +30,6 @@ from conftest import (
 )
 from data import DataError, make_index
 from model import Lxmert, Maf, Uniter, load_pretrained
-
-
-def copied(toy_tree, tmp_path, *folders):
-    """A tree whose other folders are links, so that a test may write into these."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for item in (f for f in toy_tree.iterdir() if f.name != "index"):
-        shutil.copytree(item, tree / item.name) if item.name in folders else (
-            tree / item.name
-        ).symlink_to(item)
-    return tree
 
 
 def prepared(toy_tree, *args):
@@ -201,7 +190,7 @@ def test_gqa_pointers_mean_what_they_name(toy_tree):
 
 
 def test_gqa_pointers_that_lead_nowhere_are_counted(toy_tree, tmp_path):
-    tree = copied(toy_tree, tmp_path, "gqa")
+    tree = copied(toy_tree, tmp_path / "tree", "gqa")
     path, graphs = tree / "gqa/train_balanced_questions.json", tree / "gqa/train_sceneGraphs.json"
     questions, scenes = json.loads(path.read_text()), json.loads(graphs.read_text())
     pointed = [k for k, q in questions.items() if q["annotations"]["question"]]
@@ -481,7 +470,7 @@ def test_maf_starts_as_told(start):
 
 # ------------------------------------------------------------------------------------------- runs
 
-SMALL = ["--steps", 20, "--warmup", 2, "--log-every", 1]
+SMALL = ["--steps", 8, "--warmup", 2, "--log-every", 1]
 
 
 @pytest.mark.parametrize(
@@ -503,7 +492,7 @@ SMALL = ["--steps", 20, "--warmup", 2, "--log-every", 1]
         ),
     ],
 )
-def test_twenty_steps(toy_tree, tmp_path, argv, told):
+def test_eight_steps(toy_tree, tmp_path, argv, told):
     done = run(
         tmp_path,
         *argv,
@@ -778,7 +767,7 @@ def test_settings_that_cannot_be(toy_tree, tmp_path, argv, told):
     ],
 )
 def test_cut_files_are_told(toy_tree, tmp_path, broken, told):
-    tree = copied(toy_tree, tmp_path, broken.split("/")[0])
+    tree = copied(toy_tree, tmp_path / "tree", broken.split("/")[0])
     path = tree / broken
     raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
@@ -792,7 +781,7 @@ def test_cut_files_are_told(toy_tree, tmp_path, broken, told):
 
 
 def test_a_detector_of_other_names_is_told(toy_tree, tmp_path):
-    tree = copied(toy_tree, tmp_path, "vg")
+    tree = copied(toy_tree, tmp_path / "tree", "vg")
     (tree / "vg/objects_vocab.txt").write_text("disc\nsquare\n")
     done = run(
         tmp_path, "--loss align", "--data", tree, "--steps 5 --batch-tokens 512", *QUICK, expect=1

@@ -11,7 +11,7 @@ import torch
 
 import data
 import evaluate
-from conftest import inside, read, shared
+from conftest import copied, inside, read, shared
 from data import DataError
 from evaluate import CHOICES
 
@@ -226,8 +226,7 @@ def test_toy_captions_say_what_the_file_says(toy_tree):
 
 def broken(toy_tree, tmp_path, path, change):
     """A tree in which one file has been changed"""
-    tree = tmp_path / "tree"
-    shutil.copytree(toy_tree, tree, symlinks=True)
+    tree = copied(toy_tree, tmp_path / "tree", path.split("/")[0])
     file = tree / path
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     return tree
@@ -305,16 +304,15 @@ def test_crops_are_cut_where_the_boxes_are(toy_tree, tmp_path):
 
 def test_all_benchmarks_whose_files_are_there(toy_tree, pretrained, tmp_path, capsys):
     """The others are said; none at all is an error."""
-    tree = tmp_path / "tree"
-    shutil.copytree(toy_tree, tree)
+    tree = copied(toy_tree, tmp_path / "tree")
     for folder in ("valse", "aro", "whatsup", "sugarcrepe", "sugarcrepe_pp", "bivlc"):
-        shutil.rmtree(tree / folder)
+        (tree / folder).unlink()
     how = ["--task choices --ckpt", pretrained[0], "--data", tree]
     done = inside(tmp_path, how, main=evaluate.main)
     found = json.loads(str(done.stdout).strip().splitlines()[-1])
     assert {name.split("/")[0] for name in found} == {"winoground", "colorswap"}
     assert "valse left out" in done.stderr and "aro-coco-order left out" in done.stderr
     for folder in ("winoground", "colorswap"):
-        shutil.rmtree(tree / folder)
+        (tree / folder).unlink()
     done = inside(tmp_path, how, main=evaluate.main)
     assert done.returncode and "no benchmark could be read" in done.stderr

@@ -18,7 +18,8 @@ import evaluate
 import losses
 import toy
 import train
-from conftest import QUICK, ids_of, last_line, prepared_run, read, run, run_and_kill, same, weights
+from conftest import QUICK, copied, ids_of, last_line, prepared_run, read, run, run_and_kill, same
+from conftest import weights
 from data import Batches, DataError, PatchStore, PictureStore, Record, Vision, WordPiece, make_index
 from model import Albef, PatchStem, build, load_pretrained, resize_position
 
@@ -254,12 +255,7 @@ def test_another_of_the_batch_stands_in(toy_tree, tokenizer, tmp_path, kind):
 def test_bad_pictures_are_left_out_and_counted(toy_tree, tmp_path, recipe):
     """Nine of three hundred: the run ends, lists them, and resumes to the same bits; a stop in the
     middle forgets nothing."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for place in toy_tree.iterdir():
-        if place.name not in ("coco", "index"):
-            (tree / place.name).symlink_to(place)
-    shutil.copytree(toy_tree / "coco", tree / "coco")
+    tree = copied(toy_tree, tmp_path / "tree", "coco")
     pictures = sorted((tree / "coco/train2014").iterdir())
     bad = [path.stem for path in pictures[3:120:13]]
     for name, kind in zip(bad, ["cut", "empty", "page", "bomb"] * 3):
@@ -289,8 +285,7 @@ def test_bad_pictures_are_left_out_and_counted(toy_tree, tmp_path, recipe):
 
 
 def test_bad_pictures_alone_stop_a_run_with_a_name(toy_tree, tmp_path):
-    tree = tmp_path / "toy"
-    shutil.copytree(toy_tree, tree)
+    tree = copied(toy_tree, tmp_path / "toy", "coco")
     for path in (tree / "coco/train2014").iterdir():
         spoil(path, "cut")
     args = "--recipe toy-pretrain --vision patches --init none --steps 2 --out x"
@@ -512,10 +507,10 @@ def test_albef_runs_and_points(albef):
 
 
 @pytest.mark.parametrize("loss", ["none", "amc", "amc-mean", "amc-max", "amc-cosine"])
-def test_twenty_steps_of_amc(toy_tree, albef, tmp_path, loss, monkeypatch):
+def test_eight_steps_of_amc(toy_tree, albef, tmp_path, loss, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "benchmarks_of", lambda settings: ([], []))
-    args = "--queue 20 --steps 20 --warmup 2 --batch-size 8 --log-every 1 --out x"
+    args = "--queue 20 --steps 8 --warmup 2 --batch-size 8 --log-every 1 --out x"
     run(
         tmp_path,
         f"--recipe toy-amc --loss {loss}",
@@ -527,7 +522,7 @@ def test_twenty_steps_of_amc(toy_tree, albef, tmp_path, loss, monkeypatch):
         *QUICK,
     )
     for name, values in log_of(tmp_path / "x", *({"itc", "itm", "mlm", loss} - {"none"})).items():
-        assert len(values) == 20 and np.isfinite(values).all() and any(values), name
+        assert len(values) == 8 and np.isfinite(values).all() and any(values), name
 
 
 def test_amc_lowers_itself(toy_tree, albef, tmp_path, monkeypatch):
@@ -776,11 +771,11 @@ def patched(toy_tree, tmp_path_factory):
     "loss", ["cacr", "cacr-probs", "iais", "iais-released", "iais-distributed", "wra"]
 )
 def test_alignment_losses_on_patches(toy_tree, patched, tmp_path, model, loss):
-    args = f"--recipe toy {SMALL} --model {model} --loss {loss} --steps 20 --warmup 2"
+    args = f"--recipe toy {SMALL} --model {model} --loss {loss} --steps 8 --warmup 2"
     args += " --batch-tokens 256 --candidates 6 --log-every 1 --out x"
     run(tmp_path, args, "--init", patched[model], "--data", toy_tree, *QUICK)
     values = log_of(tmp_path / "x", loss)[loss]
-    assert len(values) == 20 and np.isfinite(values).all() and any(values)
+    assert len(values) == 8 and np.isfinite(values).all() and any(values)
 
 
 def test_pictures_begin_from_the_run_on_regions(tmp_path, monkeypatch):
@@ -903,11 +898,11 @@ def test_boxes_of_matched_texts(toy_tree):
 @pytest.mark.parametrize("loss", ["amc", "amc-mean", "amc-max", "amc-cosine", "amc+cacr"])
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
 def test_amc_on_patches(toy_tree, patched, tmp_path, model, loss):
-    args = f"--loss {loss} --model {model} --resolution 32 --pretrain itm --steps 20 --warmup 2"
-    args += " --batch-tokens 256 --log-every 1 --eval-every 20 --out x"
+    args = f"--loss {loss} --model {model} --resolution 32 --pretrain itm --steps 8 --warmup 2"
+    args += " --batch-tokens 256 --log-every 1 --eval-every 8 --out x"
     done = run(tmp_path, args, "--init", patched[model], "--data", toy_tree, *QUICK)
     for name, values in log_of(tmp_path / "x", *loss.split("+")).items():
-        assert len(values) == 20 and np.isfinite(values).all() and any(values), name
+        assert len(values) == 8 and np.isfinite(values).all() and any(values), name
     found, name = last_line(done), "pointing/flickr30k"
     assert 0 <= found[name] <= 100 and "pointing/refcoco+/testA" in found
     assert list((tmp_path / "x/figures").glob("heat_*.png"))

@@ -382,11 +382,10 @@ def test_every_part_of_the_bench_runs(part):
 
 
 @pytest.mark.parametrize(
-    "script", ["train", "evaluate", "tests/toy", "tests/bench", "tests/rehearse"]
+    "script", [train, evaluate, toy, bench, rehearse], ids=lambda script: script.__name__
 )
 def test_help(script):
-    command = [sys.executable, f"{script}.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = inside(ROOT, ["--help"], script.main)
     assert done.returncode == 0 and "--" in done.stdout
 
 

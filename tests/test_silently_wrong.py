@@ -19,7 +19,7 @@ import data
 import evaluate
 import model
 import train
-from conftest import QUICK, ROOT, prepare, run
+from conftest import QUICK, ROOT, copied, prepare, run
 from data import DataError, Record
 from model import CheckpointError
 
@@ -424,12 +424,7 @@ def tree_with(toy_tree, folder, file, change):
     """The tree as links, one file of it a changed copy; change: (bytes) -> bytes"""
     shutil.rmtree(folder, ignore_errors=True)
     first, *rest = Path(file).parts
-    folder.mkdir()
-    for path in toy_tree.iterdir():
-        if path.name not in (first, "index"):
-            (folder / path.name).symlink_to(path)
-    shutil.copytree(toy_tree / first, folder / first)
-    found = list((folder / first).glob(str(Path(*rest))))
+    found = list((copied(toy_tree, folder, first) / first).glob(str(Path(*rest))))
     assert found
     for path in found:
         path.write_bytes(change(path.read_bytes()))
@@ -512,25 +507,30 @@ INDEXED = {
     "vqa": (functools.partial(data.vqa_questions, answers=("yes",)), "train2014+val2014", "coco"),
     "gqa": (GQA, "val_balanced", "vg"),
     "refcoco": (data.referring_expressions, "val", "refcoco_gt"),
-    "joined": (functools.partial(data.multitask_vg, answers=("yes",)), "train", "vg"),
     "own": (functools.partial(data.own_captions, name="crops"), "val", "pictures"),
+    "joined": (functools.partial(data.multitask_vg, answers=("yes",)), "train", "vg"),
 }
 
 
+@pytest.fixture(scope="module")
+def whole_copy(toy_tree, tmp_path_factory):
+    """The tree, times of files too"""
+    place = tmp_path_factory.mktemp("copy") / "toy"
+    return shutil.copytree(toy_tree, place, ignore=shutil.ignore_patterns("index"))
+
+
 @pytest.mark.parametrize("name", INDEXED)
-def test_an_index_is_known_by_all_that_its_reader_read(name, toy_tree, tmp_path):
+def test_an_index_is_known_by_all_that_its_reader_read(name, whole_copy):
     """Every file that was opened, each array of the store: one byte of it is another."""
-    reader, split, store = INDEXED[name]
-    words = data.WordPiece(toy_tree / "bert-base-cased/vocab.txt", False)
-    opened, tree = set(), tmp_path / "toy"
-    # copied as it is, times too
-    shutil.copytree(toy_tree, tree, ignore=shutil.ignore_patterns("index"))
+    (reader, split, store), tree = INDEXED[name], whole_copy
+    words, opened = data.WordPiece(tree / "bert-base-cased/vocab.txt", False), set()
+    shutil.rmtree(tree / "index", ignore_errors=True)
     if store == "pictures":
         found = data.PatchStore(tree, "crops", 64, 16)
     else:
         found = data.RegionStore(tree / "regions" / store)
-    if name == "vg":
-        shutil.rmtree(tree / "flickr30k")  # a file that is not there is a source too
+    if name == "joined":  # the last: a file that is not there is a source too
+        shutil.rmtree(tree / "flickr30k")
     data.coco_stems.cache_clear()
     listening.append(opened)
     index = data.open_index(tree, reader, split, found, words, skip_missing=True)
@@ -539,8 +539,10 @@ def test_an_index_is_known_by_all_that_its_reader_read(name, toy_tree, tmp_path)
     sources, key = index.meta["sources"], index.meta["key"]
     read = {str(p.relative_to(tree)) for p in opened if "index" not in p.parts}
     assert {p for p in read if not p.endswith(".npy")} <= sources.keys() and read
-    tree = tree.rename(tmp_path / "elsewhere")
-    folder = tree / "index" / folder.name
+    # what is kept is valid wherever the tree is
+    moved = tree.rename(tree.with_name("elsewhere")) / "index" / folder.name
+    assert data.fresh_meta(moved, key)
+    moved.parent.parent.rename(tree)
     assert data.fresh_meta(folder, key)
     for source in sources:
         path = tree / source

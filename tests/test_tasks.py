@@ -23,6 +23,7 @@ import train
 from conftest import (
     QUICK,
     argv,
+    copied,
     inside,
     prepared_run,
     read,
@@ -368,7 +369,7 @@ def test_ablated_is_ablated(toy_tree, name):
 
 
 @pytest.mark.parametrize("argv", TASKS, ids=lambda a: "-".join(map(str, a)))
-def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
+def test_eight_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     cfg, runtime, _ = configured(
         toy_tree,
@@ -376,12 +377,12 @@ def test_twenty_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
         *argv,
         "--init",
         pretrained[0],
-        "--steps 20 --warmup 2 --batch-tokens 256 --log-every 1",
+        "--steps 8 --warmup 2 --batch-tokens 256 --log-every 1",
     )
     numbers = train.train(cfg, runtime)
     log = [json.loads(line) for line in (tmp_path / cfg.out / "log.jsonl").read_text().splitlines()]
     values = [r[cfg.task if cfg.task != "retrieval" else "rank"] for r in log if "norm" in r]
-    assert len(values) == 20 and all(np.isfinite(values))
+    assert len(values) == 8 and all(np.isfinite(values))
     wanted = {
         "vqa": ["vqa/accuracy", "vqa/majority"],
         "vcr": ["vcr/q_a", "vcr/qa_r", "vcr/q_ar"],
@@ -661,9 +662,7 @@ def test_a_test_set_without_labels_can_be_answered(toy_tree, pretrained, tmp_pat
 
 def edited(toy_tree, tmp_path, file, change, lines=False):
     """A copy of the tree with one file changed."""
-    tree = tmp_path / "toy"
-    if not tree.exists():
-        shutil.copytree(toy_tree, tree)
+    tree = copied(toy_tree, tmp_path / "toy", file.split("/")[0])
     path = tree / file
     text = path.read_text()
     record = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
@@ -802,7 +801,7 @@ class Evil:
     ids=["code", "cut", "text", "array"],
 )
 def test_pickles_with_more_than_plain_containers_are_refused(toy_tree, tmp_path, content):
-    tree = shutil.copytree(toy_tree, tmp_path / "toy")
+    tree = copied(toy_tree, tmp_path / "toy", "refer")
     (tree / "refer/refcoco/refs(unc).p").write_bytes(content)
     with pytest.raises(DataError, match=r"refs\(unc\).p"), data.reading():
         data.read_refs(tree, "refcoco")
@@ -834,13 +833,7 @@ def test_python2_pickles_are_read(tmp_path):
 )
 @pytest.mark.parametrize("how", ["cut", "missing", "another"])
 def test_malformed_files_are_one_clear_error(toy_tree, tmp_path, task, file, how):
-    tree = tmp_path / "toy"
-    tree.mkdir()
-    # links, but for the data set at hand
-    for name in (f for f in toy_tree.iterdir() if f.name != "index"):
-        (tree / name.name).symlink_to(name) if name.name != file.split("/")[0] else shutil.copytree(
-            name, tree / name.name
-        )
+    tree = copied(toy_tree, tmp_path / "toy", file.split("/")[0])
     path = tree / file
     text = path.read_text()
     if how == "missing":
