@@ -62,11 +62,10 @@ CHANGED = {"answer_list": ["yes", "no"], "vocabulary": "ab13", "features": 2047,
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_run_goes_on_with_what_it_began_with(name):
-    train.check_same(SIZES, dict(SIZES), "out/run")
-    with pytest.raises(train.UserError, match=f"out/run/last.pt .*{name}"):
-        train.check_same(SIZES, SIZES | {name: CHANGED[name]}, "out/run")
-    with pytest.raises(train.UserError, match="answer_list, .'no', 'maybe'. there"):
-        train.check_same(SIZES, SIZES | {"answer_list": ["no", "maybe"]}, "out/run")
+    assert not train.differing(SIZES, dict(SIZES))
+    told = train.differing(SIZES, SIZES | {name: CHANGED[name]})
+    assert told == f"{name} {SIZES[name]!r} there, {CHANGED[name]!r} here"
+    assert train.differing({}, SIZES).count(" there, ") == len(SIZES)
 
 
 def test_a_vocabulary_of_as_many_pieces_is_another(toy_tree, pretrained, tmp_path):
@@ -180,7 +179,9 @@ def test_words_that_the_vocabulary_does_not_know_are_counted(toy_tree):
         return str(index_of(toy_tree, unknown))
 
     assert "UNK" not in made_of("a red circle")
-    assert "ATTENTION: 2 of 5 word pieces are [UNK]" in made_of("a красный круг")
+    assert "ATTENTION, is this their vocabulary? 2 of 5 word pieces are [UNK]" in made_of(
+        "a красный круг"
+    )
 
 
 def test_one_process_works_in_a_folder_at_a_time(tmp_path):
@@ -575,3 +576,45 @@ def hear(event, args):
 
 
 sys.addaudithook(hear)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_an_example_that_comes_twice(toy_tree, group):
+    """The very same is left out and counted, another of the same id is an error."""
+    image = data.RegionStore(toy_tree / "regions/coco").image_id(0)
+
+    def made_of(name, *texts):
+        def reader(data, split, stats):
+            for number, text in texts:
+                for choice in range(group):
+                    yield Record(image, f"{text} {choice}", str(number), 1)
+
+        reader.__name__ = f"{name}_{group}"
+        store = data.RegionStore(toy_tree / "regions/coco")
+        words = data.WordPiece(toy_tree / "bert-base-cased/vocab.txt", False)
+        return data.open_index(toy_tree, reader, "train", store, words, group=group)
+
+    index = made_of("same", (1, "a circle"), (2, "a square"), (1, "a circle"), (3, "a circle"))
+    assert len(index) == 3 * group and "left out that came twice" in str(index)
+    with pytest.raises(DataError, match="2 came before, and differs"):
+        made_of("other", (1, "a circle"), (2, "a circle"), (2, "a square"))
+
+
+@pytest.mark.parametrize(
+    "settings, head",
+    [
+        ({"task": "retrieval", "init": "", "pretrain": "mlm"}, "rank"),
+        ({"task": "pretrain", "init": "", "pretrain": "mlm:4+itm:1"}, "match"),
+        ({"task": "pretrain", "init": "", "pretrain": "multitask"}, "match"),
+        ({"task": "pretrain", "init": "bert.bin", "pretrain": "mlm+mrfr"}, None),
+        ({"task": "vqa", "init": "pretrained.pt", "pretrain": "mlm"}, "match"),
+        ({"task": "vqa", "init": "", "pretrain": "mlm+itm"}, None),
+    ],
+)
+def test_a_head_that_no_run_has_trained_is_not_asked(settings, head):
+    run = types.SimpleNamespace(settings=settings)
+    if head:
+        assert evaluate.ranking_head(run) == head
+    else:
+        with pytest.raises(CheckpointError, match="trained no score"):
+            evaluate.ranking_head(run)

@@ -552,7 +552,7 @@ def test_out_of_another_configuration_is_refused_and_kept(toy_tree, pretrained, 
     again = run(tmp_path, *args, expect=1)
     assert "holds this run already, finished" in again.stderr and "--resume" in again.stderr
     other = run(tmp_path, *args, "--lr", "3e-4", "--resume", expect=1)
-    assert "--lr 0.001 there, 0.0003 here" in other.stderr and "Traceback" not in other.stderr
+    assert "lr 0.001 there, 0.0003 here" in other.stderr and "Traceback" not in other.stderr
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
