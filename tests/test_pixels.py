@@ -18,7 +18,18 @@ import evaluate
 import losses
 import toy
 import train
-from conftest import QUICK, copied, ids_of, last_line, prepared_run, read, run, run_and_kill, same
+from conftest import (
+    QUICK,
+    copied,
+    ids_of,
+    last_line,
+    prepare,
+    prepared_run,
+    read,
+    run,
+    run_and_kill,
+)
+from conftest import same
 from conftest import weights
 from data import Batches, DataError, PatchStore, PictureStore, Record, Vision, WordPiece, make_index
 from model import Albef, PatchStem, build, load_pretrained, resize_position
@@ -282,6 +293,17 @@ def test_bad_pictures_are_left_out_and_counted(toy_tree, tmp_path, recipe):
     run(tmp_path, *argv, "--out", "b", "--resume")
     same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert set((tmp_path / "b/skipped.txt").read_text().splitlines()) == set(left_out)
+
+
+def test_distillation_comes_in_over_the_warm_up_and_stays(toy_tree, monkeypatch):
+    """0.4 of the momentum model's targets [ALBEF], never more, however long a run is."""
+    how = "--recipe toy-albef --init none --warmup 4 --batch-size 4 --queue 8 --data"
+    made, seen, whole = prepare(how, toy_tree, *QUICK), [], losses.itc_targets
+    targets = lambda s, own, alpha: seen.append(alpha) or whole(s, own, alpha)
+    monkeypatch.setattr(losses, "itc_targets", targets)
+    for number in (0, 2, 4, 12):
+        train.objective_albef(made.cfg, made.model, made.batch | {"number": number})
+    assert seen[::2] == pytest.approx([0, 0.2, 0.4, 0.4]) and seen[1::2] == seen[::2]
 
 
 def test_bad_pictures_alone_stop_a_run_with_a_name(toy_tree, tmp_path):
