@@ -604,6 +604,7 @@ def test_an_example_that_comes_twice(toy_tree, group):
     "settings, head",
     [
         ({"task": "retrieval", "init": "", "pretrain": "mlm"}, "rank"),
+        ({"task": "retrieval", "init": "pretrained.pt", "pretrain": "mlm"}, "rank"),
         ({"task": "pretrain", "init": "", "pretrain": "mlm:4+itm:1"}, "match"),
         ({"task": "pretrain", "init": "", "pretrain": "multitask"}, "match"),
         ({"task": "pretrain", "init": "bert.bin", "pretrain": "mlm+mrfr"}, None),
@@ -613,8 +614,14 @@ def test_an_example_that_comes_twice(toy_tree, group):
 )
 def test_a_head_that_no_run_has_trained_is_not_asked(settings, head):
     run = types.SimpleNamespace(settings=settings)
+    asked = {"rank", "match"} - {head}
+    if settings["task"] == "retrieval" and settings["init"]:
+        assert evaluate.ranking_head(run, asked.pop()) == "match"
+    for other in asked:
+        with pytest.raises(CheckpointError, match=f"trained no score {other}"):
+            evaluate.ranking_head(run, other)
     if head:
-        assert evaluate.ranking_head(run) == head
+        assert evaluate.ranking_head(run) == evaluate.ranking_head(run, head) == head
     else:
         with pytest.raises(CheckpointError, match="trained no score"):
             evaluate.ranking_head(run)
