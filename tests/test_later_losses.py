@@ -408,3 +408,28 @@ def test_a_text_without_a_paraphrase_is_its_own(toy_tree, tmp_path):
 def test_losses_say_what_they_need(toy_tree, how, wanted):
     with pytest.raises(train.UserError, match=wanted):
         train.parse(argv(how, "--data", toy_tree))
+
+
+def test_a_region_is_positive_if_it_overlaps_the_pointer_by_a_half(monkeypatch):
+    """Not if it merely touches it; a word that points twice has both. Masks are handed on."""
+    boxes = torch.tensor(
+        [[[0, 0, 0.5, 0.5], [0.2, 0.2, 0.7, 0.7], [0, 0, 0.5, 0.26], [0, 0, 1, 1]]]
+    )
+    x = {"boxes": boxes, "text_mask": torch.ones(1, 3, dtype=torch.bool)}
+    x["region_mask"] = torch.tensor([[True, True, True, False]])
+    batch = {
+        "input": x,
+        "aligned": torch.tensor([1, 1, 2]),
+        "aligned_row": torch.zeros(3, dtype=int),
+    }
+    batch["pointer"] = torch.tensor([[0, 0, 0.5, 0.5], [0.2, 0.2, 0.7, 0.7], [0.9, 0.9, 1, 1]])
+    seen = []
+    row = train.LOSSES["mdetr-align"]
+    take = lambda *args: seen.append(args) or torch.tensor(0.0)
+    monkeypatch.setitem(train.LOSSES, "mdetr-align", row._replace(function=take))
+    cfg = train.parse(["--recipe", "toy-align", "--loss", "mdetr-align", "--init", "none"])
+    train.pointer_losses(cfg, torch.zeros(1, 3, 4), batch)
+    ((_, positive, text_mask, region_mask),) = seen
+    wanted = [[0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert positive[0].int().tolist() == wanted
+    assert text_mask is x["text_mask"] and region_mask is x["region_mask"]
