@@ -65,6 +65,10 @@ def test_a_run_goes_on_with_what_it_began_with(name):
     assert not train.differing(SIZES, dict(SIZES))
     told = train.differing(SIZES, SIZES | {name: CHANGED[name]})
     assert told == f"{name} {SIZES[name]!r} there, {CHANGED[name]!r} here"
+    # of a long list what follows where they part
+    many = [f"answer {i}" for i in range(3000)]
+    told = train.differing({name: [*many, "no", "3"]}, {name: [*many, "zebra", "3"]})
+    assert told == f"{name} ['no', '3'] there, ['zebra', '3'] here"
     assert train.differing({}, SIZES).count(" there, ") == len(SIZES)
 
 
