@@ -34,7 +34,7 @@ import numpy as np
 import seeds
 import evaluate
 import train
-from data import DataError, Record, read_text
+from data import DataError, Record
 from photo_data import ENTITIES, STORES, make_features, make_tree, regions_folder
 
 # 1. Arms ------------------------------------------------------------------------------------------
@@ -53,9 +53,7 @@ class Arm(NamedTuple):
 def pointed_phrases(data, split, stats):
     """Captions of Flickr30k Entities with their phrases' boxes as pointers, shares of the photo"""
     for r in evaluate.entity_captions(data, split, stats):
-        sides = read_text(Path(data) / ENTITIES / "Annotations" / f"{r.image}.xml")
-        w, h = (int(re.search(rf"<{side}>(\d+)<", sides)[1]) for side in ("width", "height"))
-        text, pointers = r.note[0].split(), []
+        (w, h), text, pointers = r.size, r.note[0].split(), []
         for phrase in r.note[1]:
             words = phrase.words.split()
             # as entity_phrases joins them: the first place where they stand
