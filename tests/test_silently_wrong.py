@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_what_it_began_with(name):
     # of a long list what follows where they part
     many = [f"answer {i}" for i in range(3000)]
     told = train.differing({name: [*many, "no", "3"]}, {name: [*many, "zebra", "3"]})
-    assert told == f"{name} ['no', '3'] there, ['zebra', '3'] here"
+    assert "'no', '3'] there" in told and "'zebra', '3'] here" in told and len(told) < 100
     assert train.differing({}, SIZES).count(" there, ") == len(SIZES)
 
 
