@@ -355,6 +355,7 @@ def test_what_extraction_refuses(kind, message, weights_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_finished_files(photos, weights_file, extracted, tmp_path):
     """A file-size limit stands for the full disk."""
     out, sizes = tmp_path / "out", sorted(path.stat().st_size for path in extracted.iterdir())

@@ -169,6 +169,7 @@ def tiny(name, arm):
     return arm._replace(command=f"{arm.command} {small}{init}")
 
 
+@pytest.mark.slow
 def test_each_arm_runs(tree, tmp_path, monkeypatch):
     """A few updates of each, its numbers with their digest, and all tables"""
     monkeypatch.setattr(photos, "ARMS", {name: tiny(name, a) for name, a in photos.ARMS.items()})

@@ -262,7 +262,9 @@ def test_another_of_the_batch_stands_in(toy_tree, tokenizer, tmp_path, kind):
         batches("mlm", index, batch_size=8)[0]
 
 
-@pytest.mark.parametrize("recipe", ["toy-albef", "toy-patches", "toy-vqa"])
+@pytest.mark.parametrize(
+    "recipe", ["toy-albef", "toy-vqa", pytest.param("toy-patches", marks=pytest.mark.slow)]
+)
 def test_bad_pictures_are_left_out_and_counted(toy_tree, tmp_path, recipe):
     """Nine of three hundred: the run ends, lists them, and resumes to the same bits; a stop in the
     middle forgets nothing."""

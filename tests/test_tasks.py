@@ -402,7 +402,10 @@ def test_eight_steps(toy_tree, pretrained, tmp_path, monkeypatch, argv):
     )
 
 
-@pytest.mark.parametrize("name", ["vqa", "vcr", "nlvr2", "ve", "re"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("vcr", "ve")]
+
+
+@pytest.mark.parametrize("name", ["vqa", "nlvr2", "re", *OTHERS])
 def test_training_lowers_the_loss_of_each_task(toy_tree, name):
     cfg, runtime, streams, model = built(
         toy_tree,

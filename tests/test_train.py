@@ -143,7 +143,10 @@ def test_no_update_evaluates_the_weights_it_begins_from(toy_tree, pretrained, tm
     assert again and again == {name: numbers[name] for name in again}
 
 
-@pytest.mark.parametrize("task", ["mlm", "itm", "mrfr", "mrc", "mrckl"])
+OTHERS = [pytest.param(task, marks=pytest.mark.slow) for task in ("mrfr", "mrc")]
+
+
+@pytest.mark.parametrize("task", ["mlm", "itm", "mrckl", *OTHERS])
 def test_training_lowers_the_loss(toy_tree, task):
     """Forty updates on one batch: a sign error or a cut gradient would show."""
     how = f"--recipe toy-pretrain --pretrain {task} --steps 20 --warmup 1 --batch-tokens 512"
