@@ -268,7 +268,8 @@ def tagged(tree, text):
 
 
 BOXES = [(10, 10, 300, 300), (200, 100, 600, 460), (50, 200, 350, 470)]
-ENTITIES_XML = "".join(
+ENTITIES_XML = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>"
+ENTITIES_XML += "".join(
     f"<object><name>{3 * k + 1}</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax>"
     f"<ymax>{d}</ymax></bndbox></object>"
     for k, (a, b, c, d) in enumerate(BOXES)
@@ -537,7 +538,8 @@ def write_refer(tree, coco):
         folder = tree.out / "refer" / name
         folder.mkdir(parents=True)
         (folder / f"refs({splits}).p").write_bytes(pickle.dumps(refs, protocol=2))
-        tree.dump(f"refer/{name}/instances.json", {"images": [], "annotations": annotations})
+        sizes = [{"id": i, "width": WIDTH, "height": HEIGHT} for i in images]
+        tree.dump(f"refer/{name}/instances.json", {"images": sizes, "annotations": annotations})
     texts, own = tree.texts("refcoco"), tree.count("refclef images")
     rows = zip(texts.draw(tree.count("refclef test")), draw_boxes(tree, 1000).tolist() * 100)
     records = [
