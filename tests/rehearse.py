@@ -417,21 +417,22 @@ def write_gqa(tree, vg):
     train_n, val_n = map(tree.scaled, NUMBERS["gqa scenes"])
     images = {"train_balanced": vg[:train_n], "val_balanced": vg[train_n : train_n + val_n]}
     images["testdev_all"] = [f"n{100_000 + i}" for i in range(398)]
-    for split, some in images.items():
+    # no two questions of any split have one id
+    for number, (split, some) in enumerate(images.items()):
         path, n = f"gqa/{split}_questions.json", tree.count(f"gqa {split}")
-        tree.items(path, gqa_lines(tree, some, n), n, "{", "}")
+        tree.items(path, gqa_lines(tree, some, n, 10_000_000 * number), n, "{", "}")
     for split in ("train", "val"):
         some = images[f"{split}_balanced"]
         tree.items(f"gqa/{split}_sceneGraphs.json", gqa_scenes(tree, some), len(some), "{", "}")
     return images["testdev_all"]
 
 
-def gqa_lines(tree, images, n):
+def gqa_lines(tree, images, n, first):
     """Items of a file of questions, with what makes the real ones long"""
     texts = tree.texts("gqa")
     names = tree.random.choices(tree.words[:1800], k=n)
-    for i, (text, answer) in enumerate(zip(texts.draw(n), names)):
-        image = images[i % len(images)]
+    for i, (text, answer) in enumerate(zip(texts.draw(n), names), first):
+        image = images[(i - first) % len(images)]
         things = f'{{"1": "{image}0", "3:5": "{image}1"}}'
         yield (
             f'"{i:08d}": {{"semantic": [{{"operation": "select", "dependencies": [], "argument": '
