@@ -600,7 +600,7 @@ def test_an_example_that_comes_twice(toy_tree, group):
 
     index = made_of("same", (1, "a circle"), (2, "a square"), (1, "a circle"), (3, "a circle"))
     assert len(index) == 3 * group and "left out that came twice" in str(index)
-    with pytest.raises(DataError, match="2 came before, and differs"):
+    with pytest.raises(DataError, match="other_.*: 2 was example 1, and differs"):
         made_of("other", (1, "a circle"), (2, "a circle"), (2, "a square"))
 
 
