@@ -629,3 +629,19 @@ def test_a_head_that_no_run_has_trained_is_not_asked(settings, head):
     else:
         with pytest.raises(CheckpointError, match="trained no score"):
             evaluate.ranking_head(run)
+
+
+def test_one_id_for_two_pictures_is_an_error(tmp_path):
+    """The captions of one would be learned with the other."""
+    (tmp_path / "own").mkdir()
+    images = [{"id": 1, "file_name": name} for name in ("a.jpg", "a.jpg", "b.jpg")]
+    notes = [{"id": 5, "image_id": 1, "caption": "a circle"}]
+    for few, told in ((images[:2], None), (images, "item 2: image 1 is a before, b here")):
+        whole = evaluate.json.dumps({"images": few, "annotations": notes})
+        (tmp_path / "own/captions_train.json").write_text(whole)
+        made = lambda: list(data.records(data.own_captions, tmp_path, "train", Counter()))
+        if told:
+            with pytest.raises(DataError, match=told):
+                made()
+        else:
+            assert [r.image for r in made()] == ["a"]
