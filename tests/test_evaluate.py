@@ -264,8 +264,8 @@ def test_what_a_store_may_not_hold(tmp_path):
         ("inside the image", dict(boxes=[[0, 0, 40, 30], [9, 0, 8, 1]])),
         ("inside the image", dict(boxes=[[0, 0, 40, 30], [0, 0, np.nan, 1]])),
         ("40 x 20 pixels", dict(wh=(40, 20))),
-        ("as images before", dict(before=["b"], features=np.zeros((2, 9)))),
-        ("as images before", dict(features=x[:1])),
+        ("as before", dict(before=["b"], features=np.zeros((2, 9)))),
+        ("as before", dict(features=x[:1])),
     ):
         with pytest.raises(data.DataError, match=told), np.errstate(over="ignore"):
             store("a", **bad)
