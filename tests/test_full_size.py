@@ -386,28 +386,6 @@ def test_processes_are_one(toy_tree, tmp_path, is_albef):
 
 
 @pytest.mark.slow
-def test_compiled_graphs_are_few(toy_tree, tmp_path, monkeypatch):
-    """One for each set of heads and maps, in training and in validation, whatever the shapes: past
-    the limit torch would go on uncompiled and say nothing.
-    """
-    graphs, steps, compile_it = [], [], torch.compile
-
-    def count(graph, examples):
-        graphs.append(len(steps))
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_it(*a, **k, backend=count))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    update = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *a: (steps.append(1), update(*a))[1])
-    args = "--pretrain mlm+itm+mrfr+mrc+mrckl --loss cacr --steps 60 --warmup 1 --eval-every 20"
-    # among these draws is one for whose shape torch makes a ninth graph: more than its own limit
-    args += " --batch-tokens 256 --joint-masking --compile --out o --seed 2"
-    run(tmp_path, "--recipe toy-pretrain", "--data", toy_tree, args, *QUICK)
-    assert 8 < len(graphs) <= 20 and max(graphs) <= 30, graphs
-
-
-@pytest.mark.slow
 def test_shares_of_a_compiled_model(toy_tree, tmp_path, monkeypatch):
     """Each part goes back through the compiled graph once more, which torch forbids by default."""
     compile_it = torch.compile

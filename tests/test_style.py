@@ -107,17 +107,18 @@ def test_functions_are_short():
 
 
 # code lines: no comments, docstrings, blank lines
-LIMITS = {"losses": 270, "model": 930, "data": 1500, "evaluate": 1550, "train": 1350}
+LIMITS = {"losses": 270, "model": 930, "data": 1500, "evaluate": 1550, "train": 1450}
 
 
 def test_size():
     """Code lines of each file: 5,250 in all when the house was made smaller; since then 60 for
-    photographs and the first command, 150 for what was silently wrong.
+    photographs and the first command, 150 for what was silently wrong, 145 for passes, compiled
+    layers and host sums.
     """
     code = {name: len(code_lines(path)) for name, path in FILES.items()}
     whole = sum(len(path.read_text().splitlines()) for path in FILES.values())
     assert all(0 < code[name] <= LIMITS[name] for name in FILES), code
-    assert sum(code.values()) <= 5460 and whole <= 8800, (code, whole)
+    assert sum(code.values()) <= 5605 and whole <= 9010, (code, whole)
 
 
 @pytest.mark.skipif(not shutil.which("ruff"), reason="needs ruff")
