@@ -107,7 +107,7 @@ def test_functions_are_short():
 
 
 # code lines: no comments, docstrings, blank lines
-LIMITS = {"losses": 270, "model": 930, "data": 1500, "evaluate": 1550, "train": 1450}
+LIMITS = {"losses": 270, "model": 930, "data": 1500, "evaluate": 1550, "train": 1455}
 
 
 def test_size():
@@ -118,7 +118,7 @@ def test_size():
     code = {name: len(code_lines(path)) for name, path in FILES.items()}
     whole = sum(len(path.read_text().splitlines()) for path in FILES.values())
     assert all(0 < code[name] <= LIMITS[name] for name in FILES), code
-    assert sum(code.values()) <= 5605 and whole <= 9010, (code, whole)
+    assert sum(code.values()) <= 5610 and whole <= 9020, (code, whole)
 
 
 @pytest.mark.skipif(not shutil.which("ruff"), reason="needs ruff")

@@ -1,0 +1,66 @@
+"""train.py --plan: its operations are those that torch counts in a real step."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import plan
+import train
+from conftest import argv, prepare
+
+SMALL = "--size tiny --init none --precision fp32 --data"
+QUICK = "toy-pretrain", "toy-re", "toy-grounding"
+RECIPES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in train.RECIPES]
+
+
+def facts(made, batch):
+    """What plan.PLANNED supposes, as it is in this batch, padding counted"""
+    store, cfg = made.streams.train[0].index.store, made.cfg
+    answers = len(made.run.settings["answer_list"])
+    known = {"answers": answers, "classes": store.classes or 1601, "features": 2048}
+    if cfg.is_multitask:
+        known["classes"] -= 1
+    x, pool = batch.get("input", batch), batch.get("pool")
+    if "phrases" in cfg.given:
+        return known | {"phrases": x["phrases"].shape[1:], "regions": x["labels"].shape[1]}
+    known["vocab"] = len(made.run.tokenizer)
+    if pool:
+        regions = round(pool.n_regions[pool.images].mean())
+        length = round(pool.length(pool.rows, pool.images).mean())
+        return known | {"regions": regions, "words": length - regions}
+    words, regions = x["text"].shape[1], x["regions"].shape[1] if "regions" in x else 0
+    # of one sequence its compact length
+    words = x["length"] - regions if regions and cfg.model == "uniter" else words
+    return known | {"words": words, "regions": regions}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_operations_of_a_plan_are_those_of_a_step(toy_tree, recipe):
+    """Of each kind of batch, per pair, at toy size: within 10 % of torch's own count."""
+    few = "" if "maf" in recipe or "grounding" in recipe else "--batch-tokens 512 "
+    few += "--batch-size 6 " if train.make_config(recipe).batch_size > 6 else ""
+    # torch's counter does not follow what is scored without gradient
+    few += "--candidates 0 " if train.make_config(recipe).candidates else ""
+    made = prepare("--recipe", recipe, f"{few}{SMALL}", toy_tree)
+    for kind, stream in {s.kind: s for s in made.streams.train}.items():
+        batch = stream[0]
+        with FlopCounterMode(display=False) as counter:
+            total, margins = train.total_counts([batch]), torch.zeros(3)
+            how = made.cfg, made.runtime, made.model, made.cfg.steps
+            train.add_gradients(*how, [[batch]], total, margins)
+        pairs = len(batch["pool"].rows) if "pool" in batch else len(batch["names"])
+        if kind == "examples":
+            pairs = len(batch["input"]["text"])
+        _, found = plan.planned(made.cfg, **facts(made, batch))
+        _, planned_pairs, flops, _ = found[kind]
+        wanted = counter.get_total_flops() / pairs
+        assert flops / planned_pairs == pytest.approx(wanted, rel=0.1), kind
+
+
+def test_a_plan_is_printed(capsys):
+    """Without data; hours follow from the operations and the share of the peak."""
+    plan.print_plan(train.parse(argv("--recipe vqa --size tiny --data nowhere --plan 0.5")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("vqa: ") and any("stores: coco" in line for line in lines)
+    assert sum("at 0.50 of its peak" in line for line in lines) == 4 and len(lines) < 20
+    assert train.parse(argv("--plan --recipe vqa")).plan == 0.4
