@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import plan
 import train
 from conftest import argv, prepare
@@ -64,3 +65,19 @@ def test_a_plan_is_printed(capsys):
     assert lines[0].startswith("vqa: ") and any("stores: coco" in line for line in lines)
     assert sum("at 0.50 of its peak" in line for line in lines) == 4 and len(lines) < 20
     assert train.parse(argv("--plan --recipe vqa")).plan == 0.4
+
+
+def test_hours_of_the_recipes_reach_the_page(monkeypatch):
+    """From shares that a GPU would have had: every recipe of the papers, on one and on eight."""
+    shares = {f"gpu_share/both/{recipe}": 0.5 for recipe in bench.GPU_STEPS}
+    monkeypatch.setattr(plan, "planned", lambda cfg: (0, {"mlm": (1, 9, 3.6e15, 0)}))
+    found = dict(shares)
+    bench.recipe_hours(found, 1e15)
+    cfg = train.make_config("uniter-pretrain")
+    wanted = 3.6e15 * 16 * cfg.steps / 0.5e15 / 3600
+    assert found["gpu_one/uniter-pretrain"] == pytest.approx(wanted)
+    papers = [name for name in train.RECIPES if not name.startswith("toy")]
+    assert len(found) == len(shares) + 2 * len(papers)
+    table = bench.table({"bench": found, "bench_commits": dict.fromkeys(found, "abc")})
+    assert f"| (k) hours of uniter-pretrain on one GPU | {wanted:,.2f} |" in table
+    assert table.count("on eight") == len(papers) and "both: share of the published" in table
