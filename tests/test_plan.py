@@ -26,8 +26,8 @@ def facts(made, batch):
         return known | {"phrases": x["phrases"].shape[1:], "regions": x["labels"].shape[1]}
     known["vocab"] = len(made.run.tokenizer)
     if pool:
-        regions = round(pool.n_regions[pool.images].mean())
-        length = round(pool.length(pool.rows, pool.images).mean())
+        # few pairs are one chunk, as wide as its longest
+        regions, length = pool.n_regions.max(), pool.length(pool.rows, pool.images).max()
         return known | {"regions": regions, "words": length - regions}
     words, regions = x["text"].shape[1], x["regions"].shape[1] if "regions" in x else 0
     # of one sequence its compact length
