@@ -41,7 +41,7 @@ SIZES = "small", "medium", "large"
 FREQUENCIES = 1 / np.arange(1, len(SHAPES) + 1)
 FREQUENCIES /= FREQUENCIES.sum()
 # raised whenever the bytes change; an older tree is made again
-TOY_VERSION = 8
+TOY_VERSION = 9
 RGB = {
     "red": (214, 48, 40),
     "green": (46, 160, 67),
@@ -1041,6 +1041,10 @@ def toy_glove(tmp, words):
     write(tmp / "glove" / "glove.6B.300d.txt", "\n".join(lines) + "\n")
 
 
+# what the ids of a split's questions begin with
+SPLIT_DIGITS = {"train": 0, "val": 1, "testdev": 2}
+
+
 def toy_gqa(tmp, seed, known, n):
     """GQA about Visual Genome's images (train, val) and n of its own (testdev); the words of a
     question point at what they mean.
@@ -1078,7 +1082,8 @@ def toy_gqa(tmp, seed, known, n):
             for _ in range(each):
                 asked = []
                 for text, answer, kind, group, points in gqa_question(rng, image.things):
-                    name = f"{len(questions):08d}"
+                    # of all splits' questions no two have one id, as GQA's
+                    name = f"{SPLIT_DIGITS[split]}{len(questions):07d}"
                     asked.append(name)
                     span = lambda a, b: str(a) if b == a + 1 else f"{a}:{b}"
                     questions[name] = {
