@@ -725,7 +725,7 @@ class Watch:
         self.found["ready_s"] = time.time() - self.began
         return self.streams
 
-    def watch_step(self, cfg, runtime, model, optimizers, step, batches, margins):
+    def watch_step(self, cfg, runtime, model, optimizers, step, batches, *more):
         """Counts a step's words and regions; notes when the first is done"""
         self.found.setdefault("loaded_mib", memory()[0])
         for batch in batches:
@@ -736,7 +736,7 @@ class Watch:
                     self.real + int(real),
                     self.padded + x["length"] * len(x["text_mask"]),
                 )
-        result = self.step(cfg, runtime, model, optimizers, step, batches, margins)
+        result = self.step(cfg, runtime, model, optimizers, step, batches, *more)
         self.found.setdefault("first_s", time.time() - self.began)
         return result
 
