@@ -135,6 +135,7 @@ def print_plan(cfg, **known):
     size = cfg.pass_tokens or 100_000
     print(f"  a pass of {size:,} words + regions keeps {gib(each * size)}, of bf16")
     print(f"  an update: {batches} batches, {batches * max(tokens):,} words + regions, {work:.3g}")
+    print(f"  supposed of each text {n.words} words, of each image {n.regions} regions")
     print(f"  {cfg.steps:,} updates: {work * cfg.steps:.3g} operations")
     if cfg.vision == "regions":
         # float16 features and class probabilities, and a box
@@ -143,9 +144,7 @@ def print_plan(cfg, **known):
         print(f"  stores: {', '.join(f'{s} {gib(size)}' for s, size in sizes.items()) or 'small'}")
     for gpu, peak in GPUS.items():
         hours = work * cfg.steps / (cfg.plan * peak) / 3600
-        print(
-            f"  {gpu} at {cfg.plan:.2f} of its peak: {hours:,.1f} hours, {hours / 8:,.1f} on eight"
-        )
+        print(f"  {gpu} at {cfg.plan:.2f} of its peak: {hours:.3g} hours, {hours / 8:.3g} on eight")
 
 
 if __name__ == "__main__":

@@ -636,7 +636,7 @@ def test_one_id_for_two_pictures_is_an_error(tmp_path):
     (tmp_path / "own").mkdir()
     images = [{"id": 1, "file_name": name} for name in ("a.jpg", "a.jpg", "b.jpg")]
     notes = [{"id": 5, "image_id": 1, "caption": "a circle"}]
-    for few, told in ((images[:2], None), (images, "item 2: image 1 is a before, b here")):
+    for few, told in ((images[:2], None), (images, "item 2: image 1 was a before, is b")):
         whole = evaluate.json.dumps({"images": few, "annotations": notes})
         (tmp_path / "own/captions_train.json").write_text(whole)
         made = lambda: list(data.records(data.own_captions, tmp_path, "train", Counter()))
