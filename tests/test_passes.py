@@ -224,6 +224,13 @@ def test_what_a_gpu_bears_is_measured(toy_tree, monkeypatch, capsys):
     asked = train.dataclasses.replace(made.cfg, pass_tokens=123_456)
     assert choose(asked, "cuda") == 123_456 and len(kinds) == 4
 
+    def too_large(*how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "add_gradients", too_large)
+    # the first update says it
+    assert choose(made.cfg, "cuda") == 0 and not capsys.readouterr().out
+
 
 def test_a_run_with_passes(toy_tree, pretrained, tmp_path):
     """The option reaches the loop, and changes nothing that is kept: a run may go on without it."""

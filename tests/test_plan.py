@@ -76,6 +76,13 @@ def test_a_plan_is_printed(capsys):
     assert train.parse(argv("--plan --recipe vqa")).plan == 0.4
 
 
+@pytest.mark.parametrize("share", ["0", "-0.5", "1.5", "nan"])
+def test_a_share_of_the_peak_that_cannot_be(share):
+    """0 is not "no plan": training would begin."""
+    with pytest.raises(train.UserError, match="--plan .*: wanted 0.01 to 1"):
+        train.parse(argv(f"--plan {share} --recipe vqa"))
+
+
 def test_hours_of_the_recipes_reach_the_page(monkeypatch):
     """From shares that a GPU would have had: every recipe of the papers, on one and on eight."""
     shares = {f"gpu_share/both/{recipe}": 0.5 for recipe in bench.GPU_STEPS}
