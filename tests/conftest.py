@@ -189,6 +189,21 @@ def run_and_kill(tmp_path, args, out):
     process.wait()
 
 
+def run_and_stop(tmp_path, args, out):
+    """train.py inside this process until its first checkpoint is written, then Ctrl-C."""
+    import train
+
+    save = train.save_checkpoint
+
+    def stop(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", stop)
+        return run(tmp_path, *args, "--out", out, expect=1)
+
+
 def last_line(done):
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -23,7 +23,7 @@ from conftest import (
     prepared_run,
     read,
     run,
-    run_and_kill,
+    run_and_stop,
     same,
     shared,
     weights,
@@ -564,7 +564,7 @@ def test_every_alignment_loss_runs_on_two_streams(toy_tree, tmp_path, loss):
         ),
     ],
 )
-def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):
+def test_stopped_and_resumed_is_the_same(toy_tree, tmp_path, argv):
     args = [
         *argv,
         "--data",
@@ -579,7 +579,7 @@ def test_killed_and_resumed_is_the_same(toy_tree, tmp_path, argv):
         *QUICK,
     ]
     run(tmp_path, *args, "--out", "whole")
-    run_and_kill(tmp_path, args, "cut")
+    run_and_stop(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 

@@ -27,7 +27,7 @@ from conftest import (
     prepared_run,
     read,
     run,
-    run_and_kill,
+    run_and_stop,
 )
 from conftest import same
 from conftest import weights
@@ -263,7 +263,8 @@ def test_another_of_the_batch_stands_in(toy_tree, tokenizer, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["toy-albef", "toy-vqa", pytest.param("toy-patches", marks=pytest.mark.slow)]
+    "recipe",
+    ["toy-albef", *(pytest.param(r, marks=pytest.mark.slow) for r in ("toy-vqa", "toy-patches"))],
 )
 def test_bad_pictures_are_left_out_and_counted(toy_tree, tmp_path, recipe):
     """Nine of three hundred: the run ends, lists them, and resumes to the same bits; a stop in the
@@ -283,15 +284,7 @@ def test_bad_pictures_are_left_out_and_counted(toy_tree, tmp_path, recipe):
     assert sorted(left_out) == sorted(set(left_out)) and set(left_out) <= set(bad)
     assert len(left_out) >= 6 and f"{len(left_out)} pictures could not be read" in whole.stdout
     # the same, stopped after step 8
-    save = train.save_checkpoint
-
-    def stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", stop)
-        run(tmp_path, *argv, "--out", "b", expect=1)
+    run_and_stop(tmp_path, argv, "b")
     run(tmp_path, *argv, "--out", "b", "--resume")
     same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert set((tmp_path / "b/skipped.txt").read_text().splitlines()) == set(left_out)
@@ -572,7 +565,7 @@ def test_resume_is_bit_for_bit(toy_tree, albef, tmp_path):
     args = ["--loss amc", "--data", toy_tree, "--init", albef[0], "--queue 20 --steps 6 --warmup 2"]
     args += ["--batch-size 8 --save-every 3 --dropout 0.1", *QUICK]
     run(tmp_path, *args, "--out", "whole")
-    run_and_kill(tmp_path, args, "cut")
+    run_and_stop(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 

@@ -28,7 +28,7 @@ from conftest import (
     prepared_run,
     read,
     run,
-    run_and_kill,
+    run_and_stop,
     same,
     shared,
     weights,
@@ -568,7 +568,7 @@ def test_mining_resumes_to_the_same_bits(toy_tree, pretrained, tmp_path):
         *QUICK,
     ]
     run(tmp_path, *args, "--out", "whole")
-    run_and_kill(tmp_path, args, "cut")
+    run_and_stop(tmp_path, args, "cut")
     run(tmp_path, *args, "--out", "cut", "--resume")
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
