@@ -71,7 +71,7 @@ def entity_triplets(data, split, stats, **options):
             yield Record(r.image, " ".join(r.text.split()[start:end]), f"{r.id}/{k}", boxes=(box,))
 
 
-def recall_and_pointing(run, split, size=100, n=5):
+def recall_and_pointing(run, split, size=50, n=5):
     """R@1, 5, 10 in n folds of `size` photographs, each with its captions; and how often a phrase's
     words attend most to its box, beside chance"""
     reader = functools.partial(evaluate.karpathy_captions, dataset="flickr30k")
@@ -122,13 +122,13 @@ def photo_rows():
 
 MAF = "--recipe maf --steps 300 --lr 1e-3"
 SMALL = "--size small --no-cased --gpus 1 --accumulate 1 --eval-every 1000"
-RANK = f"--recipe flickr30k {SMALL} --steps 1200 --warmup 120 --batch-size 0 --batch-tokens 2560"
+RANK = f"--recipe flickr30k {SMALL} --steps 300 --warmup 30 --batch-size 0 --batch-tokens 2560"
 RANK += " --negatives 3 --candidates 0 --lr 5e-5 --init {uniter}"
 VE = f"--recipe ve {SMALL} --steps 150 --warmup 15 --batch-tokens 2560 --lr 1e-4"
 MINILM = "--init DATA/checkpoints/minilm.safetensors"
 PATCHES = f"--recipe uniter-pretrain {SMALL} --vision patches --resolution 224 --patch 32"
 PATCHES += " --batch-tokens 2560 --lr 1e-4"
-FROM_WORDS = f"--steps 4000 --warmup 400 {MINILM}"
+FROM_WORDS = f"--steps 2000 --warmup 200 {MINILM}"
 BOXED = "--triplets box+region --pretrain mlm:1+itm:2 --align-schedule constant --steps 900"
 BOXED += " --warmup 60 --init {patches}"
 ARMS = {
