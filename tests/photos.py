@@ -71,7 +71,7 @@ def entity_triplets(data, split, stats, **options):
             yield Record(r.image, " ".join(r.text.split()[start:end]), f"{r.id}/{k}", boxes=(box,))
 
 
-def recall_and_pointing(run, split, size=50, n=5):
+def recall_and_pointing(run, split, size=100, n=5):
     """R@1, 5, 10 in n folds of `size` photographs, each with its captions; and how often a phrase's
     words attend most to its box, beside chance"""
     reader = functools.partial(evaluate.karpathy_captions, dataset="flickr30k")
