@@ -123,7 +123,7 @@ def photo_rows():
 MAF = "--recipe maf --steps 300 --lr 1e-3"
 SMALL = "--size small --no-cased --gpus 1 --accumulate 1 --eval-every 1000"
 RANK = f"--recipe flickr30k {SMALL} --steps 300 --warmup 30 --batch-size 0 --batch-tokens 2560"
-RANK += " --negatives 3 --candidates 0 --lr 5e-5 --dropout 0 --init {uniter}"
+RANK += " --negatives 3 --candidates 0 --lr 2e-4 --dropout 0 --init {uniter}"
 VE = f"--recipe ve {SMALL} --steps 150 --warmup 15 --batch-tokens 2560 --lr 1e-4"
 MINILM = "--init DATA/checkpoints/minilm.safetensors"
 PATCHES = f"--recipe uniter-pretrain {SMALL} --vision patches --resolution 224 --patch 32"
