@@ -128,7 +128,7 @@ VE = f"--recipe ve {SMALL} --steps 150 --warmup 15 --batch-tokens 2560 --lr 1e-4
 MINILM = "--init DATA/checkpoints/minilm.safetensors"
 PATCHES = f"--recipe uniter-pretrain {SMALL} --vision patches --resolution 224 --patch 32"
 PATCHES += " --batch-tokens 2560 --dropout 0"
-# with AdamW matching stays at chance for as long (validation photographs)
+# 300 updates of words and matching, validation photographs: matching 76 %, with AdamW 53 % (chance)
 FROM_WORDS = f"--optimizer muon --lr 4e-4 --steps 1000 --warmup 100 {MINILM}"
 BOXED = "--triplets box+region --pretrain mlm:1+itm:2 --align-schedule constant --steps 900"
 BOXED += " --warmup 60 --lr 1e-4 --init {patches}"

@@ -414,8 +414,8 @@ def losses_table(results):
 
 def arms_table(results):
     """The runs on Winoground: start, mean over the updates, end"""
-    lines = ["| `train.py` | group at the start | mean over the updates | end | held out | seen |"]
-    lines.append("|" + "---|" * 6)
+    head = "group at the start | mean over the updates | end | held out | seen | worlds"
+    lines = [f"| `train.py` | {head} |", "|" + "---|" * 7]
     keys, runs = ("/area", "", "/held out", "/seen"), results.get("runs", {})
     for name in [
         arm for arm in CLAIMS["arms"] if arm.startswith("first ") and arm != "first plain"
@@ -426,7 +426,8 @@ def arms_table(results):
             continue
         cells = [mean([r[f"winoground/group{k}"] for r in rows.values()]) for k in keys]
         mark = stale_mark(*((name, r) for r in rows.values()))
-        cells = f"`{label_of(name)}`{mark}", mean(starts), *cells
+        # worlds differ more than losses do: only rows of the same ones can be compared
+        cells = f"`{label_of(name)}`{mark}", mean(starts), *cells, ", ".join(sorted(rows, key=int))
         lines.append("| " + " | ".join(cells) + " |")
     return with_note(lines)
 

@@ -536,6 +536,7 @@ def test_every_alignment_loss_reaches_two_streams(toy_tree, loss):
     model = built(cfg, runtime, tokenizer, streams)
     batch = evaluate.to_device(streams.train[0][0], runtime.device)
     terms, _ = train.objective_rank(cfg, model, batch)
+    assert terms[loss].isfinite()
     terms[loss].backward()
     layer = model.cross_layers[-1]
     used = (
